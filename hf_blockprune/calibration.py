@@ -1,0 +1,229 @@
+"""Statistics of a model's layers on calibration images: the only place with hooks.
+
+Images pass once, in batches, on any number of processes. Sums are kept in float64 and added up over processes at the
+end, so that one process and several give the same statistics. Memory does not depend on the number of images.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .blocks import block_sums, grid_shape
+from .data import NO_LABEL, CorruptImages, ImageSet, batches, num_batches
+from .errors import DataError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+FISHER_ROWS = 512  # per-image gradients kept apart; further images are folded in with random signs
+GRADIENT_BYTES_AT_ONCE = 64 << 20
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What is known of one Linear y = W x + b on the calibration images. Absent parts were not asked for.
+
+    Attributes:
+        num_tokens: tokens seen.
+        num_images: images seen.
+        mean: E[x], float64 [in].
+        second_moment: E[x x^T], float64 [in, in], not centred.
+        output_weight: mean over tokens of (dLoss/dy)^2, float64 [out]; the loss is summed over images.
+        gradient: mean over images of dLoss/dW, float64 [out, in].
+        block_gradients: float32 [rows, block_rows, block_cols]; row n holds <dLoss_n/dW, W> over each block, scaled so
+            that mean over rows of the outer product is the empirical Fisher between blocks. Exact up to FISHER_ROWS
+            images; beyond them images share rows with random signs, which keeps the estimate unbiased.
+    """
+
+    num_tokens: int
+    num_images: int
+    mean: Tensor | None = None
+    second_moment: Tensor | None = None
+    output_weight: Tensor | None = None
+    gradient: Tensor | None = None
+    block_gradients: Tensor | None = None
+
+
+def collect(
+    model: nn.Module,
+    images: ImageSet,
+    processor: Any,
+    targets: dict[str, nn.Linear],
+    *,
+    accelerator: "Accelerator",
+    batch_size: int = 16,
+    moments: bool = False,
+    gradients: bool = False,
+    block_shape: tuple[int, int] = (1, 1),
+    seed: int = 0,
+) -> tuple[dict[str, LayerStatistics], CorruptImages]:
+    """Run the images through the model and collect statistics of its target Linears.
+
+    Args:
+        model: a transformers image classifier; left as it was.
+        images: what to run.
+        processor: the model's image processor.
+        targets: the Linears by name.
+        accelerator: device and processes.
+        batch_size: images in one pass on each process.
+        moments: collect `mean` and `second_moment`.
+        gradients: collect `output_weight`, `gradient` and `block_gradients`. The loss is the cross entropy with the
+            image's label; an image without one gets a label sampled from the model's prediction.
+        block_shape: blocks of `block_gradients`.
+        seed: of sampled labels; an image's label depends on its position alone, not on processes or batches.
+
+    Raises:
+        DataError: labels outside the model's range, too many corrupt images, or a loss that is not finite.
+    """
+    model.to(accelerator.device).eval()
+    accumulators = {
+        name: _Accumulator(linear, moments=moments, block_shape=block_shape if gradients else None)
+        for name, linear in targets.items()
+    }
+    corrupt = CorruptImages(images.name)
+    progress = logging.tqdm(
+        batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config),
+        total=num_batches(images, batch_size, accelerator.num_processes),
+        desc="Calibration",
+        disable=not accelerator.is_main_process,
+    )
+    with _hooked(accumulators), _frozen(model):
+        for batch in progress:
+            corrupt.count(batch)
+            if "pixel_values" in batch:
+                _run(model, batch, accumulators, gradients=gradients, seed=seed)
+    _share_counts(corrupt)
+    corrupt.check()
+    return {name: a.finish(accelerator) for name, a in accumulators.items()}, corrupt
+
+
+def _share_counts(corrupt: CorruptImages) -> None:
+    from accelerate.utils import gather_object
+
+    counts = gather_object([(corrupt.seen, corrupt.files)])
+    corrupt.seen = sum(seen for seen, _ in counts)
+    corrupt.files = sorted(file for _, files in counts for file in files)
+
+
+def _run(
+    model: nn.Module, batch: dict[str, Any], accumulators: dict[str, "_Accumulator"], *, gradients: bool, seed: int
+) -> None:
+    pixels = batch["pixel_values"].to(next(model.parameters()).dtype)
+    for accumulator in accumulators.values():
+        accumulator.index = batch["index"]
+    if not gradients:
+        with torch.no_grad():
+            model(pixel_values=pixels)
+        return
+    logits = model(pixel_values=pixels.requires_grad_()).logits.float()
+    labels = torch.where(batch["labels"] == NO_LABEL, _sampled_labels(logits, batch["index"], seed), batch["labels"])
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    if not losses.isfinite().all():
+        bad = batch["index"][~losses.isfinite()].tolist()
+        raise DataError(f"the loss of calibration image {bad[0]} is not finite; check the image and the model's dtype")
+    losses.sum().backward()
+
+
+def _sampled_labels(logits: Tensor, index: Tensor, seed: int) -> Tensor:
+    """One label an image from the model's own prediction, by a uniform number that the image's position determines."""
+    uniform = torch.stack(
+        [torch.rand((), generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in index.tolist()]
+    )
+    cumulative = logits.detach().double().softmax(dim=-1).cumsum(dim=-1)
+    uniform = uniform.to(cumulative.device, cumulative.dtype)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, uniform).squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient: layers take theirs image by image in the hooks."""
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _hooked(accumulators: dict[str, "_Accumulator"]) -> Iterator[None]:
+    handles = [a.linear.register_forward_hook(a.hook) for a in accumulators.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Accumulator:
+    """Running sums of one Linear."""
+
+    def __init__(self, linear: nn.Linear, *, moments: bool, block_shape: tuple[int, int] | None) -> None:
+        self.linear, self.block_shape = linear, block_shape
+        self.index: Tensor  # positions of the images of the batch in flight
+        self.num_tokens = self.num_images = 0
+        out, into = linear.weight.shape
+        double = {"dtype": torch.float64, "device": linear.weight.device}
+        self.sums: dict[str, Tensor] = {}
+        if moments:
+            self.sums |= {"mean": torch.zeros(into, **double), "second_moment": torch.zeros(into, into, **double)}
+        if block_shape is not None:
+            rows, cols = grid_shape((out, into), block_shape)
+            self.sums |= {"output_weight": torch.zeros(out, **double), "gradient": torch.zeros(out, into, **double)}
+            self.sums["block_gradients"] = torch.zeros(FISHER_ROWS, rows, cols, device=linear.weight.device)
+
+    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = _at_least_float32(inputs[0].detach())
+        x = x.reshape(len(self.index), -1, x.shape[-1])  # [images, tokens, in]
+        self.num_images += x.shape[0]
+        self.num_tokens += x.shape[0] * x.shape[1]
+        if "mean" in self.sums:
+            tokens = x.flatten(0, 1)
+            self.sums["mean"] += tokens.sum(0, dtype=torch.float64)
+            self.sums["second_moment"] += (tokens.t() @ tokens).double()
+        if output.requires_grad:
+            index = self.index
+            output.register_hook(
+                lambda grad: self._add_gradients(x, _at_least_float32(grad).reshape(*x.shape[:2], -1), index)
+            )
+
+    def _add_gradients(self, x: Tensor, grad: Tensor, index: Tensor) -> None:
+        """x [images, tokens, in] and dLoss/dy [images, tokens, out], a few images at a time to bound memory."""
+        assert self.block_shape is not None
+        self.sums["output_weight"] += grad.double().square().sum(dim=(0, 1))
+        weight = _at_least_float32(self.linear.weight.detach())
+        chunk = max(1, GRADIENT_BYTES_AT_ONCE // (weight.numel() * weight.element_size()))
+        for xs, grads, images in zip(x.split(chunk), grad.split(chunk), index.split(chunk), strict=True):
+            per_image = grads.transpose(1, 2) @ xs  # [chunk, out, in]
+            self.sums["gradient"] += per_image.sum(0, dtype=torch.float64)
+            projections = block_sums(per_image * weight, self.block_shape).float()
+            signs = _signs(images).view(-1, 1, 1)
+            self.sums["block_gradients"].index_add_(0, images % FISHER_ROWS, projections * signs)
+
+    def finish(self, accelerator: "Accelerator") -> LayerStatistics:
+        """Add up over processes and divide."""
+        counts = torch.tensor([self.num_tokens, self.num_images], device=accelerator.device)
+        tokens, images = (int(n) for n in accelerator.reduce(counts, "sum"))
+        sums = {name: accelerator.reduce(value, "sum") for name, value in self.sums.items()}
+        divide_by = {"mean": tokens, "second_moment": tokens, "output_weight": tokens, "gradient": images}
+        done = {name: sums[name] / count for name, count in divide_by.items() if name in sums}
+        if "block_gradients" in sums:
+            done["block_gradients"] = sums["block_gradients"] * (FISHER_ROWS / images) ** 0.5
+        return LayerStatistics(num_tokens=tokens, num_images=images, **done)
+
+
+def _signs(index: Tensor) -> Tensor:
+    """+1 for an image with a row of its own; for later ones a sign hashed from its position."""
+    hashed = (index * 2654435761 >> 16) & 1
+    return torch.where(index < FISHER_ROWS, 1, 1 - 2 * hashed).float()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

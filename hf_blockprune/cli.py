@@ -1,0 +1,279 @@
+"""The `blockprune` command."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .config import Budget
+from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
+
+app = typer.Typer(
+    help="Make vision transformers small and fast by removing whole blocks of their weights.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+
+def parse_block_shape(text: str) -> tuple[int, int]:
+    """ROWSxCOLS as two numbers."""
+    rows, _, cols = text.lower().partition("x")
+    try:
+        return int(rows), int(cols)
+    except ValueError:
+        raise typer.BadParameter(f"expected ROWSxCOLS such as 32x32, got {text!r}") from None
+
+
+def parse_budget(text: str) -> Budget:
+    """METRIC=RATIO."""
+    try:
+        return Budget.parse(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors that a user can act on end the command with one line and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (BlockPruneError, BlockSparseFormatError) as error:
+            err.print(f"error: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def set_quiet(quiet: bool) -> None:
+    """Show errors only, and no progress bars."""
+    if not quiet:
+        return
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+
+
+def emit(values: dict[str, Any], table: Table, *, as_json: bool) -> None:
+    """Print JSON and nothing else, or a table."""
+    if as_json:
+        typer.echo(json.dumps(values, indent=2))
+    else:
+        out.print(table)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars or warnings.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an older checkpoint once the new one is complete.")
+]
+BlockShape = Annotated[
+    Any, typer.Option("--block-shape", parser=parse_block_shape, metavar="ROWSxCOLS", help="Block, out x in features.")
+]
+BudgetOption = Annotated[
+    Any,
+    typer.Option(
+        "--budget", parser=parse_budget, metavar="METRIC=RATIO", help="flops=0.75 or sparsity=0.5: share kept."
+    ),
+]
+Method = Annotated[str | None, typer.Option("--method", help="taylor or magnitude.")]
+Config = Annotated[Path | None, typer.Option("--config", help="Recipe in YAML or JSON; options override it.")]
+Dataset = Annotated[str | None, typer.Option("--dataset", help="Calibration images: a folder or a Hub data set.")]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the pruned model.")]
+EvaluateOn = Annotated[
+    str | None, typer.Option("--evaluate-on", help="Labelled images to compare with the dense model on.")
+]
+Split = Annotated[str | None, typer.Option("--split", help="Split of the data set.")]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration images.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images in one pass.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the draw of calibration images.")]
+Patterns = Annotated[list[str] | None, typer.Option("--ignore", help="Leave layers that match dense; may be repeated.")]
+
+
+def prune_from_options(
+    recipe: Path | None,
+    *,
+    samples: int | None,
+    batch_size: int | None,
+    seed: int | None,
+    overwrite: bool,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Run a job from a recipe and the options that `blockprune prune` and `recipes/prune.py` share."""
+    from .jobs import PruneJob, run_prune
+
+    calibration = {"samples": samples, "batch_size": batch_size, "seed": seed}
+    calibration = {key: value for key, value in calibration.items() if value is not None}
+    budget = settings.pop("budget")
+    if budget is not None:
+        settings["budget"] = {"metric": budget.metric, "ratio": budget.ratio}
+    return run_prune(PruneJob.read(recipe, calibration=calibration, **settings), overwrite=overwrite)
+
+
+@app.command()
+@one_line_errors
+def prune(
+    model: Annotated[
+        str | None, typer.Argument(help="Dense model: a Hub name or a folder. A recipe may name it.")
+    ] = None,
+    config: Config = None,
+    dataset: Dataset = None,
+    output: Output = None,
+    block_shape: BlockShape = None,
+    budget: BudgetOption = None,
+    method: Method = None,
+    evaluate_on: EvaluateOn = None,
+    split: Split = None,
+    samples: Samples = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    ignore: Patterns = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a model and save it block-sparse."""
+    set_quiet(quiet)
+    report = prune_from_options(
+        config,
+        model=model,
+        dataset=dataset,
+        output=output,
+        block_shape=block_shape,
+        budget=budget,
+        method=method,
+        evaluation=evaluate_on,
+        split=split,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        ignore=ignore or None,
+        overwrite=overwrite,
+    )
+    emit(report, report_table(report), as_json=json_)
+
+
+@app.command()
+@one_line_errors
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Dense or pruned model: a Hub name or a folder.")],
+    dataset: Annotated[str, typer.Option("--dataset", help="Labelled images: a folder or a Hub data set.")],
+    against: Annotated[str | None, typer.Option("--against", help="Model to compare with, image by image.")] = None,
+    split: Split = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images in one pass.")] = 32,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure top-1 and top-5 accuracy, and the paired change against another model."""
+    set_quiet(quiet)
+    from .pruner import BlockPruner
+
+    pruner = BlockPruner.from_pretrained(model)
+    result = pruner.evaluate(dataset, against=against, split=split, batch_size=batch_size)
+    emit(result.to_dict(), evaluation_table(result.to_dict()), as_json=json_)
+    if result.skipped and not quiet:
+        err.print(f"skipped {len(result.skipped)} corrupt image(s): {', '.join(result.skipped)}", markup=False)
+
+
+@app.command()
+@one_line_errors
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Folder of a pruned model.")],
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what a pruned model keeps, layer by layer, and check its format."""
+    set_quiet(quiet)
+    from .checkpoint import inspect_checkpoint
+
+    values = inspect_checkpoint(directory)
+    emit(values, inspect_table(values), as_json=json_)
+
+
+@app.command()
+@one_line_errors
+def demo(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the models here.")] = None,
+    budget: BudgetOption = None,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small vision transformer on scikit-learn's digits, prune it, load it back. No network, about a minute."""
+    set_quiet(quiet)
+    from .demo import demo_table, run_demo
+
+    result = run_demo(output, budget=budget, overwrite=overwrite)
+    emit(result, demo_table(result), as_json=json_)
+
+
+def report_table(report: dict[str, Any]) -> Table:
+    """What `prune` did, in short."""
+    table = Table(title=f"{report['base_model']} -> {report['output']}", show_header=False)
+    table.add_row("method", f"{report['config']['method']}, blocks {_shape(report['config']['block_shape'])}")
+    table.add_row("FLOPs kept, whole model", f"{report['flops_ratio']:.2%}")
+    table.add_row("FLOPs kept, pruned layers", f"{report['linear_flops_ratio']:.2%}")
+    table.add_row("weights on disk", _bytes_against(report))
+    if report["evaluation"] is not None:
+        e = report["evaluation"]
+        table.add_row("top-1", f"{e['top1']:.2%} of {e['num_images']} images, dense {e['baseline_top1']:.2%}")
+    table.add_row("seconds", ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items()))
+    return table
+
+
+def evaluation_table(values: dict[str, Any]) -> Table:
+    """Accuracy, with the comparison where there was one."""
+    table = Table(show_header=False)
+    table.add_row("images", str(values["num_images"]))
+    table.add_row("top-1", f"{values['top1']:.2%}")
+    table.add_row("top-5", f"{values['top5']:.2%}")
+    if "delta" in values:
+        low, high = values["interval"]
+        table.add_row("baseline top-1", f"{values['baseline_top1']:.2%}")
+        table.add_row("change", f"{values['delta']:+.2%} (95 % interval {low:+.2%} to {high:+.2%})")
+        table.add_row("flipped", f"{values['flipped_to_wrong']} to wrong, {values['flipped_to_right']} to right")
+    return table
+
+
+def inspect_table(values: dict[str, Any]) -> Table:
+    """One row a layer, totals in the footer."""
+    block = _shape(values["layers"][0]["block_shape"]) if values["layers"] else "no"
+    table = Table(title=f"{block} blocks, {values['flops_ratio']:.2%} of the model's FLOPs", show_footer=True)
+    table.add_column("layer", footer="all", no_wrap=True)
+    table.add_column("shape", justify="right")
+    table.add_column("kept blocks", justify="right")
+    table.add_column("density", justify="right", footer=f"{values['density']:.2%}")
+    table.add_column("bytes", justify="right", footer=f"{values['size_bytes']:,}")
+    table.caption = f"weights on disk: {_bytes_against(values)}"
+    for layer in values["layers"]:
+        kept = f"{layer['kept_blocks']}/{layer['blocks']}"
+        table.add_row(
+            layer["module"], _shape(layer["shape"]), kept, f"{layer['density']:.2%}", f"{layer['size_bytes']:,}"
+        )
+    return table
+
+
+def _shape(shape: list[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _bytes_against(values: dict[str, Any]) -> str:
+    return f"{values['size_bytes']:,} (dense {values['dense_size_bytes']:,})"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,229 @@
+"""`BlockPruneConfig`: how to prune. What was stored is another thing, see `BlockPruneQuantizationConfig`."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .errors import ConfigError
+
+FORMAT_VERSION = 1
+METHODS = ("magnitude", "taylor")
+BUDGET_METRICS = ("flops", "sparsity")
+
+
+def _refuse(key: str, expected: str, got: Any) -> None:
+    raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_whole(key: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        _refuse(key, f"a whole number from {minimum}", value)
+
+
+def _check_keys(cls: type, values: Any, where: str) -> None:
+    if not isinstance(values, Mapping):
+        _refuse(where, "a mapping of settings", values)
+    known = [f.name for f in dataclasses.fields(cls)]
+    unknown = [str(key) for key in values if key not in known]
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {', '.join(unknown)}; known keys are {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may remain after pruning.
+
+    Args:
+        metric: "flops" (of the whole model: patch embedding, attention products and head counted) or
+            "sparsity" (kept blocks of the target layers alone).
+        ratio: share kept, in (0, 1]; 0.5 keeps half.
+    """
+
+    metric: Literal["flops", "sparsity"] = "flops"
+    ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.metric not in BUDGET_METRICS:
+            _refuse("budget.metric", f"one of {', '.join(BUDGET_METRICS)}", self.metric)
+        if not _is_number(self.ratio) or not 0 < self.ratio <= 1:
+            _refuse("budget.ratio", "the share to keep, above 0 and at most 1 (0.5 keeps half)", self.ratio)
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """Read the command line's form.
+
+        Example:
+            >>> Budget.parse("flops=0.75")
+            Budget(metric='flops', ratio=0.75)
+        """
+        metric, _, ratio = text.partition("=")
+        try:
+            return cls(metric.strip(), float(ratio))  # type: ignore[arg-type]
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"budget: expected METRIC=RATIO such as flops=0.75, got {text!r}") from None
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which images the statistics are taken from.
+
+    Args:
+        samples: number of images, drawn once at random from the data set; all of them where it holds fewer.
+        batch_size: images in one forward pass on each process.
+        seed: of the draw, and of the labels sampled for images that have none.
+    """
+
+    samples: int = 512
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_whole("calibration.samples", self.samples, 1)
+        _check_whole("calibration.batch_size", self.batch_size, 1)
+        _check_whole("calibration.seed", self.seed, 0)
+
+
+@dataclass(frozen=True)
+class BlockPruneConfig:
+    """How to prune a vision transformer.
+
+    Args:
+        block_shape: (rows, cols) of a block, in (out_features, in_features) order.
+        method: "magnitude" or "taylor" (LPViT, arXiv 2407.02068).
+        budget: what may remain; also given as {"metric": ..., "ratio": ...}.
+        power_weight: weight of the power term beside the distortion; "auto" makes both weigh the same over the
+            whole range from dense to empty, 0 leaves power out.
+        targets: glob patterns of module names to prune; "*" is every Linear of the repeated layers.
+        ignore: glob patterns of module names to leave dense.
+        min_kept_per_layer: share of its blocks that every target layer keeps, whatever its score.
+        calibration: see `CalibrationConfig`.
+        format_version: version of this schema.
+
+    Raises:
+        ConfigError: naming the key and the remedy.
+
+    Example:
+        >>> BlockPruneConfig(block_shape=(32, 32), budget={"metric": "flops", "ratio": 0.75}).budget.ratio
+        0.75
+    """
+
+    block_shape: tuple[int, int] = (32, 32)
+    method: Literal["magnitude", "taylor"] = "taylor"
+    budget: Budget = field(default_factory=Budget)
+    power_weight: float | Literal["auto"] = "auto"
+    targets: tuple[str, ...] = ("*",)
+    ignore: tuple[str, ...] = ()
+    min_kept_per_layer: float = 0.05
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        self._check_values()
+        self._check_agreement()
+
+    def _normalise(self) -> None:
+        """Accept what YAML and JSON can write: lists for tuples, mappings for the nested settings."""
+        for key, cls in (("budget", Budget), ("calibration", CalibrationConfig)):
+            value = getattr(self, key)
+            if not isinstance(value, cls):
+                _check_keys(cls, value, key)
+                object.__setattr__(self, key, cls(**value))
+        for key in ("block_shape", "targets", "ignore"):
+            value = getattr(self, key)
+            if isinstance(value, list):
+                object.__setattr__(self, key, tuple(value))
+
+    def _check_values(self) -> None:
+        if not isinstance(self.block_shape, tuple) or len(self.block_shape) != 2:
+            _refuse("block_shape", "two whole numbers, rows and columns, such as [32, 32]", self.block_shape)
+        for size in self.block_shape:
+            _check_whole("block_shape", size, 1)
+        if self.method not in METHODS:
+            _refuse("method", f"one of {', '.join(METHODS)}", self.method)
+        if self.power_weight != "auto" and not (_is_number(self.power_weight) and self.power_weight >= 0):
+            _refuse("power_weight", "'auto' or a number from 0", self.power_weight)
+        for key in ("targets", "ignore"):
+            patterns = getattr(self, key)
+            if not isinstance(patterns, tuple) or not all(isinstance(p, str) and p for p in patterns):
+                _refuse(key, "a list of module-name patterns such as ['*.fc1']", patterns)
+        if not _is_number(self.min_kept_per_layer) or not 0 <= self.min_kept_per_layer < 1:
+            _refuse("min_kept_per_layer", "a share from 0 to below 1", self.min_kept_per_layer)
+        if self.format_version != FORMAT_VERSION:
+            _refuse("format_version", f"{FORMAT_VERSION} (a newer hf_blockprune may read it)", self.format_version)
+
+    def _check_agreement(self) -> None:
+        if not self.targets:
+            raise ConfigError("targets: an empty list prunes nothing; leave the key out to prune every layer")
+        both = sorted(set(self.targets) & set(self.ignore))
+        if both:
+            raise ConfigError(f"targets and ignore both list {', '.join(both)}; take it out of one of them")
+        if self.method == "magnitude" and self.power_weight not in ("auto", 0):
+            raise ConfigError(
+                "power_weight: magnitude scores are no loss that power could be weighed against; "
+                "remove power_weight or use method: taylor"
+            )
+        if self.budget.metric == "sparsity" and self.min_kept_per_layer > self.budget.ratio:
+            raise ConfigError(
+                f"min_kept_per_layer {self.min_kept_per_layer} keeps more than budget.ratio {self.budget.ratio}; "
+                "lower min_kept_per_layer or raise the budget"
+            )
+
+    def replace(self, **changes: Any) -> "BlockPruneConfig":
+        """A copy with some settings changed, checked again."""
+        _check_keys(type(self), changes, "config")
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "BlockPruneConfig":
+        """Build from plain values; unknown keys are refused."""
+        _check_keys(cls, values, "config")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON and YAML can write; `from_dict` reads them back."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "BlockPruneConfig":
+        """Read a .yaml, .yml or .json file."""
+        return cls.from_dict(read_settings(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON for a `.json` name and YAML for any other."""
+        path = Path(path)
+        values = self.to_dict()
+        if path.suffix == ".json":
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        else:
+            path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file (JSON is YAML too).
+
+    Raises:
+        ConfigError: the file cannot be read, or does not hold a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML or JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    return values

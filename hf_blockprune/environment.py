@@ -1,0 +1,38 @@
+"""Where a result was produced: recorded in reports and benchmark files."""
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+PACKAGES = ("hf_blockprune", "torch", "transformers", "accelerate", "datasets", "triton")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, threads and accelerator of this process, as JSON-ready values."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,41 @@
+"""Errors a user can act on: each message says what was expected, what came and how to mend it.
+
+`BlockSparseFormatError`, which a damaged or hostile checkpoint raises, lives with the format in
+`hf_blockprune.hub.blockprune_layout` because that file travels alone with every saved model.
+"""
+
+from .hub.blockprune_layout import BlockSparseFormatError
+
+__all__ = [
+    "BlockPruneError",
+    "BlockSparseFormatError",
+    "BudgetError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+]
+
+
+class BlockPruneError(Exception):
+    """Base class of the errors this package raises on purpose."""
+
+
+class ConfigError(BlockPruneError, ValueError):
+    """A setting is unknown, impossible, or contradicts another one."""
+
+
+class ModelError(BlockPruneError):
+    """The model cannot be found, loaded, or pruned."""
+
+
+class DataError(BlockPruneError):
+    """The images or labels cannot be used."""
+
+
+class BudgetError(BlockPruneError):
+    """No block mask can meet the budget that was asked for."""
+
+
+class CheckpointError(BlockPruneError):
+    """A checkpoint cannot be written, or what was read is damaged."""

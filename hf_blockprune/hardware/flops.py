@@ -1,0 +1,56 @@
+"""FLOPs of a whole model, counted by torch on a weightless copy: nothing is allocated, nothing computed."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import ModelError
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Dense FLOPs of one image.
+
+    Attributes:
+        total: of the whole model: patch embedding, Linears, attention products, heads. A multiply and an add count
+            as two.
+        linear_tokens: rows that each Linear multiplies in one forward pass, by module name.
+    """
+
+    total: float
+    linear_tokens: dict[str, float]
+
+
+def count_flops(model_class: type, config: Any) -> ModelFlops:
+    """Count the FLOPs of one image through the dense architecture.
+
+    Args:
+        model_class: a transformers vision model class.
+        config: its config; a block-sparse checkpoint's `quantization_config` is left out of account.
+
+    Raises:
+        ModelError: the model does not take images of `config.image_size`.
+    """
+    config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with torch.device("meta"):
+        model = model_class(config).eval()
+        size = getattr(config, "image_size", None)
+        if size is None:
+            raise ModelError(f"{model_class.__name__}: its config has no image_size; only vision models can be pruned")
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.empty(1, config.num_channels, height, width, dtype=next(model.parameters()).dtype)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixel_values=pixels)
+    counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    tokens = {
+        name: counts.get(name, 0) / (2 * module.in_features * module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    return ModelFlops(float(counter.get_total_flops()), tokens)

@@ -1,0 +1,162 @@
+"""Block-sparse weight matrices: how they are packed, unpacked and checked.
+
+A weight of shape (out_features, in_features) is cut into blocks of `block_shape = (rows, cols)`. Only the kept
+blocks are stored, row by row as in torch's BSR layout:
+
+    weight        [nnz_blocks, rows, cols]   the kept blocks
+    crow_indices  [block_rows + 1]  int32    where each block row starts in `weight`
+    col_indices   [nnz_blocks]      int32    the block column of each kept block, increasing within a row
+
+Where the block does not divide the matrix, the last block row or column is filled with zeros when packing.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class BlockSparseFormatError(ValueError):
+    """A block-sparse matrix breaks a rule of its format. The message names the tensor and the rule."""
+
+
+class PackedWeight(NamedTuple):
+    """The three tensors that hold a block-sparse matrix (shapes in the module's docstring)."""
+
+    weight: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+
+
+def grid_shape(out_features: int, in_features: int, block_shape: tuple[int, int]) -> tuple[int, int]:
+    """Number of (block rows, block columns) that cover a matrix, counting partly filled edge blocks."""
+    return math.ceil(out_features / block_shape[0]), math.ceil(in_features / block_shape[1])
+
+
+def pack(weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> PackedWeight:
+    """Keep the blocks of a dense matrix that a mask selects.
+
+    Args:
+        weight: dense matrix [out_features, in_features].
+        mask: bool [block_rows, block_cols], True where a block is kept.
+        block_shape: (rows, cols) of a block.
+
+    Raises:
+        BlockSparseFormatError: the mask does not fit the matrix.
+
+    Example:
+        >>> packed = pack(torch.eye(4), torch.eye(2, dtype=torch.bool), (2, 2))
+        >>> packed.weight.shape, packed.crow_indices.tolist(), packed.col_indices.tolist()
+        (torch.Size([2, 2, 2]), [0, 1, 2], [0, 1])
+    """
+    rows, cols = block_shape
+    grid = grid_shape(weight.shape[0], weight.shape[1], block_shape)
+    if tuple(mask.shape) != grid or mask.dtype != torch.bool:
+        raise BlockSparseFormatError(
+            f"mask: expected bool {grid} for a {tuple(weight.shape)} matrix in {rows}x{cols} blocks, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    mask = mask.to(weight.device)
+    padded = F.pad(weight, (0, grid[1] * cols - weight.shape[1], 0, grid[0] * rows - weight.shape[0]))
+    blocks = padded.view(grid[0], rows, grid[1], cols).transpose(1, 2)
+    crow = F.pad(mask.sum(dim=1).cumsum(dim=0), (1, 0)).to(torch.int32)
+    col = mask.nonzero()[:, 1].to(torch.int32)
+    return PackedWeight(blocks[mask].contiguous(), crow, col)
+
+
+def block_rows_of(crow_indices: Tensor, nnz_blocks: int) -> Tensor:
+    """Block row of each stored block, int64 [nnz_blocks]."""
+    counts = crow_indices.long().diff()
+    rows = torch.arange(len(counts), device=crow_indices.device)
+    return torch.repeat_interleave(rows, counts, output_size=nnz_blocks)
+
+
+def block_mask(packed: PackedWeight, block_cols: int) -> Tensor:
+    """The bool mask [block_rows, block_cols] that `pack` was given."""
+    mask = torch.zeros(len(packed.crow_indices) - 1, block_cols, dtype=torch.bool, device=packed.col_indices.device)
+    mask[block_rows_of(packed.crow_indices, len(packed.col_indices)), packed.col_indices.long()] = True
+    return mask
+
+
+def unpack(packed: PackedWeight, out_features: int, in_features: int) -> Tensor:
+    """The dense matrix [out_features, in_features] with zeros where blocks were removed.
+
+    Example:
+        >>> dense = torch.arange(6.0).view(2, 3)
+        >>> torch.equal(unpack(pack(dense, torch.tensor([[True, True]]), (2, 2)), 2, 3), dense)
+        True
+    """
+    nnz, rows, cols = packed.weight.shape
+    grid = grid_shape(out_features, in_features, (rows, cols))
+    blocks = packed.weight.new_zeros(*grid, rows, cols)
+    blocks[block_rows_of(packed.crow_indices, nnz), packed.col_indices.long()] = packed.weight
+    return blocks.transpose(1, 2).reshape(grid[0] * rows, grid[1] * cols)[:out_features, :in_features].contiguous()
+
+
+def check_shapes(
+    name: str,
+    shapes: dict[str, tuple[int, ...]],
+    *,
+    nnz_blocks: int,
+    out_features: int,
+    in_features: int,
+    block_shape: tuple[int, int],
+) -> None:
+    """Refuse tensors whose shapes do not follow from the declared sizes; reads no tensor data.
+
+    Args:
+        name: the layer, for the message.
+        shapes: shape of each of `weight`, `crow_indices`, `col_indices` as found.
+
+    Raises:
+        BlockSparseFormatError: naming the first tensor that is missing or has another shape.
+    """
+    block_rows, block_cols = grid_shape(out_features, in_features, block_shape)
+    if not 0 <= nnz_blocks <= block_rows * block_cols:
+        raise BlockSparseFormatError(
+            f"{name}: {nnz_blocks} kept blocks declared, but a {out_features}x{in_features} matrix has "
+            f"{block_rows * block_cols} blocks of {block_shape[0]}x{block_shape[1]}"
+        )
+    expected = {
+        "weight": (nnz_blocks, *block_shape),
+        "crow_indices": (block_rows + 1,),
+        "col_indices": (nnz_blocks,),
+    }
+    for tensor_name, shape in expected.items():
+        found = shapes.get(tensor_name)
+        if found is None:
+            raise BlockSparseFormatError(f"{name}.{tensor_name}: missing from the checkpoint, expected shape {shape}")
+        if tuple(found) != shape:
+            raise BlockSparseFormatError(
+                f"{name}.{tensor_name}: shape {tuple(found)} in the checkpoint, but config.json declares "
+                f"{nnz_blocks} kept blocks and so {shape}"
+            )
+
+
+def check_indices(name: str, crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> None:
+    """Refuse index tensors that would make a kernel read outside its arrays or count a block twice.
+
+    Raises:
+        BlockSparseFormatError: naming the tensor and the rule it breaks.
+    """
+    for tensor_name, indices in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+        if indices.dtype != torch.int32:
+            raise BlockSparseFormatError(f"{name}.{tensor_name}: must be int32, got {indices.dtype}")
+    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
+    if crow[0] != 0 or crow[-1] != len(col):
+        raise BlockSparseFormatError(
+            f"{name}.crow_indices: must start at 0 and end at {len(col)} (the number of kept blocks), "
+            f"got {int(crow[0])} and {int(crow[-1])}"
+        )
+    counts = crow.diff()
+    if (counts < 0).any():
+        raise BlockSparseFormatError(f"{name}.crow_indices: must not decrease")
+    if ((col < 0) | (col >= block_cols)).any():
+        raise BlockSparseFormatError(f"{name}.col_indices: every block column must lie in [0, {block_cols})")
+    # A row's first block may have any column; every later one must lie to the right of its neighbour.
+    # Adding a row's offset turns "increasing within each row" into "increasing everywhere".
+    keys = col + block_cols * torch.repeat_interleave(torch.arange(len(counts)), counts)
+    if (keys.diff() <= 0).any():
+        raise BlockSparseFormatError(f"{name}.col_indices: must strictly increase within a block row")

@@ -1,0 +1,125 @@
+"""`BlockSparseLinear`: a drop-in for `torch.nn.Linear` that stores and multiplies kept blocks only."""
+
+import torch
+from torch import Tensor, nn
+
+from .blockprune_layout import (
+    BlockSparseFormatError,
+    PackedWeight,
+    block_mask,
+    check_indices,
+    grid_shape,
+    pack,
+    unpack,
+)
+from .blockprune_ops import block_sparse_linear
+
+
+class BlockSparseLinear(nn.Module):
+    """y = x W^T + b with a block-sparse W; trainable, its pattern fixed.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        block_shape: (rows, cols) of a block, in (out_features, in_features) order.
+        nnz_blocks: number of kept blocks.
+        bias: whether b exists.
+
+    The pattern starts out invalid; fill the module with `from_dense`, or with `load_state_dict`, which checks what it
+    loads and raises `BlockSparseFormatError` where the indices break the format's rules.
+
+    Example:
+        >>> dense = nn.Linear(4, 4)
+        >>> sparse = BlockSparseLinear.from_dense(dense, torch.tensor([[True, False], [True, True]]), (2, 2))
+        >>> sparse(torch.ones(1, 4)).shape, sparse.density
+        (torch.Size([1, 4]), 0.75)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block_shape: tuple[int, int],
+        nnz_blocks: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.block_shape = (int(block_shape[0]), int(block_shape[1]))
+        self.grid_shape = grid_shape(out_features, in_features, self.block_shape)
+        if not 0 <= nnz_blocks <= self.grid_shape[0] * self.grid_shape[1]:
+            raise BlockSparseFormatError(f"nnz_blocks: {nnz_blocks} is not between 0 and the {self.grid_shape} grid")
+        self.weight = nn.Parameter(torch.zeros(nnz_blocks, *self.block_shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        crow = torch.zeros(self.grid_shape[0] + 1, dtype=torch.int32, device=device)
+        self.register_buffer("crow_indices", crow)
+        self.register_buffer("col_indices", torch.zeros(nnz_blocks, dtype=torch.int32, device=device))
+        self.register_load_state_dict_post_hook(lambda module, _: module.check())
+        self.crow_indices: Tensor
+        self.col_indices: Tensor
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, mask: Tensor, block_shape: tuple[int, int]) -> "BlockSparseLinear":
+        """Pack a Linear's kept blocks; mask is bool [block_rows, block_cols]. The Linear is left as it is."""
+        packed = pack(linear.weight.detach(), mask, block_shape)
+        module = cls(
+            linear.in_features,
+            linear.out_features,
+            block_shape,
+            len(packed.weight),
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        module.weight.data = packed.weight
+        if linear.bias is not None and module.bias is not None:
+            module.bias.data = linear.bias.detach().clone()
+        module.crow_indices, module.col_indices = packed.crow_indices, packed.col_indices
+        module.train(linear.training)
+        return module
+
+    @property
+    def nnz_blocks(self) -> int:
+        """Number of kept blocks."""
+        return len(self.weight)
+
+    @property
+    def density(self) -> float:
+        """Kept blocks / all blocks."""
+        return self.nnz_blocks / (self.grid_shape[0] * self.grid_shape[1])
+
+    def _packed(self) -> PackedWeight:
+        return PackedWeight(self.weight.detach(), self.crow_indices, self.col_indices)
+
+    def mask(self) -> Tensor:
+        """Bool [block_rows, block_cols], True where a block is kept."""
+        return block_mask(self._packed(), self.grid_shape[1])
+
+    def to_dense(self) -> nn.Linear:
+        """A Linear with the same output: zeros where blocks were removed."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(unpack(self._packed(), self.out_features, self.in_features))
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone())
+        return dense.train(self.training)
+
+    def check(self, name: str = "BlockSparseLinear") -> None:
+        """Raise `BlockSparseFormatError` where the indices break the format's rules. Meta tensors are passed over."""
+        if not self.crow_indices.is_meta and not self.col_indices.is_meta:
+            check_indices(name, self.crow_indices, self.col_indices, self.grid_shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        return block_sparse_linear(
+            x, self.weight, self.crow_indices, self.col_indices, self.bias, out_features=self.out_features
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block_shape={self.block_shape}, density={self.density:.3f}"
+        )

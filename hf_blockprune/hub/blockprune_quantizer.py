@@ -1,0 +1,231 @@
+"""How a block-sparse checkpoint becomes modules: the load-time hook of `from_pretrained`.
+
+transformers replaces layers while loading through its `HfQuantizer` interface. Importing this file registers the
+method "blockprune" there; a Linear named in the checkpoint's `quantization_config` becomes a `BlockSparseLinear`
+before its tensors are read. Nothing is quantized: the interface only carries the name.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .blockprune_layout import BlockSparseFormatError, check_shapes
+from .blockprune_linear import BlockSparseLinear
+
+QUANT_METHOD = "blockprune"
+FORMAT_VERSION = 1
+TENSOR_NAMES = ("weight", "crow_indices", "col_indices")
+
+
+class BlockPruneQuantizationConfig(QuantizationConfigMixin):
+    """What a checkpoint stores: the block shape, and for each block-sparse layer its number of kept blocks.
+
+    Args:
+        block_shape: (rows, cols), in (out_features, in_features) order.
+        layers: kept blocks by layer, under the layer's name in the checkpoint's safetensors file.
+        format_version: version of the stored format.
+
+    Raises:
+        BlockSparseFormatError: a value is impossible, a key unknown, or the format newer than this code.
+    """
+
+    def __init__(
+        self,
+        block_shape: tuple[int, ...] | list[int] = (),
+        layers: dict[str, int] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        if quant_method != QUANT_METHOD:
+            raise BlockSparseFormatError(f"quantization_config.quant_method: {QUANT_METHOD!r}, not {quant_method!r}")
+        if not _is_count(format_version) or not 1 <= format_version <= FORMAT_VERSION:
+            raise BlockSparseFormatError(
+                f"quantization_config.format_version: this code reads 1 to {FORMAT_VERSION}, "
+                f"got {format_version!r}; a newer hf_blockprune may read it"
+            )
+        if unknown:
+            raise BlockSparseFormatError(f"quantization_config: unknown keys {sorted(unknown)} in format 1")
+        if not (isinstance(block_shape, (list, tuple)) and len(block_shape) == 2 and all(map(_is_size, block_shape))):
+            raise BlockSparseFormatError(
+                f"quantization_config.block_shape: two whole numbers from 1, got {block_shape!r}"
+            )
+        if not isinstance(layers, dict) or not all(isinstance(k, str) and _is_count(v) for k, v in layers.items()):
+            raise BlockSparseFormatError("quantization_config.layers: must map layer names to numbers of kept blocks")
+        self.quant_method: Any = QUANT_METHOD  # transformers declares its own enum, and takes names too
+        self.format_version = format_version
+        self.block_shape = [int(size) for size in block_shape]
+        self.layers = dict(layers)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_size(value: Any) -> bool:
+    return _is_count(value) and value >= 1
+
+
+class BlockPruneHfQuantizer(HfQuantizer):
+    """Replaces Linears by `BlockSparseLinear` while a checkpoint loads, and back on `model.dequantize()`."""
+
+    quantization_config: BlockPruneQuantizationConfig
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        config = self.quantization_config
+        block_shape = (config.block_shape[0], config.block_shape[1])
+        shapes = _stored_shapes(checkpoint_files) if checkpoint_files else None
+        for stored_name, nnz_blocks in config.layers.items():
+            name, linear = find_linear(model, stored_name)
+            if shapes is not None:
+                check_shapes(
+                    stored_name,
+                    {t: shapes[f"{stored_name}.{t}"] for t in TENSOR_NAMES if f"{stored_name}.{t}" in shapes},
+                    nnz_blocks=nnz_blocks,
+                    out_features=linear.out_features,
+                    in_features=linear.in_features,
+                    block_shape=block_shape,
+                )
+            sparse = BlockSparseLinear(
+                linear.in_features,
+                linear.out_features,
+                block_shape,
+                nnz_blocks,
+                bias=linear.bias is not None,
+                device=linear.weight.device,
+                dtype=linear.weight.dtype,
+            )
+            model.set_submodule(name, sparse)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, module in block_sparse_layers(model):
+            module.check(name)
+        return model
+
+    def get_state_dict_and_metadata(self, model):
+        """Refuse to save a model whose layers no longer agree with the config that is saved beside them."""
+        expected = sorted(self.quantization_config.layers.values())
+        found = sorted(module.nnz_blocks for _, module in block_sparse_layers(model))
+        if expected != found:
+            raise BlockSparseFormatError(
+                "the model's block-sparse layers are not those of its quantization_config; attach the pattern again "
+                "with hf_blockprune.sparsify(model, masks, block_shape) before saving"
+            )
+        return None, {}
+
+    def _dequantize(self, model, dtype=None):
+        for name, module in list(block_sparse_layers(model)):
+            model.set_submodule(name, module.to_dense().to(dtype))
+        return model
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self):
+        return True
+
+    @property
+    def is_qat_trainable(self):
+        return True
+
+    @property
+    def is_compileable(self):
+        return True
+
+
+# Whoever registers first wins: the installed package, or the copy of this file that came with a checkpoint.
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(BlockPruneQuantizationConfig)
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(QUANT_METHOD)(BlockPruneHfQuantizer)
+
+
+def block_sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, module) of every block-sparse layer, also of one made by another copy of this code."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == BlockSparseLinear.__name__:
+            yield name, module
+
+
+def sparsify(model: Any, masks: dict[str, Tensor], block_shape: tuple[int, int]) -> Any:
+    """Turn masked Linears of a transformers model into `BlockSparseLinear`, in place.
+
+    Args:
+        model: a `PreTrainedModel`.
+        masks: bool [block_rows, block_cols] by module name.
+        block_shape: (rows, cols).
+
+    Returns:
+        The model, ready for inference, training and `save_pretrained`.
+    """
+    for name, mask in masks.items():
+        model.set_submodule(name, BlockSparseLinear.from_dense(model.get_submodule(name), mask, block_shape))
+    layers = {stored_layer_name(model, name): module.nnz_blocks for name, module in block_sparse_layers(model)}
+    config = BlockPruneQuantizationConfig(block_shape=block_shape, layers=layers)
+    model.hf_quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.config._is_quantized = True
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    return model
+
+
+def _stored_shapes(checkpoint_files: list[str]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor, read from the files' headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in checkpoint_files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise BlockSparseFormatError(
+                f"{path}: not a whole safetensors file ({error}); download it again"
+            ) from error
+    return shapes
+
+
+def find_linear(model: Any, stored_name: str) -> tuple[str, nn.Linear]:
+    """The Linear that transformers loads `stored_name.weight` into, with its module name.
+
+    Module names change between versions of transformers, names in files do not; transformers' own table of renamings
+    leads from one to the other.
+
+    Raises:
+        BlockSparseFormatError: the model has no such Linear.
+    """
+    weights = {f"{name}.weight": True for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    transforms = get_model_conversion_mapping(model)
+    key, _ = rename_source_key(
+        f"{stored_name}.weight",
+        [t for t in transforms if isinstance(t, WeightRenaming)],
+        [t for t in transforms if isinstance(t, WeightConverter)],
+        model.base_model_prefix,
+        weights,
+    )
+    if key not in weights:
+        raise BlockSparseFormatError(
+            f"{stored_name}: listed in quantization_config.layers, but {type(model).__name__} has no such Linear"
+        )
+    name = key.removesuffix(".weight")
+    return name, model.get_submodule(name)
+
+
+def stored_layer_name(model: Any, runtime_name: str) -> str:
+    """The name under which transformers saves a module's weight (the inverse of `find_linear`)."""
+    state = revert_weight_conversion(model, {f"{runtime_name}.weight": torch.empty(0)})
+    return next(iter(state)).removesuffix(".weight")

@@ -1,0 +1,72 @@
+"""The work behind the command line and the recipes: one job from a recipe file and overrides."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import check_output
+from .config import BlockPruneConfig, read_settings
+from .errors import ConfigError
+from .pruner import BlockPruner
+
+CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(BlockPruneConfig))
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """What to prune, with which images, and where to put it.
+
+    Attributes:
+        model: Hub name or folder of the dense model.
+        output: folder to write.
+        dataset: calibration images.
+        split: their split.
+        evaluation: labelled images to compare the pruned with the dense model on, or None.
+        config: how to prune.
+    """
+
+    model: str
+    output: str
+    dataset: str | None = None
+    split: str | None = None
+    evaluation: str | None = None
+    config: BlockPruneConfig = field(default_factory=BlockPruneConfig)
+
+    @classmethod
+    def read(cls, recipe: str | Path | None, **overrides: Any) -> "PruneJob":
+        """A job from a recipe file and overrides, which win; an override of None leaves the recipe's value.
+
+        A recipe holds the keys of `BlockPruneConfig` and any of model, dataset, split, evaluation and output. Overrides
+        of calibration settings are merged into the recipe's.
+
+        Raises:
+            ConfigError: unknown or impossible settings, or no model or output anywhere.
+        """
+        settings = read_settings(recipe) if recipe is not None else {}
+        given = {key: value for key, value in overrides.items() if value is not None}
+        calibration = {**(settings.get("calibration") or {}), **given.pop("calibration", {})}
+        settings = {**settings, **given, **({"calibration": calibration} if calibration else {})}
+        config = BlockPruneConfig.from_dict({k: v for k, v in settings.items() if k not in _JOB_KEYS})
+        for key in ("model", "output"):
+            if not isinstance(settings.get(key), str):
+                raise ConfigError(f"{key}: name one on the command line or in the recipe")
+        return cls(config=config, **{key: settings[key] for key in _JOB_KEYS if key in settings})
+
+
+_JOB_KEYS = tuple(f.name for f in dataclasses.fields(PruneJob) if f.name != "config")
+
+
+def run_prune(job: PruneJob, *, overwrite: bool = False) -> dict[str, Any]:
+    """Prune, evaluate where the job names labelled images, and save.
+
+    Returns:
+        The report, with `output` added.
+    """
+    check_output(job.output, overwrite=overwrite)
+    pruner = BlockPruner.from_pretrained(job.model, job.config)
+    pruner.prune(job.dataset, split=job.split)
+    if job.evaluation is not None:
+        pruner.evaluate(job.evaluation, against=job.model)
+    pruner.save_pretrained(job.output, overwrite=overwrite)
+    return {"output": job.output, **pruner.report()}

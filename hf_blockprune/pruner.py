@@ -1,0 +1,375 @@
+"""`BlockPruner`: load a dense vision transformer, prune it, measure it, save it."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from . import checkpoint
+from .allocation import Allocation, BlockCosts, allocate
+from .blocks import block_sizes, expand_mask
+from .calibration import LayerStatistics, collect
+from .card import model_card
+from .config import BlockPruneConfig
+from .data import load_images
+from .environment import environment
+from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
+from .evaluation import Evaluation, predict, summarise
+from .hardware.flops import ModelFlops, count_flops
+from .hub.blockprune_cost import linear_flops, weights_energy_mj
+from .hub.blockprune_quantizer import block_sparse_layers, sparsify
+from .saliency import RemovalTrace, removal_trace
+from .targets import find_targets
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from huggingface_hub import CommitInfo
+    from transformers import PreTrainedModel
+
+
+class BlockPruner:
+    """Block-structured pruning of a transformers image classifier after training.
+
+    Args:
+        model: the dense model; pruned in place. A block-sparse one can be evaluated, not pruned again.
+        processor: its image processor.
+        config: how to prune.
+        name: what to call the model in reports.
+        accelerator: device and processes; one is made where none is given.
+
+    Example:
+        ```python
+        pruner = BlockPruner.from_pretrained("facebook/deit-base-patch16-224", BlockPruneConfig(block_shape=(32, 32)))
+        model = pruner.prune("path/to/calibration/images")
+        print(pruner.evaluate("path/to/labelled/images", against="facebook/deit-base-patch16-224"))
+        pruner.save_pretrained("deit-base-pruned")
+        ```
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        processor: Any,
+        config: BlockPruneConfig | None = None,
+        *,
+        name: str = "model",
+        accelerator: "Accelerator | None" = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.config = config or BlockPruneConfig()
+        self.name = name
+        self._accelerator = accelerator
+        self._report: dict[str, Any] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        config: BlockPruneConfig | None = None,
+        *,
+        accelerator: "Accelerator | None" = None,
+        **kwargs: Any,
+    ) -> "BlockPruner":
+        """Load a classifier and its image processor from the Hub or a folder.
+
+        Args:
+            name_or_path: a Hub name such as "facebook/deit-base-patch16-224", or a folder.
+            config: how to prune.
+            accelerator: device and processes.
+            **kwargs: passed to transformers' `from_pretrained` (revision, token, cache_dir, ...).
+
+        Raises:
+            ModelError: nothing is there, it is no image classifier, or it lacks trained weights.
+            CheckpointError: the files are damaged.
+            BlockSparseFormatError: a block-sparse checkpoint's config and tensors disagree.
+        """
+        model, processor = _load(str(name_or_path), kwargs)
+        # Only the folder's name of a local path belongs into reports that may be published.
+        path = Path(name_or_path).expanduser()
+        name = path.resolve().name if path.exists() else str(name_or_path)
+        return cls(model, processor, config, name=name, accelerator=accelerator)
+
+    @cached_property
+    def accelerator(self) -> "Accelerator":
+        from accelerate import Accelerator
+
+        return self._accelerator or Accelerator()
+
+    def prune(self, dataset: Any = None, *, split: str | None = None) -> "PreTrainedModel":
+        """Remove blocks until the budget is met, and store the rest block-sparse.
+
+        Args:
+            dataset: calibration images: a folder, a Hub name, or a `datasets` object. Labels are used where there are
+                any. `magnitude` needs none.
+            split: split of the data set; "train" by default.
+
+        Returns:
+            The pruned transformers model, which is `self.model`.
+
+        Raises:
+            ModelError: no target Linears, or the model is pruned already.
+            ConfigError: the config does not fit the model.
+            DataError: the images cannot be used.
+            BudgetError: no mask meets the budget.
+        """
+        if next(block_sparse_layers(self.model), None):
+            raise ModelError(f"{self.name} is block-sparse already; prune the dense model it was made from")
+        seconds: dict[str, float] = {}
+        targets = find_targets(self.model, self.config)
+        flops = count_flops(type(self.model), self.model.config)
+        with _timed(seconds, "calibration"):
+            statistics, calibration = self._calibrate(dataset, split, targets)
+        with _timed(seconds, "saliency"):
+            traces = {
+                name: removal_trace(
+                    linear.weight.detach(), statistics.get(name), self.config.block_shape, self.config.method
+                )
+                for name, linear in targets.items()
+            }
+        with _timed(seconds, "allocation"):
+            allocation = self._allocate(traces, targets, flops)
+        self._report = self._describe(targets, flops, allocation, calibration, seconds)
+        for name, mask in allocation.masks.items():
+            weight = targets[name].weight
+            keep = expand_mask(mask, (weight.shape[0], weight.shape[1]), self.config.block_shape)
+            weight.data.mul_(keep.to(weight.device))
+        return sparsify(self.model, allocation.masks, self.config.block_shape)
+
+    def _calibrate(
+        self, dataset: Any, split: str | None, targets: dict[str, Any]
+    ) -> tuple[dict[str, LayerStatistics], dict[str, Any] | None]:
+        if self.config.method == "magnitude":
+            return {}, None
+        if dataset is None:
+            raise ModelError(f"method {self.config.method!r} needs calibration images; pass a data set to prune()")
+        settings = self.config.calibration
+        images = load_images(dataset, split=split).sample(settings.samples, settings.seed)
+        statistics, corrupt = collect(
+            self.model,
+            images,
+            self.processor,
+            targets,
+            accelerator=self.accelerator,
+            batch_size=settings.batch_size,
+            gradients=True,
+            block_shape=self.config.block_shape,
+            seed=settings.seed,
+        )
+        num_images = next(iter(statistics.values())).num_images
+        return statistics, {"dataset": _public_name(images.name), "num_images": num_images, "skipped": corrupt.files}
+
+    def _allocate(self, traces: dict[str, RemovalTrace], targets: dict[str, Any], flops: ModelFlops) -> Allocation:
+        from accelerate.utils import broadcast_object_list
+
+        costs, fixed_cost = self._costs(targets, flops)
+        power_weight = 0.0 if self.config.method == "magnitude" else self.config.power_weight
+        allocation = allocate(
+            traces,
+            costs,
+            ratio=self.config.budget.ratio,
+            fixed_cost=fixed_cost,
+            min_kept=self.config.min_kept_per_layer,
+            power_weight=power_weight,
+        )
+        # Every process decides alike, up to rounding: the first one's word counts.
+        shared = [allocation]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(shared)
+        return shared[0]
+
+    def _costs(self, targets: dict[str, Any], flops: ModelFlops) -> tuple[dict[str, BlockCosts], float]:
+        """Cost of every block in the budget's unit, and the cost of all that is no block of the targets."""
+        costs = {}
+        for name, linear in targets.items():
+            sizes = block_sizes((linear.out_features, linear.in_features), self.config.block_shape)
+            tokens = flops.linear_tokens[name]
+            by_flops = sizes * linear_flops(tokens, 1)
+            budget = by_flops if self.config.budget.metric == "flops" else torch.ones_like(sizes)
+            costs[name] = BlockCosts(budget, sizes * weights_energy_mj(tokens, 1))
+        if self.config.budget.metric == "sparsity":
+            return costs, 0.0
+        return costs, flops.total - sum(float(c.budget.sum()) for c in costs.values())
+
+    def _describe(
+        self,
+        targets: dict[str, Any],
+        flops: ModelFlops,
+        allocation: Allocation,
+        calibration: dict[str, Any] | None,
+        seconds: dict[str, float],
+    ) -> dict[str, Any]:
+        layers, dense, removed = [], 0.0, 0.0
+        for name, mask in allocation.masks.items():
+            shape = (targets[name].out_features, targets[name].in_features)
+            sizes = block_sizes(shape, self.config.block_shape) * linear_flops(flops.linear_tokens[name], 1)
+            dense, removed = dense + float(sizes.sum()), removed + float(sizes[~mask].sum())
+            layers.append(
+                {
+                    "name": name,
+                    "shape": list(shape),
+                    "block_shape": list(self.config.block_shape),
+                    "kept_blocks": int(mask.sum()),
+                    "blocks": mask.numel(),
+                    "density": float(mask.float().mean()),
+                    "predicted_loss": allocation.loss[name],
+                }
+            )
+        return {
+            "base_model": self.name,
+            "model_class": type(self.model).__name__,
+            "config": self.config.to_dict(),
+            "flops_ratio": 1 - removed / flops.total,
+            "linear_flops_ratio": 1 - removed / dense,
+            "dense_flops": flops.total,
+            "density": sum(layer["kept_blocks"] for layer in layers) / sum(layer["blocks"] for layer in layers),
+            "power_weight": allocation.power_weight,
+            "calibration": calibration,
+            "evaluation": None,
+            "seconds": seconds,
+            "environment": environment(),
+            "layers": layers,
+        }
+
+    def report(self) -> dict[str, Any]:
+        """What was removed, layer by layer, with the settings, timings and accuracy so far; JSON-ready.
+
+        Raises:
+            ModelError: nothing was pruned yet.
+        """
+        if self._report is None:
+            raise ModelError("nothing to report: call prune() first")
+        return self._report
+
+    def evaluate(
+        self,
+        dataset: Any,
+        *,
+        against: "str | Path | BlockPruner | None" = None,
+        split: str | None = None,
+        batch_size: int = 32,
+    ) -> Evaluation:
+        """Top-1 and top-5 accuracy, and the paired change against another model.
+
+        Args:
+            dataset: labelled images.
+            against: a name, folder or `BlockPruner` to compare with image by image, such as the dense model.
+            split: split of the data set; "validation" or "test" by default.
+            batch_size: images in one pass on each process.
+
+        Raises:
+            DataError: images that are missing, unlabelled, corrupt past 1 %, or labelled outside the model's classes.
+            ModelError: the other model cannot be loaded.
+        """
+        images = load_images(dataset, split=split, prefer_splits=("validation", "test", "train"))
+        options = {"accelerator": self.accelerator, "batch_size": batch_size}
+        baseline = None
+        if against is not None:
+            other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
+            baseline = predict(other.model, images, other.processor, **options)
+        result = summarise(predict(self.model, images, self.processor, **options), baseline)
+        if self._report is not None:
+            self._report["evaluation"] = {"dataset": _public_name(images.name), **result.to_dict()}
+        return result
+
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False, repo_id: str | None = None) -> None:
+        """Write the block-sparse model with everything that loads and explains it; whole or not at all.
+
+        Args:
+            directory: a folder that does not exist yet, or an older checkpoint with `overwrite`.
+            overwrite: replace an older checkpoint, once the new one is complete.
+            repo_id: the name in the card's example; the folder's name by default.
+
+        Raises:
+            ModelError: nothing was pruned yet.
+            CheckpointError: the folder exists, or cannot be written.
+        """
+        report = self.report()
+        if self.accelerator.is_main_process:
+            with checkpoint.staged_directory(directory, overwrite=overwrite) as folder:
+                self._write(folder, report, repo_id or Path(directory).name)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path, report: dict[str, Any], repo_id: str) -> None:
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        checkpoint.add_hub_code(folder, self.model)
+        stored = checkpoint.inspect_checkpoint(folder)
+        report |= {key: stored[key] for key in ("size_bytes", "dense_size_bytes")}
+        self.config.save(folder / checkpoint.RECIPE_FILE)
+        checkpoint.write_json(folder / checkpoint.REPORT_FILE, report)
+        model_card(report, repo_id).save(folder / "README.md")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload block-sparse model",
+    ) -> "CommitInfo":
+        """Upload the saved folder to the Hub, creating the repository where needed.
+
+        Raises:
+            ModelError: nothing was pruned yet.
+            huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+        """
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / repo_id.rpartition("/")[2]
+            self.save_pretrained(folder, repo_id=repo_id)
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+def _public_name(name: str) -> str:
+    """A data set's name without the folders of this machine."""
+    path = Path(name).expanduser()
+    return "/".join(path.resolve().parts[-2:]) if path.exists() else name
+
+
+def _load(name: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **kwargs)
+        hub_kwargs = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
+        processor = AutoImageProcessor.from_pretrained(name, **hub_kwargs)
+    except (BlockPruneError, BlockSparseFormatError):
+        raise
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{name}: its safetensors file is damaged ({error}); copy or download it again"
+        ) from error
+    except OSError as error:
+        raise ModelError(f"{name}: no such model or folder, or a file is missing ({_first_line(error)})") from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{name}: cannot be loaded as an image classifier ({_first_line(error)})") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelError(f"{name}: has no trained weights for {missing}; fine-tune it as a classifier first")
+    return model, processor
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def kept_mask(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """The block masks of a block-sparse model by module name, True where a block is kept."""
+    return {name: module.mask() for name, module in block_sparse_layers(model)}
