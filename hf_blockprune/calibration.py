@@ -211,7 +211,7 @@ class _Accumulator:
         """Add up over processes and divide."""
         counts = torch.tensor([self.num_tokens, self.num_images], device=accelerator.device)
         tokens, images = (int(n) for n in accelerator.reduce(counts, "sum"))
-        sums = {name: accelerator.reduce(value, "sum") for name, value in self.sums.items()}
+        sums: dict[str, Any] = {name: accelerator.reduce(value, "sum") for name, value in self.sums.items()}
         divide_by = {"mean": tokens, "second_moment": tokens, "output_weight": tokens, "gradient": images}
         done = {name: sums[name] / count for name, count in divide_by.items() if name in sums}
         if "block_gradients" in sums:

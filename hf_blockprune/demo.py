@@ -101,7 +101,7 @@ def _digits() -> tuple[Any, Any]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ModelError("the demo needs scikit-learn's digits: pip install 'hf_blockprune[demo]'") from error
-    digits = load_digits()
+    digits: Any = load_digits()
     scans = (digits.images * (255 / 16)).astype("uint8")
     order = torch.randperm(len(scans), generator=torch.Generator().manual_seed(0)).tolist()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
@@ -134,17 +134,16 @@ def _train(train: Any) -> tuple[ViTForImageClassification, Any]:
     """A vision transformer of 800 thousand weights, from scratch."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = ViTForImageClassification(
-            ViTConfig(
-                image_size=32,
-                patch_size=8,
-                hidden_size=128,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                intermediate_size=512,
-                num_labels=10,
-            )
+        config = ViTConfig(
+            image_size=32,
+            patch_size=8,
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=512,
+            id2label={digit: str(digit) for digit in range(10)},
         )
+        model = ViTForImageClassification(config)
         processor = _processor()
         pixels = processor(images=list(train["image"]), return_tensors="pt")["pixel_values"]
         labels = torch.tensor(train["label"])

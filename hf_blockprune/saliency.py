@@ -66,9 +66,8 @@ def removal_trace(
 def magnitude_trace(weight: Tensor, block_shape: tuple[int, int]) -> RemovalTrace:
     """Blocks in the order of their mean absolute weight; the loss is the running sum of these means."""
     weight = weight.double()
-    scores = block_sums(weight.abs(), block_shape) / block_sizes((weight.shape[0], weight.shape[1]), block_shape).to(
-        weight.device
-    )
+    sizes = block_sizes((weight.shape[0], weight.shape[1]), block_shape).to(weight.device)
+    scores = block_sums(weight.abs(), block_shape) / sizes
     order = scores.flatten().argsort(stable=True)
     loss = torch.cumsum(scores.flatten()[order], dim=0)
     return _one_unit(order, loss, scores.shape)

@@ -1,0 +1,120 @@
+"""Small models and images that the tests make for themselves, and the way to the real ones."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_LABELS = 7
+
+
+def tiny_settings(**changes):
+    """Config values of a transformer with 48-wide tokens, 96-wide MLPs and 17 tokens; blocks of 32 do not divide it."""
+    settings = {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 96,
+        "id2label": {i: f"class {i}" for i in range(NUM_LABELS)},
+    }
+    return {**settings, **changes}
+
+
+TINY_MODELS = {
+    "vit": (ViTForImageClassification, ViTConfig),
+    "deit": (DeiTForImageClassification, DeiTConfig),
+    "deit-distilled": (DeiTForImageClassificationWithTeacher, DeiTConfig),
+}
+
+
+def tiny_model(family="vit", seed=0, **changes):
+    """A random model of a family; its biases are random too, so that dropping one shows."""
+    model_class, config_class = TINY_MODELS[family]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**tiny_settings(**changes))).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def processor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processor")
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return AutoImageProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session", params=list(TINY_MODELS))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory, processor):
+    """A dense ViT classifier saved with its processor."""
+    folder = tmp_path_factory.mktemp("dense") / "tiny-vit"
+    tiny_model("vit").save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def write_images(folder, count, *, labels=True, size=40, seed=0):
+    """An imagefolder of random pictures, with a metadata.csv where labels are wanted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows = ["file_name,label"]
+    for i in range(count):
+        name = f"picture_{i:03d}.png"
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / name)
+        rows.append(f"{name},{i % NUM_LABELS}")
+    if labels:
+        (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """24 labelled pictures."""
+    return write_images(tmp_path_factory.mktemp("images") / "labelled", 24)
+
+
+def shared_path():
+    """The folder with the real model and images, or None."""
+    path = Path(os.environ.get("BLOCKPRUNE_SHARED", ROOT.parent / "shared"))
+    return path if (path / "models").is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared():
+    path = shared_path()
+    if path is None:
+        pytest.skip("the real model and images are not here; name their folder in BLOCKPRUNE_SHARED")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory):
+    """Nothing the tests do may depend on, or end in, the user's caches."""
+    import datasets.config
+
+    saved = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets-cache")
+    yield
+    datasets.config.HF_DATASETS_CACHE = saved
