@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from accelerate import PartialState
+from accelerate import Accelerator
 
 from hf_blockprune import cli
 
@@ -35,8 +35,8 @@ def main(
     quiet: cli.Quiet = False,
 ) -> None:
     """Prune a model as a recipe says, and save it block-sparse."""
-    state = PartialState()
-    cli.set_quiet(quiet or not state.is_main_process)
+    accelerator = Accelerator()
+    cli.set_quiet(quiet or not accelerator.is_main_process)
     report = cli.prune_from_options(
         config,
         model=model,
@@ -52,9 +52,9 @@ def main(
         seed=seed,
         overwrite=overwrite,
     )
-    if state.is_main_process:
+    if accelerator.is_main_process:
         cli.emit(report, cli.report_table(report), as_json=json_)
-    state.destroy_process_group()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+
 import numpy as np
 import pytest
 import torch
@@ -68,9 +70,9 @@ def family(request):
 
 @pytest.fixture(scope="session")
 def vit_folder(tmp_path_factory, processor):
-    """A dense ViT classifier saved with its processor."""
+    """A dense ViT classifier saved with its processor; wide enough for a fine choice among 16x16 blocks."""
     folder = tmp_path_factory.mktemp("dense") / "tiny-vit"
-    tiny_model("vit").save_pretrained(folder)
+    tiny_model("vit", hidden_size=96, intermediate_size=384).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

@@ -1,0 +1,108 @@
+"""Accuracy of pruned models over methods, block shapes and budgets, each point in a process of its own.
+
+    python benchmarks/accuracy.py --model MODEL --calibration IMAGES --evaluation LABELLED_IMAGES \
+        --output benchmarks/results/accuracy-deit-tiny.json
+
+Rows that the output file already holds are kept, so an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hf_blockprune.environment import environment
+
+KEYS = ("method", "block_shape", "budget", "seed")
+
+
+def main() -> None:
+    """Measure every point that is not in the output file yet."""
+    options = parse_options()
+    results = load(options.output)
+    for method, shape, budget in product(options.methods, options.block_shapes, options.budgets):
+        point = {"method": method, "block_shape": shape, "budget": f"flops={budget}", "seed": options.seed}
+        if any(all(row[key] == point[key] for key in KEYS) for row in results["rows"]):
+            continue
+        row = measure(point, options)
+        results["rows"].append(row)
+        results["environment"] = environment()
+        save(options.output, results)
+        print(f"{method} {shape} {budget}: top-1 {row['top1']:.4f} (dense {row['baseline_top1']:.4f})", flush=True)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="dense model: a Hub name or a folder")
+    parser.add_argument("--calibration", required=True, help="calibration images")
+    parser.add_argument("--evaluation", required=True, help="labelled images that nothing was chosen on")
+    parser.add_argument("--methods", nargs="+", default=["magnitude", "taylor"])
+    parser.add_argument("--block-shapes", nargs="+", default=["16x16"])
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.9, 0.75, 0.5])
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write or go on with")
+    return parser.parse_args()
+
+
+def load(path: Path) -> dict[str, Any]:
+    if path.exists():
+        return json.loads(path.read_text())
+    return {"environment": {}, "rows": []}
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.replace(path)
+
+
+def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Prune and evaluate in a new process; its time and peak memory are those of the whole command."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["prune", options.model, "--dataset", options.calibration, "--evaluate-on", options.evaluation]
+        for name in ("method", "block_shape", "budget", "seed"):
+            arguments += [f"--{name.replace('_', '-')}", str(point[name])]
+        arguments += ["--samples", str(options.samples), "--quiet", "--json", "--output", "OUT"]
+        log = Path(folder) / "report.json"
+        start = time.perf_counter()
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hf_blockprune.cli", *arguments[:-1], f"{folder}/out"],
+                stdout=out,
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"failed: blockprune {shlex.join(arguments)}")
+        report = json.loads(log.read_text())
+    command = shlex.join(["blockprune", *arguments]).replace(str(Path(options.model).parents[1]), "$SHARED")
+    return {
+        **point,
+        **{key: report["evaluation"].get(key) for key in ACCURACY},
+        **{key: report[key] for key in ("flops_ratio", "linear_flops_ratio", "density", "size_bytes", "seconds")},
+        "wall_seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_bytes": usage.ru_maxrss * 1024,
+        "command": command,
+    }
+
+
+ACCURACY = (
+    "top1",
+    "top5",
+    "num_images",
+    "baseline_top1",
+    "delta",
+    "interval",
+    "flipped_to_wrong",
+    "flipped_to_right",
+)
+
+if __name__ == "__main__":
+    main()

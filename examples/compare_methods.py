@@ -1,0 +1,19 @@
+"""Compare pruning methods image by image: `python examples/compare_methods.py MODEL CALIBRATION LABELLED`."""
+
+import sys
+
+from hf_blockprune import BlockPruneConfig, BlockPruner
+
+model_name, calibration, labelled = sys.argv[1:4]
+
+dense = BlockPruner.from_pretrained(model_name)
+for method in ("magnitude", "taylor"):
+    config = BlockPruneConfig(block_shape=(16, 16), method=method, budget={"metric": "flops", "ratio": 0.9})
+    pruner = BlockPruner.from_pretrained(model_name, config)
+    pruner.prune(calibration)
+    result = pruner.evaluate(labelled, against=dense)
+    low, high = result.interval
+    print(
+        f"{method:10s} top-1 {result.top1:.1%} on {result.num_images} images, dense {result.baseline_top1:.1%}, "
+        f"change {result.delta:+.1%} (95 % interval {low:+.1%} to {high:+.1%})"
+    )

@@ -1,0 +1,146 @@
+"""The command line: outputs, exit codes, one-line errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_blockprune.cli import app
+
+from .conftest import write_images
+
+QUICK = ["--block-shape", "16x16", "--budget", "flops=0.75", "--samples", "8", "--quiet"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments):
+    """The one line on standard error of a command that must end with exit code 1."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def pruned(vit_folder, images, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli") / "pruned"
+    result = run("prune", vit_folder, "--dataset", images, "--output", output, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "75." in result.stdout or "74." in result.stdout
+    return output
+
+
+def test_prune_json_is_the_saved_report(vit_folder, images, tmp_path):
+    result = run("prune", vit_folder, "--dataset", images, "--output", tmp_path / "out", "--json", *QUICK)
+    report = json.loads(result.stdout)
+    saved = json.loads((tmp_path / "out/blockprune_report.json").read_text())
+    assert {key: value for key, value in report.items() if key != "output"} == saved
+
+
+def test_inspect_json_has_the_promised_keys(pruned):
+    values = json.loads(run("inspect", pruned, "--json").stdout)
+    assert 0.7 < values["flops_ratio"] <= 0.75
+    assert values["size_bytes"] < values["dense_size_bytes"]
+    total = sum(layer["kept_blocks"] for layer in values["layers"])
+    assert values["density"] == pytest.approx(total / sum(layer["blocks"] for layer in values["layers"]))
+    for layer in values["layers"]:
+        assert set(layer) >= {"name", "shape", "block_shape", "kept_blocks", "density"}
+
+
+def test_inspect_table_shows_every_layer(pruned):
+    shown = run("inspect", pruned).stdout
+    for layer in json.loads(run("inspect", pruned, "--json").stdout)["layers"]:
+        assert layer["module"] in shown
+
+
+def test_evaluate_json_with_and_without_baseline(pruned, vit_folder, images):
+    alone = json.loads(run("evaluate", pruned, "--dataset", images, "--json", "--quiet").stdout)
+    assert set(alone) == {"top1", "top5", "num_images", "skipped"}
+    both = json.loads(run("evaluate", pruned, "--dataset", images, "--against", vit_folder, "--json", "--quiet").stdout)
+    assert set(both) - set(alone) == {"baseline_top1", "delta", "interval", "flipped_to_wrong", "flipped_to_right"}
+    assert both["top1"] == alone["top1"]
+
+
+def test_recipe_with_overrides(vit_folder, images, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {vit_folder}\ndataset: {images}\noutput: {tmp_path / 'never'}\nblock_shape: [16, 16]\n"
+        "method: magnitude\nbudget: {metric: flops, ratio: 0.9}\ncalibration: {samples: 4, seed: 3}\n"
+    )
+    arguments = ["--config", recipe, "--output", tmp_path / "out", "--budget", "sparsity=0.5", "--samples", "6"]
+    report = json.loads(run("prune", *arguments, "--json", "--quiet").stdout)
+    assert report["config"]["budget"] == {"metric": "sparsity", "ratio": 0.5}
+    assert report["config"]["calibration"] == {"samples": 6, "batch_size": 16, "seed": 3}
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune", "--block-shape", "16"],
+        ["prune", "--budget", "flops"],
+        ["prune", "--budget", "flops=2"],
+        ["prune", "--samples", "0"],
+        ["prune", "--no-such-option"],
+        ["evaluate", "model"],
+        ["no-such-command"],
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_usage_errors_exit_with_2(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def test_nothing_to_prune_is_one_line(tmp_path):
+    assert "model: name one" in refused("prune", "--output", tmp_path / "out")
+
+
+def test_existing_output_is_refused_before_any_work(vit_folder, images, pruned):
+    line = refused("prune", "no/such-model", "--dataset", images, "--output", pruned, *QUICK)
+    assert "exists already" in line
+
+
+@pytest.mark.parametrize("command", ["inspect", "evaluate"])
+def test_damaged_weights_are_one_line(pruned, images, tmp_path, command):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in pruned.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    arguments = ["--dataset", images, "--quiet"] if command == "evaluate" else []
+    assert "safetensors" in refused(command, broken, *arguments)
+
+
+def test_inspecting_something_else(tmp_path, vit_folder):
+    assert "cannot be read" in refused("inspect", tmp_path)
+    assert "no block-sparse checkpoint" in refused("inspect", vit_folder)
+
+
+def test_empty_image_folder(vit_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    line = refused("prune", vit_folder, "--dataset", tmp_path / "empty", "--output", tmp_path / "out", *QUICK)
+    assert "no images" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_corrupt_images_past_one_percent(vit_folder, tmp_path):
+    folder = write_images(tmp_path / "pictures", 10)
+    (folder / "picture_004.png").write_bytes(b"not a picture")
+    line = refused("evaluate", vit_folder, "--dataset", folder, "--quiet")
+    assert "1 of 10 images" in line
+    assert "picture_004.png" in line
+
+
+def test_installed_command_shows_help():
+    done = subprocess.run([sys.executable, "-m", "hf_blockprune.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for command in ("prune", "evaluate", "inspect", "demo"):
+        assert command in done.stdout
