@@ -145,10 +145,9 @@ def check_indices(name: str, crow_indices: Tensor, col_indices: Tensor, block_co
         if indices.dtype != torch.int32:
             raise BlockSparseFormatError(f"{name}.{tensor_name}: must be int32, got {indices.dtype}")
     crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
-    if crow[0] != 0 or crow[-1] != len(col):
+    if not len(crow) or crow[0] != 0 or crow[-1] != len(col):
         raise BlockSparseFormatError(
-            f"{name}.crow_indices: must start at 0 and end at {len(col)} (the number of kept blocks), "
-            f"got {int(crow[0])} and {int(crow[-1])}"
+            f"{name}.crow_indices: must start at 0 and end at {len(col)}, the number of kept blocks"
         )
     counts = crow.diff()
     if (counts < 0).any():

@@ -15,6 +15,11 @@ from .blockprune_layout import (
 from .blockprune_ops import block_sparse_linear
 
 
+def _check_loaded(module: nn.Module, _incompatible_keys: object) -> None:
+    assert isinstance(module, BlockSparseLinear)
+    module.check()
+
+
 class BlockSparseLinear(nn.Module):
     """y = x W^T + b with a block-sparse W; trainable, its pattern fixed.
 
@@ -58,7 +63,7 @@ class BlockSparseLinear(nn.Module):
         crow = torch.zeros(self.grid_shape[0] + 1, dtype=torch.int32, device=device)
         self.register_buffer("crow_indices", crow)
         self.register_buffer("col_indices", torch.zeros(nnz_blocks, dtype=torch.int32, device=device))
-        self.register_load_state_dict_post_hook(lambda module, _: module.check())
+        self.register_load_state_dict_post_hook(_check_loaded)
         self.crow_indices: Tensor
         self.col_indices: Tensor
 
@@ -114,6 +119,8 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected inputs with {self.in_features} features, got {tuple(x.shape)}")
         return block_sparse_linear(
             x, self.weight, self.crow_indices, self.col_indices, self.bias, out_features=self.out_features
         )

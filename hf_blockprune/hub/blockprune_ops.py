@@ -42,21 +42,22 @@ def choose_backend(x: Tensor, weight: Tensor, backend: str = "auto") -> str:
     if backend == "auto":
         backend = os.environ.get("BLOCKPRUNE_BACKEND", "auto")
     if backend == "auto":
-        return next(name for name in available_backends() if _BACKENDS[name][1](x, weight))
+        backend = next((name for name in available_backends() if _BACKENDS[name][1](x, weight)), "reference")
     if backend not in _BACKENDS:
         raise ValueError(f"unknown block-sparse backend {backend!r}; choose one of {available_backends()} or 'auto'")
     if not _BACKENDS[backend][1](x, weight):
-        raise ValueError(f"block-sparse backend {backend!r} cannot run {x.dtype} on {x.device}; use 'auto'")
+        raise ValueError(
+            f"block-sparse backend {backend!r} cannot run {x.dtype} inputs with {weight.dtype} weights on {x.device}; "
+            "convert one of them, or leave the backend at 'auto'"
+        )
     return backend
 
 
-def _feature_major(x: Tensor, features: int) -> Tensor:
-    """x [tokens, in_features] as [features, tokens], with zero rows added up to `features`."""
-    return F.pad(x.t(), (0, 0, 0, features - x.shape[1])).contiguous()
-
-
-def _padded_in_features(x: Tensor, block_cols: int) -> int:
-    return -(-x.shape[1] // block_cols) * block_cols
+def _block_columns(x: Tensor, cols: int) -> Tensor:
+    """x [tokens, in_features] as [block columns, cols * tokens], feature-major, zeros filling up the last column."""
+    tokens, features = x.shape
+    block_cols = -(-features // cols)
+    return F.pad(x.t(), (0, 0, 0, block_cols * cols - features)).reshape(block_cols, cols * tokens)
 
 
 def reference_forward(
@@ -75,13 +76,13 @@ def reference_forward(
     """
     rows, cols = weight.shape[1:]
     tokens = x.shape[0]
-    columns = _feature_major(x, _padded_in_features(x, cols)).view(-1, cols * tokens)
+    columns = _block_columns(x, cols)
     out = x.new_empty(tokens, out_features)
     starts = crow_indices.tolist()
     for row, (start, end) in enumerate(pairwise(starts)):
         out_row = out[:, row * rows : (row + 1) * rows]
         height = out_row.shape[1]  # the last block row may be cut off
-        gathered = columns.index_select(0, col_indices[start:end]).view(-1, tokens)
+        gathered = columns.index_select(0, col_indices[start:end]).view((end - start) * cols, tokens)
         blocks = weight[start:end, :height].transpose(1, 2).reshape(-1, height)
         if bias is None:
             torch.mm(gathered.t(), blocks, out=out_row)
@@ -96,7 +97,7 @@ def reference_backward(
     """Gradients of x and of the kept blocks, given `grad` [tokens, out_features] of the product without activation."""
     rows, cols = weight.shape[1:]
     tokens = x.shape[0]
-    columns = _feature_major(x, _padded_in_features(x, cols)).view(-1, cols * tokens)
+    columns = _block_columns(x, cols)
     grad_columns = torch.zeros_like(columns)
     grad_weight = torch.zeros_like(weight)
     starts = crow_indices.tolist()
@@ -104,11 +105,12 @@ def reference_backward(
         grad_row = grad[:, row * rows : (row + 1) * rows]
         height = grad_row.shape[1]
         chosen = col_indices[start:end]
-        gathered = columns.index_select(0, chosen).view(-1, tokens)
+        gathered = columns.index_select(0, chosen).view((end - start) * cols, tokens)
         blocks = weight[start:end, :height].transpose(1, 2).reshape(-1, height)
-        grad_columns.index_add_(0, chosen, (blocks @ grad_row.t()).view(-1, cols * tokens))
+        grad_columns.index_add_(0, chosen, (blocks @ grad_row.t()).view(end - start, cols * tokens))
         grad_weight[start:end, :height] = (gathered @ grad_row).view(-1, cols, height).transpose(1, 2)
-    return grad_columns.view(-1, tokens)[: x.shape[1]].t().contiguous(), grad_weight
+    grad_x = grad_columns.view(len(columns) * cols, tokens)[: x.shape[1]].t().contiguous()
+    return grad_x, grad_weight
 
 
 register_backend("reference", reference_forward, lambda x, weight: x.dtype == weight.dtype)
@@ -213,7 +215,7 @@ def block_sparse_linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; choose one of {list(ACTIVATIONS)}")
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as torch's own autocast has it
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)

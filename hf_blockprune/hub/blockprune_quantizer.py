@@ -28,6 +28,7 @@ from .blockprune_linear import BlockSparseLinear
 QUANT_METHOD = "blockprune"
 FORMAT_VERSION = 1
 TENSOR_NAMES = ("weight", "crow_indices", "col_indices")
+INDEX_SUFFIXES = (".crow_indices", ".col_indices")
 
 
 class BlockPruneQuantizationConfig(QuantizationConfigMixin):
@@ -117,14 +118,9 @@ class BlockPruneHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model):
-        """Refuse to save a model whose layers no longer agree with the config that is saved beside them."""
-        expected = sorted(self.quantization_config.layers.values())
-        found = sorted(module.nnz_blocks for _, module in block_sparse_layers(model))
-        if expected != found:
-            raise BlockSparseFormatError(
-                "the model's block-sparse layers are not those of its quantization_config; attach the pattern again "
-                "with hf_blockprune.sparsify(model, masks, block_shape) before saving"
-            )
+        """Called by `save_pretrained` before the config is written: it must describe the model as it is now."""
+        config = stored_config(model)
+        self.quantization_config = model.config.quantization_config = config
         return None, {}
 
     def _dequantize(self, model, dtype=None):
@@ -175,8 +171,7 @@ def sparsify(model: Any, masks: dict[str, Tensor], block_shape: tuple[int, int])
     """
     for name, mask in masks.items():
         model.set_submodule(name, BlockSparseLinear.from_dense(model.get_submodule(name), mask, block_shape))
-    layers = {stored_layer_name(model, name): module.nnz_blocks for name, module in block_sparse_layers(model)}
-    config = BlockPruneQuantizationConfig(block_shape=block_shape, layers=layers)
+    config = stored_config(model)
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](config, pre_quantized=True)
     model.config.quantization_config = config
     model.config._is_quantized = True
@@ -185,13 +180,35 @@ def sparsify(model: Any, masks: dict[str, Tensor], block_shape: tuple[int, int])
     return model
 
 
+def stored_config(model: Any) -> BlockPruneQuantizationConfig:
+    """The config that describes a model's block-sparse layers as they will be stored.
+
+    Raises:
+        BlockSparseFormatError: the layers differ in block shape, which format 1 cannot store.
+    """
+    layers = dict(block_sparse_layers(model))
+    shapes = {module.block_shape for module in layers.values()}
+    if len(shapes) != 1:
+        raise BlockSparseFormatError(f"block_shape: format 1 stores one for all layers, the model has {sorted(shapes)}")
+    counts = {stored_layer_name(model, name): module.nnz_blocks for name, module in layers.items()}
+    return BlockPruneQuantizationConfig(block_shape=shapes.pop(), layers=counts)
+
+
 def _stored_shapes(checkpoint_files: list[str]) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor, read from the files' headers alone."""
+    """Shape of every tensor, from the files' headers alone; index tensors must be int32 there already.
+
+    Raises:
+        BlockSparseFormatError: a file is cut off, or an index tensor has another dtype.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for path in checkpoint_files:
         try:
             with safe_open(path, framework="pt") as file:
-                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+                for key in file.keys():  # noqa: SIM118 (a file handle, not a dict)
+                    entry = file.get_slice(key)
+                    shapes[key] = tuple(entry.get_shape())
+                    if key.endswith(INDEX_SUFFIXES) and entry.get_dtype() != "I32":
+                        raise BlockSparseFormatError(f"{key}: must be int32, got {entry.get_dtype()}")
         except SafetensorError as error:
             raise BlockSparseFormatError(
                 f"{path}: not a whole safetensors file ({error}); download it again"

@@ -1,0 +1,150 @@
+"""The three ways a saved checkpoint loads, each in a process of its own.
+
+With the package imported; without it, by the code beside the checkpoint; and without either, which must fail.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_blockprune import BlockPruneConfig, BlockPruner
+from tests.conftest import ROOT, tiny_model
+from tests.fake_hub import FakeHub
+
+REPO = "someone/tiny-pruned"
+pytestmark = pytest.mark.slow
+
+CHILD = """
+import importlib, json, sys
+
+source, folder, package, kwargs = json.loads(sys.argv[1])
+
+
+class Absent:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "hf_blockprune":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+if package:
+    sys.path.insert(0, package)
+    importlib.import_module("hf_blockprune")
+else:
+    sys.meta_path.insert(0, Absent)
+    try:
+        importlib.import_module("hf_blockprune")
+    except ModuleNotFoundError:
+        pass
+    else:
+        raise AssertionError("hf_blockprune can be imported; this process was to be without it")
+
+import torch
+from transformers import AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained(source, **kwargs)
+with torch.no_grad():
+    logits = model(torch.load(f"{folder}/pixels.pt")).logits
+sparse = {type(m).__module__ for m in model.modules() if type(m).__name__ == "BlockSparseLinear"}
+torch.save({"logits": logits, "class": type(model).__name__, "sparse": sorted(sparse)}, f"{folder}/result.pt")
+"""
+
+
+class Loader:
+    """Loads a source in a fresh process and hands back what the model there answered."""
+
+    def __init__(self, folder, pixels):
+        self.folder = folder
+        torch.save(pixels, folder / "pixels.pt")
+
+    def run(self, source, *, package=False, endpoint=None, **kwargs):
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+        env |= {"HF_HOME": str(self.folder / "hf-home"), "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+        # Whoever names no Hub must not need one.
+        env |= {"HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1"} if endpoint else {"HF_HUB_OFFLINE": "1"}
+        arguments = json.dumps([str(source), str(self.folder), str(ROOT) if package else None, kwargs])
+        command = [sys.executable, "-I", "-c", CHILD, arguments]
+        return subprocess.run(command, env=env, cwd=self.folder, capture_output=True, text=True, timeout=120)
+
+    def load(self, source, **options):
+        done = self.run(source, **options)
+        assert done.returncode == 0, done.stderr
+        return torch.load(self.folder / "result.pt")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def loader(tmp_path, pixels):
+    return Loader(tmp_path, pixels)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, processor):
+    """(folder, model) by family: a pruned model and where it was saved."""
+    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "sparsity", "ratio": 0.5})
+
+    def save(family):
+        folder = tmp_path_factory.mktemp("saved") / f"tiny-{family}"
+        pruner = BlockPruner(tiny_model(family), processor, config, name="tiny")
+        model = pruner.prune()
+        pruner.save_pretrained(folder)
+        return folder, model
+
+    return {family: save(family) for family in ("vit", "deit-distilled")}
+
+
+def assert_same_answers(result, model, pixels):
+    with torch.no_grad():
+        torch.testing.assert_close(result["logits"], model(pixels).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_with_the_package_imported_no_flag_is_needed(loader, saved, pixels):
+    folder, model = saved["vit"]
+    result = loader.load(folder, package=True)
+    assert_same_answers(result, model, pixels)
+    assert result["class"] == "ViTForImageClassification"
+    assert result["sparse"] == ["hf_blockprune.hub.blockprune_linear"]
+
+
+def test_with_the_package_and_the_checkpoints_own_code_both_present(loader, saved, pixels):
+    folder, model = saved["vit"]
+    result = loader.load(folder, package=True, trust_remote_code=True)
+    assert_same_answers(result, model, pixels)
+    assert result["class"] == "BlockPruneViTForImageClassification"
+
+
+def test_without_the_package_a_folder_loads_by_its_own_code(loader, saved, pixels):
+    folder, model = saved["vit"]
+    result = loader.load(folder, trust_remote_code=True)
+    assert_same_answers(result, model, pixels)
+    assert result["class"] == "BlockPruneViTForImageClassification"
+    assert [name.partition(".")[0] for name in result["sparse"]] == ["transformers_modules"]
+
+
+def test_without_the_package_a_repository_loads_by_its_own_code(loader, saved, pixels):
+    folder, model = saved["deit-distilled"]
+    with FakeHub({REPO: folder}) as hub:
+        result = loader.load(REPO, endpoint=hub.endpoint, trust_remote_code=True)
+        commit = hub.commit(REPO)
+    assert_same_answers(result, model, pixels)
+    assert result["class"] == "BlockPruneDeiTForImageClassificationWithTeacher"
+    assert [commit in name for name in result["sparse"]] == [True]
+    fetched = {Path(request).name for request in hub.requests if request.startswith("GET") and "/resolve/" in request}
+    assert {"config.json", "model.safetensors", "modeling_blockprune.py", "blockprune_quantizer.py"} <= fetched
+
+
+def test_without_the_package_and_without_trust_there_is_an_error_and_no_model(loader, saved):
+    done = loader.run(saved["vit"][0])
+    assert done.returncode != 0
+    assert not (loader.folder / "result.pt").exists()
+    assert "mismatch" in done.stderr.splitlines()[-1]
+    assert "mlp.fc1.weight" in done.stderr
