@@ -2,16 +2,17 @@
 
 import sys
 
-from hf_blockprune import BlockPruneConfig, BlockPruner
+from hf_blockprune import BlockPruneConfig, BlockPruner, Budget
 
 model_name, calibration, labelled = sys.argv[1:4]
 
 dense = BlockPruner.from_pretrained(model_name)
 for method in ("magnitude", "taylor"):
-    config = BlockPruneConfig(block_shape=(16, 16), method=method, budget={"metric": "flops", "ratio": 0.9})
+    config = BlockPruneConfig(block_shape=(16, 16), method=method, budget=Budget("flops", 0.9))
     pruner = BlockPruner.from_pretrained(model_name, config)
     pruner.prune(calibration)
     result = pruner.evaluate(labelled, against=dense)
+    assert result.interval is not None  # there was a model to compare with
     low, high = result.interval
     print(
         f"{method:10s} top-1 {result.top1:.1%} on {result.num_images} images, dense {result.baseline_top1:.1%}, "

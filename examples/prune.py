@@ -2,14 +2,14 @@
 
 import sys
 
-from hf_blockprune import BlockPruneConfig, BlockPruner
+from hf_blockprune import BlockPruneConfig, BlockPruner, Budget
 
 model_name, images, output = sys.argv[1:4]
 
 config = BlockPruneConfig(
     block_shape=(16, 16),
     method="taylor",
-    budget={"metric": "flops", "ratio": 0.75},  # keep 75 % of the whole model's FLOPs
+    budget=Budget("flops", 0.75),  # keep 75 % of the whole model's FLOPs
 )
 pruner = BlockPruner.from_pretrained(model_name, config)
 pruner.prune(images)

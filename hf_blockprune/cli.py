@@ -76,6 +76,12 @@ def emit(values: dict[str, Any], table: Table, *, as_json: bool) -> None:
         out.print(table)
 
 
+def say_skipped(files: list[str]) -> None:
+    """Name the images that could not be decoded."""
+    if files:
+        err.print(f"skipped {len(files)} corrupt image(s): {', '.join(files)}", markup=False, soft_wrap=True)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars or warnings.")]
 Overwrite = Annotated[
@@ -165,6 +171,8 @@ def prune(
         overwrite=overwrite,
     )
     emit(report, report_table(report), as_json=json_)
+    if not quiet and report["calibration"] is not None:
+        say_skipped(report["calibration"]["skipped"])
 
 
 @app.command()
@@ -185,8 +193,8 @@ def evaluate(
     pruner = BlockPruner.from_pretrained(model)
     result = pruner.evaluate(dataset, against=against, split=split, batch_size=batch_size)
     emit(result.to_dict(), evaluation_table(result.to_dict()), as_json=json_)
-    if result.skipped and not quiet:
-        err.print(f"skipped {len(result.skipped)} corrupt image(s): {', '.join(result.skipped)}", markup=False)
+    if not quiet:
+        say_skipped(result.skipped)
 
 
 @app.command()
@@ -225,6 +233,10 @@ def report_table(report: dict[str, Any]) -> Table:
     """What `prune` did, in short."""
     table = Table(title=f"{report['base_model']} -> {report['output']}", show_header=False)
     table.add_row("method", f"{report['config']['method']}, blocks {_shape(report['config']['block_shape'])}")
+    if report["calibration"] is not None:
+        c = report["calibration"]
+        of = "a stream" if c["found_images"] is None else f"{c['found_images']} found"
+        table.add_row("calibration images", f"{c['num_images']} of {of} in {c['dataset']}")
     table.add_row("FLOPs kept, whole model", f"{report['flops_ratio']:.2%}")
     table.add_row("FLOPs kept, pruned layers", f"{report['linear_flops_ratio']:.2%}")
     table.add_row("weights on disk", _bytes_against(report))

@@ -152,7 +152,8 @@ class BlockPruner:
         if dataset is None:
             raise ModelError(f"method {self.config.method!r} needs calibration images; pass a data set to prune()")
         settings = self.config.calibration
-        images = load_images(dataset, split=split).sample(settings.samples, settings.seed)
+        found = load_images(dataset, split=split)
+        images = found.sample(settings.samples, settings.seed)
         statistics, corrupt = collect(
             self.model,
             images,
@@ -164,8 +165,12 @@ class BlockPruner:
             block_shape=self.config.block_shape,
             seed=settings.seed,
         )
-        num_images = next(iter(statistics.values())).num_images
-        return statistics, {"dataset": _public_name(images.name), "num_images": num_images, "skipped": corrupt.files}
+        return statistics, {
+            "dataset": _public_name(images.name),
+            "found_images": None if found.streaming else len(found.dataset),
+            "num_images": next(iter(statistics.values())).num_images,
+            "skipped": [Path(file).name for file in corrupt.files],
+        }
 
     def _allocate(self, traces: dict[str, RemovalTrace], targets: dict[str, Any], flops: ModelFlops) -> Allocation:
         from accelerate.utils import broadcast_object_list

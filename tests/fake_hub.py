@@ -1,5 +1,6 @@
-"""A Hugging Face Hub on localhost that serves folders, for processes started with HF_ENDPOINT set to it."""
+"""A Hugging Face Hub on localhost that serves folders and takes uploads, for processes with HF_ENDPOINT set to it."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -9,15 +10,17 @@ from urllib.parse import unquote, urlsplit
 
 
 class FakeHub:
-    """Serves model repositories, read-only, while its `with` block runs.
+    """Serves model repositories while its `with` block runs.
 
     Args:
         repos: folder by repository name, such as {"someone/tiny-vit": Path("out")}.
+        uploads: folder for repositories that are created; without it the Hub is read-only.
 
     `requests` lists what was asked as "METHOD path", in order.
     """
 
-    def __init__(self, repos):
+    def __init__(self, repos, uploads=None):
+        self.uploads = uploads
         self.repos = {name: Path(folder) for name, folder in repos.items()}
         self.requests = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -66,6 +69,37 @@ class _Handler(BaseHTTPRequestHandler):
         if self._known(repo, revision):
             self._answer_file(repo, name)
 
+    def do_POST(self):
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.hub.requests.append(f"POST /{path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = path.split("/")
+        if path == "api/validate-yaml":
+            return self._answer_json({"errors": [], "warnings": []})
+        if self.hub.uploads is None or "Bearer" not in self.headers.get("Authorization", ""):
+            return self._answer(403, b"", {})
+        if path == "api/repos/create":
+            return self._create(json.loads(body))
+        repo, action = "/".join(parts[2:4]), parts[4]
+        if action == "preupload":
+            files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
+            return self._answer_json({"files": [{**f, "shouldIgnore": False} for f in files]})
+        return self._commit(repo, [json.loads(line) for line in body.splitlines()])
+
+    def _create(self, request):
+        repo = f"{request.get('organization') or 'someone'}/{request['name']}"
+        self.hub.repos[repo] = Path(self.hub.uploads) / repo
+        self.hub.repos[repo].mkdir(parents=True, exist_ok=True)
+        self._answer_json({"url": f"{self.hub.endpoint}/{repo}", "name": repo, "id": repo})
+
+    def _commit(self, repo, operations):
+        for operation in operations:
+            if operation["key"] == "file":
+                file = operation["value"]
+                (self.hub.repos[repo] / file["path"]).write_bytes(base64.b64decode(file["content"]))
+        oid = self.hub.commit(repo)
+        self._answer_json({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repo}/commit/{oid}"})
+
     def _known(self, repo, revision):
         if repo not in self.hub.repos:
             self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -92,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             "likes": 0,
             "siblings": [{"rfilename": name} for name in self.hub.files(repo)],
         }
-        self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        self._answer_json(info)
 
     def _answer_file(self, repo, name):
         commit = {"X-Repo-Commit": self.hub.commit(repo)}
@@ -100,6 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, b"", {"X-Error-Code": "EntryNotFound", **commit})
         body = (self.hub.repos[repo] / name).read_bytes()
         self._answer(200, body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', **commit})
+
+    def _answer_json(self, values):
+        self._answer(200, json.dumps(values).encode(), {"Content-Type": "application/json"})
 
     def _answer(self, status, body, headers):
         self.send_response(status)
