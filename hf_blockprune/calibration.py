@@ -81,7 +81,7 @@ def collect(
     Raises:
         DataError: labels outside the model's range, too many corrupt images, or a loss that is not finite.
     """
-    model.to(accelerator.device).eval()
+    model.to(accelerator.device)
     accumulators = {
         name: _Accumulator(linear, moments=moments, block_shape=block_shape if gradients else None)
         for name, linear in targets.items()
@@ -142,12 +142,14 @@ def _sampled_labels(logits: Tensor, index: Tensor, seed: int) -> Tensor:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient: layers take theirs image by image in the hooks."""
+    """In evaluation mode, and no parameter asks for a gradient: layers take theirs image by image in the hooks."""
+    training = model.training
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(False)
+    model.eval().requires_grad_(False)
     try:
         yield
     finally:
+        model.train(training)
         for parameter, requires_grad in wanted:
             parameter.requires_grad_(requires_grad)
 
@@ -220,9 +222,14 @@ class _Accumulator:
 
 
 def _signs(index: Tensor) -> Tensor:
-    """+1 for an image with a row of its own; for later ones a sign hashed from its position."""
-    hashed = (index * 2654435761 >> 16) & 1
-    return torch.where(index < FISHER_ROWS, 1, 1 - 2 * hashed).float()
+    """+1 for an image with a row of its own; for later ones a sign hashed from its position.
+
+    The hash mixes twice: after one multiplication the signs of images that share a row would still be correlated.
+    """
+    mixed = index * 2654435761 & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 15) * 2246822519 & 0xFFFFFFFF
+    bit = (mixed ^ mixed >> 13) >> 16 & 1
+    return torch.where(index < FISHER_ROWS, 1, 1 - 2 * bit).float()
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

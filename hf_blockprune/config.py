@@ -15,6 +15,7 @@ from .errors import ConfigError
 FORMAT_VERSION = 1
 METHODS = ("magnitude", "taylor")
 BUDGET_METRICS = ("flops", "sparsity")
+MAX_SEED = 2**32
 
 
 def _refuse(key: str, expected: str, got: Any) -> None:
@@ -22,7 +23,7 @@ def _refuse(key: str, expected: str, got: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _check_whole(key: str, value: Any, minimum: int) -> None:
@@ -93,6 +94,8 @@ class CalibrationConfig:
         _check_whole("calibration.samples", self.samples, 1)
         _check_whole("calibration.batch_size", self.batch_size, 1)
         _check_whole("calibration.seed", self.seed, 0)
+        if self.seed >= MAX_SEED:
+            _refuse("calibration.seed", f"a whole number below {MAX_SEED}", self.seed)
 
 
 @dataclass(frozen=True)
@@ -154,14 +157,16 @@ class BlockPruneConfig:
         if self.method not in METHODS:
             _refuse("method", f"one of {', '.join(METHODS)}", self.method)
         if self.power_weight != "auto" and not (_is_number(self.power_weight) and self.power_weight >= 0):
-            _refuse("power_weight", "'auto' or a number from 0", self.power_weight)
+            _refuse(
+                "power_weight", "'auto' or a number from 0 (YAML reads 1e-3 as text: write 1.0e-3)", self.power_weight
+            )
         for key in ("targets", "ignore"):
             patterns = getattr(self, key)
             if not isinstance(patterns, tuple) or not all(isinstance(p, str) and p for p in patterns):
                 _refuse(key, "a list of module-name patterns such as ['*.fc1']", patterns)
         if not _is_number(self.min_kept_per_layer) or not 0 <= self.min_kept_per_layer < 1:
             _refuse("min_kept_per_layer", "a share from 0 to below 1", self.min_kept_per_layer)
-        if self.format_version != FORMAT_VERSION:
+        if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             _refuse("format_version", f"{FORMAT_VERSION} (a newer hf_blockprune may read it)", self.format_version)
 
     def _check_agreement(self) -> None:
@@ -213,16 +218,17 @@ class BlockPruneConfig:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file (JSON is YAML too).
+    """The mapping in a YAML file, or a JSON file when its name ends in .json.
 
     Raises:
         ConfigError: the file cannot be read, or does not hold a mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML or JSON ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")

@@ -80,6 +80,10 @@ def load_images(source: Any, *, split: str | None = None, prefer_splits: Sequenc
         raise DataError(f"{name}: no image column among {list(features)}; cast one to datasets.Image()")
     label = next((key for key in LABEL_COLUMNS if key in features), None)
     names = getattr(features.get(label), "names", None) if label else None
+    if label and getattr(features[label], "dtype", None) in ("string", "large_string"):
+        raise DataError(
+            f"{name}: column {label!r} holds text; give class indices, or sort the images into one folder a class"
+        )
     dataset = dataset.select_columns([images[0], label] if label else [images[0]])
     dataset = dataset.cast_column(images[0], datasets.Image(decode=False))
     return ImageSet(dataset, name, images[0], label, tuple(names) if names else None)
@@ -152,7 +156,8 @@ class _Collate:
             try:
                 decoded.append(decode_image(record[self.images.image_column]))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                corrupt.append(record[self.images.image_column].get("path") or f"image {record['index']}")
+                stored = record[self.images.image_column] or {}
+                corrupt.append(stored.get("path") or f"image {record['index']}")
                 continue
             index.append(record["index"])
             labels.append(self._label(record))
@@ -170,8 +175,10 @@ class _Collate:
         return self.label_ids[label] if self.label_ids and label >= 0 else label
 
 
-def decode_image(stored: dict[str, Any]) -> Image.Image:
+def decode_image(stored: dict[str, Any] | None) -> Image.Image:
     """An RGB image from the {"bytes", "path"} record of `datasets`, turned upright."""
+    if stored is None:
+        raise ValueError("no picture in this row")
     source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
     with Image.open(source) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
@@ -227,7 +234,8 @@ def num_batches(images: ImageSet, batch_size: int, processes: int) -> int | None
 
 def _label_ids(class_names: tuple[str, ...] | None, model_config: Any) -> list[int] | None:
     """Class indices of the model for those of the data set, where both know the same names."""
-    label2id = getattr(model_config, "label2id", None) or {}
+    # A config that was given id2label alone has no label2id.
+    label2id = model_config.label2id or {name: index for index, name in (model_config.id2label or {}).items()}
     if class_names and all(name in label2id for name in class_names):
         return [int(label2id[name]) for name in class_names]
     return None

@@ -1,0 +1,156 @@
+"""Which module may import which, and what `import hf_blockprune` may cost."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_blockprune
+
+PACKAGE = Path(hf_blockprune.__file__).parent
+NAME = "hf_blockprune"
+PURE = ("saliency", "allocation", "blocks", "reconstruction", "permutation")
+NOT_IN_PURE = ("transformers", "datasets", "accelerate", f"{NAME}.calibration", f"{NAME}.pruner", f"{NAME}.hub")
+MAY_USE_CLI = ("cli", "demo", "__main__")
+
+
+def module_of(path):
+    """Dotted name of a package file, and the package that its relative imports start from."""
+    parts = (NAME, *path.relative_to(PACKAGE).with_suffix("").parts)
+    if parts[-1] == "__init__":
+        return ".".join(parts[:-1]), parts[:-1]
+    return ".".join(parts), parts[:-1]
+
+
+def imported(source, package):
+    """Absolute names of everything that a source imports, at any depth of it."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            names |= {stem} | {f"{stem}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(name, prefixes):
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def wrong_arrows_of_pure(source, package=(NAME,)):
+    return {name for name in imported(source, package) if within(name, NOT_IN_PURE)}
+
+
+def wrong_arrows_of_hub(source):
+    """Files of hub/ travel alone: beside installed packages they may name their neighbours only."""
+    wrong = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            wrong |= {alias.name for alias in node.names if within(alias.name, (NAME,))}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            neighbour = node.level == 1 and module and "." not in module
+            elsewhere = node.level == 0 and not within(module, (NAME,))
+            if not neighbour and not elsewhere:
+                wrong.add("." * node.level + module)
+    return wrong
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+PURE_FILES = [path for path in FILES if path.parent == PACKAGE and path.stem in PURE]
+HUB_FILES = [path for path in FILES if path.parent == PACKAGE / "hub"]
+
+
+def file_id(path):
+    return str(path.relative_to(PACKAGE))
+
+
+def test_the_walk_finds_the_package():
+    assert {path.stem for path in PURE_FILES} >= {"saliency", "allocation", "blocks"}
+    assert {path.stem for path in HUB_FILES} >= {"blockprune_layout", "blockprune_linear", "blockprune_quantizer"}
+
+
+@pytest.mark.parametrize("path", PURE_FILES, ids=file_id)
+def test_deciding_what_to_remove_needs_tensors_alone(path):
+    assert wrong_arrows_of_pure(path.read_text(encoding="utf-8")) == set()
+
+
+def test_errors_take_no_more_from_the_hub_files_than_the_layout():
+    """Every pure module imports errors, so what errors imports, they do."""
+    names = imported((PACKAGE / "errors.py").read_text(encoding="utf-8"), (NAME,))
+    assert {n for n in names if within(n, NOT_IN_PURE) and not within(n, (f"{NAME}.hub.blockprune_layout",))} == set()
+
+
+@pytest.mark.parametrize("path", HUB_FILES, ids=file_id)
+def test_hub_files_import_their_neighbours_only(path):
+    assert wrong_arrows_of_hub(path.read_text(encoding="utf-8")) == set()
+
+
+@pytest.mark.parametrize("path", HUB_FILES, ids=file_id)
+def test_neighbours_that_hub_files_import_exist(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            assert (PACKAGE / "hub" / f"{node.module}.py").is_file()
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem not in MAY_USE_CLI], ids=file_id)
+def test_nothing_imports_the_command_line(path):
+    _, package = module_of(path)
+    names = imported(path.read_text(encoding="utf-8"), package)
+    assert {name for name in names if within(name, (f"{NAME}.cli", "typer"))} == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("from .errors import ConfigError\nimport torch.nn.functional as F", set()),
+        ("import transformers", {"transformers"}),
+        ("def f():\n    from datasets import Image", {"datasets", "datasets.Image"}),
+        ("from . import calibration", {f"{NAME}.calibration"}),
+        ("from .hub import blockprune_cost", {f"{NAME}.hub", f"{NAME}.hub.blockprune_cost"}),
+        ("import hf_blockprune.pruner as p", {f"{NAME}.pruner"}),
+        ("import accelerated", set()),
+    ],
+)
+def test_wrong_arrows_of_pure_modules_are_seen(source, wrong):
+    assert wrong_arrows_of_pure(source) == wrong
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("from .blockprune_layout import pack\nfrom transformers import AutoConfig\nimport torch", set()),
+        ("from ..blocks import block_sums", {"..blocks"}),
+        ("from . import blockprune_layout", {"."}),
+        ("import hf_blockprune.blocks", {f"{NAME}.blocks"}),
+        ("def f():\n    from hf_blockprune.hub.blockprune_layout import pack", {f"{NAME}.hub.blockprune_layout"}),
+    ],
+)
+def test_wrong_arrows_of_hub_files_are_seen(source, wrong):
+    assert wrong_arrows_of_hub(source) == wrong
+
+
+def modules_after(statement):
+    """Top-level modules that a fresh process has loaded after a statement."""
+    code = f"import json, sys\n{statement}\nprint(json.dumps(sorted({{m.partition('.')[0] for m in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_leaves_heavy_and_optional_dependencies_alone():
+    loaded = modules_after("import hf_blockprune")
+    assert {"hf_blockprune", "torch", "transformers"} <= loaded
+    optional = {"datasets", "evaluate", "optimum", "triton", "typer", "sklearn", "matplotlib", "onnx", "pynvml"}
+    assert loaded & optional == set()
+
+
+def test_deciding_what_to_remove_loads_no_training_libraries():
+    """Read from its files alone, without the package's __init__, which imports everything else."""
+    stub = f"import types; p = types.ModuleType('{NAME}'); p.__path__ = [{str(PACKAGE)!r}]; sys.modules['{NAME}'] = p"
+    loaded = modules_after(f"{stub}\nimport {NAME}.saliency, {NAME}.allocation, {NAME}.blocks")
+    assert loaded & {"transformers", "datasets", "accelerate", "huggingface_hub"} == set()
