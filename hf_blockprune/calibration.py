@@ -32,9 +32,10 @@ class LayerStatistics:
     Attributes:
         num_tokens: tokens seen.
         num_images: images seen.
-        mean: E[x], float64 [in].
-        second_moment: E[x x^T], float64 [in, in], not centred.
+        mean: E[x], float64 [in]; with `fisher`, tokens are weighted by their squared output gradient.
+        second_moment: E[x x^T], float64 [in, in], not centred; weighted likewise.
         output_weight: mean over tokens of (dLoss/dy)^2, float64 [out]; the loss is summed over images.
+        token_weight: mean squared output gradient of each token position, scaled to mean 1, float64 [tokens].
         gradient: mean over images of dLoss/dW, float64 [out, in].
         block_gradients: float32 [rows, block_rows, block_cols]; row n holds <dLoss_n/dW, W> over each block, scaled so
             that mean over rows of the outer product is the empirical Fisher between blocks. Exact up to FISHER_ROWS
@@ -46,6 +47,7 @@ class LayerStatistics:
     mean: Tensor | None = None
     second_moment: Tensor | None = None
     output_weight: Tensor | None = None
+    token_weight: Tensor | None = None
     gradient: Tensor | None = None
     block_gradients: Tensor | None = None
 
@@ -60,6 +62,7 @@ def collect(
     batch_size: int = 16,
     moments: bool = False,
     gradients: bool = False,
+    fisher: bool = False,
     block_shape: tuple[int, int] = (1, 1),
     seed: int = 0,
 ) -> tuple[dict[str, LayerStatistics], CorruptImages]:
@@ -73,8 +76,12 @@ def collect(
         accelerator: device and processes.
         batch_size: images in one pass on each process.
         moments: collect `mean` and `second_moment`.
-        gradients: collect `output_weight`, `gradient` and `block_gradients`. The loss is the cross entropy with the
-            image's label; an image without one gets a label sampled from the model's prediction.
+        gradients: collect `output_weight`, `token_weight`, `gradient` and `block_gradients`. The loss is the cross
+            entropy with the image's label; an image without one gets a label sampled from the model's prediction.
+        fisher: collect `output_weight` and `token_weight`, and `mean` and `second_moment` with every token weighted by
+            its squared output gradient: a token that the loss does not depend on, such as a patch in the last layer of
+            a model that reads its class token alone, does not count. All labels are sampled from the model's
+            predictions, which makes it the true Fisher. Excludes the other two.
         block_shape: blocks of `block_gradients`.
         seed: of sampled labels; an image's label depends on its position alone, not on processes or batches.
 
@@ -83,7 +90,9 @@ def collect(
     """
     model.to(accelerator.device)
     accumulators = {
-        name: _Accumulator(linear, moments=moments, block_shape=block_shape if gradients else None)
+        name: _Accumulator(
+            linear, moments=moments or fisher, fisher=fisher, block_shape=block_shape if gradients else None
+        )
         for name, linear in targets.items()
     }
     corrupt = CorruptImages(images.name)
@@ -97,7 +106,9 @@ def collect(
         for batch in progress:
             corrupt.count(batch)
             if "pixel_values" in batch:
-                _run(model, batch, accumulators, gradients=gradients, seed=seed)
+                if fisher:
+                    batch["labels"].fill_(NO_LABEL)
+                _run(model, batch, accumulators, gradients=gradients or fisher, seed=seed)
     _share_counts(corrupt)
     corrupt.check()
     return {name: a.finish(accelerator) for name, a in accumulators.items()}, corrupt
@@ -167,8 +178,8 @@ def _hooked(accumulators: dict[str, "_Accumulator"]) -> Iterator[None]:
 class _Accumulator:
     """Running sums of one Linear."""
 
-    def __init__(self, linear: nn.Linear, *, moments: bool, block_shape: tuple[int, int] | None) -> None:
-        self.linear, self.block_shape = linear, block_shape
+    def __init__(self, linear: nn.Linear, *, moments: bool, fisher: bool, block_shape: tuple[int, int] | None) -> None:
+        self.linear, self.block_shape, self.fisher = linear, block_shape, fisher
         self.index: Tensor  # positions of the images of the batch in flight
         self.num_tokens = self.num_images = 0
         out, into = linear.weight.shape
@@ -176,9 +187,11 @@ class _Accumulator:
         self.sums: dict[str, Tensor] = {}
         if moments:
             self.sums |= {"mean": torch.zeros(into, **double), "second_moment": torch.zeros(into, into, **double)}
+        if fisher or block_shape is not None:
+            self.sums |= {"output_weight": torch.zeros(out, **double), "token_weight": torch.zeros(1, **double)}
         if block_shape is not None:
             rows, cols = grid_shape((out, into), block_shape)
-            self.sums |= {"output_weight": torch.zeros(out, **double), "gradient": torch.zeros(out, into, **double)}
+            self.sums["gradient"] = torch.zeros(out, into, **double)
             self.sums["block_gradients"] = torch.zeros(FISHER_ROWS, rows, cols, device=linear.weight.device)
 
     def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -186,20 +199,31 @@ class _Accumulator:
         x = x.reshape(len(self.index), -1, x.shape[-1])  # [images, tokens, in]
         self.num_images += x.shape[0]
         self.num_tokens += x.shape[0] * x.shape[1]
-        if "mean" in self.sums:
-            tokens = x.flatten(0, 1)
-            self.sums["mean"] += tokens.sum(0, dtype=torch.float64)
-            self.sums["second_moment"] += (tokens.t() @ tokens).double()
+        if "mean" in self.sums and not self.fisher:
+            self._add_moments(x, torch.ones_like(x[..., :1]))
         if output.requires_grad:
             index = self.index
             output.register_hook(
                 lambda grad: self._add_gradients(x, _at_least_float32(grad).reshape(*x.shape[:2], -1), index)
             )
 
+    def _add_moments(self, x: Tensor, token_weight: Tensor) -> None:
+        """x [images, tokens, in], token_weight [images, tokens, 1]."""
+        tokens = x.flatten(0, 1)
+        weighted = tokens * token_weight.flatten(0, 1)
+        self.sums["mean"] += weighted.sum(0, dtype=torch.float64)
+        self.sums["second_moment"] += (weighted.t() @ tokens).double()
+
     def _add_gradients(self, x: Tensor, grad: Tensor, index: Tensor) -> None:
         """x [images, tokens, in] and dLoss/dy [images, tokens, out], a few images at a time to bound memory."""
-        assert self.block_shape is not None
         self.sums["output_weight"] += grad.double().square().sum(dim=(0, 1))
+        token_weight = grad.square().sum(-1, keepdim=True)
+        # Starts out as one zero, and takes the number of tokens from the first batch.
+        self.sums["token_weight"] = self.sums["token_weight"] + token_weight.sum((0, 2), dtype=torch.float64)
+        if self.fisher:
+            self._add_moments(x, token_weight)
+        if self.block_shape is None:
+            return
         weight = _at_least_float32(self.linear.weight.detach())
         chunk = max(1, GRADIENT_BYTES_AT_ONCE // (weight.numel() * weight.element_size()))
         for xs, grads, images in zip(x.split(chunk), grad.split(chunk), index.split(chunk), strict=True):
@@ -209,13 +233,26 @@ class _Accumulator:
             signs = _signs(images).view(-1, 1, 1)
             self.sums["block_gradients"].index_add_(0, images % FISHER_ROWS, projections * signs)
 
+    def _agree_on_tokens(self) -> None:
+        """Give a process that saw no image as many zeros as the others have tokens."""
+        from accelerate.utils import gather_object
+
+        if "token_weight" in self.sums:
+            tokens = max(gather_object([len(self.sums["token_weight"])]))
+            self.sums["token_weight"] = self.sums["token_weight"].expand(tokens).clone()
+
     def finish(self, accelerator: "Accelerator") -> LayerStatistics:
         """Add up over processes and divide."""
         counts = torch.tensor([self.num_tokens, self.num_images], device=accelerator.device)
         tokens, images = (int(n) for n in accelerator.reduce(counts, "sum"))
+        self._agree_on_tokens()
         sums: dict[str, Any] = {name: accelerator.reduce(value, "sum") for name, value in self.sums.items()}
-        divide_by = {"mean": tokens, "second_moment": tokens, "output_weight": tokens, "gradient": images}
+        weight: Any = sums["token_weight"].sum().clamp(min=1e-300) if self.fisher else tokens
+        divide_by = {"mean": weight, "second_moment": weight, "output_weight": tokens, "gradient": images}
         done = {name: sums[name] / count for name, count in divide_by.items() if name in sums}
+        if "token_weight" in sums:
+            total = sums["token_weight"].sum().clamp(min=1e-300)
+            done["token_weight"] = sums["token_weight"] * (len(sums["token_weight"]) / total)
         if "block_gradients" in sums:
             done["block_gradients"] = sums["block_gradients"] * (FISHER_ROWS / images) ** 0.5
         return LayerStatistics(num_tokens=tokens, num_images=images, **done)

@@ -96,7 +96,13 @@ BudgetOption = Annotated[
         "--budget", parser=parse_budget, metavar="METRIC=RATIO", help="flops=0.75 or sparsity=0.5: share kept."
     ),
 ]
-Method = Annotated[str | None, typer.Option("--method", help="taylor or magnitude.")]
+Method = Annotated[str | None, typer.Option("--method", help="obs, taylor or magnitude.")]
+Refit = Annotated[
+    bool | None,
+    typer.Option(
+        "--refit/--no-refit", help="Solve for the surviving weights; by default with obs alone.", show_default=False
+    ),
+]
 Config = Annotated[Path | None, typer.Option("--config", help="Recipe in YAML or JSON; options override it.")]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Calibration images: a folder or a Hub data set.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the pruned model.")]
@@ -142,6 +148,7 @@ def prune(
     block_shape: BlockShape = None,
     budget: BudgetOption = None,
     method: Method = None,
+    refit: Refit = None,
     evaluate_on: EvaluateOn = None,
     split: Split = None,
     samples: Samples = None,
@@ -162,6 +169,7 @@ def prune(
         block_shape=block_shape,
         budget=budget,
         method=method,
+        refit=refit,
         evaluation=evaluate_on,
         split=split,
         samples=samples,

@@ -13,7 +13,7 @@ import yaml
 from .errors import ConfigError
 
 FORMAT_VERSION = 1
-METHODS = ("magnitude", "taylor")
+METHODS = ("magnitude", "taylor", "obs")
 BUDGET_METRICS = ("flops", "sparsity")
 MAX_SEED = 2**32
 
@@ -104,7 +104,10 @@ class BlockPruneConfig:
 
     Args:
         block_shape: (rows, cols) of a block, in (out_features, in_features) order.
-        method: "magnitude" or "taylor" (LPViT, arXiv 2407.02068).
+        method: "obs" (block Optimal Brain Surgeon), "taylor" (LPViT, arXiv 2407.02068) or "magnitude".
+        refit: solve for the surviving weights after pruning, with the inputs that the pruned model sees; by default
+            with "obs" alone, since the other two are published without it.
+        damping: added to the diagonal of the inputs' covariance in "obs", relative to each entry.
         budget: what may remain; also given as {"metric": ..., "ratio": ...}.
         power_weight: weight of the power term beside the distortion; "auto" makes both weigh the same over the
             whole range from dense to empty, 0 leaves power out.
@@ -123,7 +126,9 @@ class BlockPruneConfig:
     """
 
     block_shape: tuple[int, int] = (32, 32)
-    method: Literal["magnitude", "taylor"] = "taylor"
+    method: Literal["magnitude", "taylor", "obs"] = "obs"
+    refit: bool | None = None
+    damping: float = 0.01
     budget: Budget = field(default_factory=Budget)
     power_weight: float | Literal["auto"] = "auto"
     targets: tuple[str, ...] = ("*",)
@@ -156,6 +161,10 @@ class BlockPruneConfig:
             _check_whole("block_shape", size, 1)
         if self.method not in METHODS:
             _refuse("method", f"one of {', '.join(METHODS)}", self.method)
+        if self.refit is not None and not isinstance(self.refit, bool):
+            _refuse("refit", "true, false, or nothing for the method's default", self.refit)
+        if not _is_number(self.damping) or self.damping <= 0:
+            _refuse("damping", "a number above 0, such as 0.01", self.damping)
         if self.power_weight != "auto" and not (_is_number(self.power_weight) and self.power_weight >= 0):
             _refuse(
                 "power_weight", "'auto' or a number from 0 (YAML reads 1e-3 as text: write 1.0e-3)", self.power_weight
@@ -185,6 +194,11 @@ class BlockPruneConfig:
                 f"min_kept_per_layer {self.min_kept_per_layer} keeps more than budget.ratio {self.budget.ratio}; "
                 "lower min_kept_per_layer or raise the budget"
             )
+
+    @property
+    def refits(self) -> bool:
+        """Whether surviving weights are solved for."""
+        return self.method == "obs" if self.refit is None else self.refit
 
     def replace(self, **changes: Any) -> "BlockPruneConfig":
         """A copy with some settings changed, checked again."""

@@ -19,13 +19,14 @@ from .blocks import block_sizes, expand_mask
 from .calibration import LayerStatistics, collect
 from .card import model_card
 from .config import BlockPruneConfig
-from .data import load_images
+from .data import ImageSet, load_images
 from .environment import environment
 from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
 from .evaluation import Evaluation, predict, summarise
 from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_cost import linear_flops, weights_energy_mj
 from .hub.blockprune_quantizer import block_sparse_layers, sparsify
+from .layerwise import refit_layers
 from .saliency import RemovalTrace, removal_trace
 from .targets import find_targets
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel
+
+# How much of a token's weight in the refit is its squared gradient; the rest is the same for all tokens, because far
+# from the dense model even a token without a gradient matters a little.
+TOKEN_WEIGHT_SHARE = 0.95
 
 
 class BlockPruner:
@@ -108,8 +113,8 @@ class BlockPruner:
         """Remove blocks until the budget is met, and store the rest block-sparse.
 
         Args:
-            dataset: calibration images: a folder, a Hub name, or a `datasets` object. Labels are used where there are
-                any. `magnitude` needs none.
+            dataset: calibration images: a folder, a Hub name, or a `datasets` object. `taylor` uses labels where there
+                are any, `magnitude` without refit needs no images.
             split: split of the data set; "train" by default.
 
         Returns:
@@ -127,17 +132,25 @@ class BlockPruner:
         targets = find_targets(self.model, self.config)
         flops = count_flops(type(self.model), self.model.config)
         with _timed(seconds, "calibration"):
-            statistics, calibration = self._calibrate(dataset, split, targets)
+            statistics, calibration, images = self._calibrate(dataset, split, targets)
         with _timed(seconds, "saliency"):
             traces = {
                 name: removal_trace(
-                    linear.weight.detach(), statistics.get(name), self.config.block_shape, self.config.method
+                    linear.weight.detach(),
+                    statistics.get(name),
+                    self.config.block_shape,
+                    self.config.method,
+                    damping=self.config.damping,
                 )
                 for name, linear in targets.items()
             }
         with _timed(seconds, "allocation"):
             allocation = self._allocate(traces, targets, flops)
-        self._report = self._describe(targets, flops, allocation, calibration, seconds)
+        ridges: dict[str, float] = {}
+        if self.config.refits:
+            with _timed(seconds, "refit"):
+                ridges = self._refit(allocation.masks, statistics, images)
+        self._report = self._describe(targets, flops, allocation, calibration, seconds, ridges)
         for name, mask in allocation.masks.items():
             weight = targets[name].weight
             keep = expand_mask(mask, (weight.shape[0], weight.shape[1]), self.config.block_shape)
@@ -146,11 +159,12 @@ class BlockPruner:
 
     def _calibrate(
         self, dataset: Any, split: str | None, targets: dict[str, Any]
-    ) -> tuple[dict[str, LayerStatistics], dict[str, Any] | None]:
-        if self.config.method == "magnitude":
-            return {}, None
+    ) -> tuple[dict[str, LayerStatistics], dict[str, Any] | None, ImageSet | None]:
+        if self.config.method == "magnitude" and not self.config.refits:
+            return {}, None, None
         if dataset is None:
-            raise ModelError(f"method {self.config.method!r} needs calibration images; pass a data set to prune()")
+            what = "refit" if self.config.method == "magnitude" else f"method {self.config.method!r}"
+            raise ModelError(f"{what} needs calibration images; pass a data set to prune()")
         settings = self.config.calibration
         found = load_images(dataset, split=split)
         images = found.sample(settings.samples, settings.seed)
@@ -161,16 +175,39 @@ class BlockPruner:
             targets,
             accelerator=self.accelerator,
             batch_size=settings.batch_size,
-            gradients=True,
+            gradients=self.config.method == "taylor",
+            fisher=self.config.method != "taylor",
             block_shape=self.config.block_shape,
             seed=settings.seed,
         )
-        return statistics, {
+        calibration = {
             "dataset": _public_name(images.name),
             "found_images": None if found.streaming else len(found.dataset),
             "num_images": next(iter(statistics.values())).num_images,
             "skipped": [Path(file).name for file in corrupt.files],
         }
+        return statistics, calibration, images
+
+    def _refit(
+        self, masks: dict[str, Tensor], statistics: dict[str, LayerStatistics], images: ImageSet | None
+    ) -> dict[str, float]:
+        assert images is not None  # _calibrate saw to it
+        uniform = 1 - TOKEN_WEIGHT_SHARE
+        token_weights = {
+            name: TOKEN_WEIGHT_SHARE * s.token_weight + uniform
+            for name, s in statistics.items()
+            if s.token_weight is not None
+        }
+        return refit_layers(
+            self.model,
+            masks,
+            self.config.block_shape,
+            images,
+            self.processor,
+            accelerator=self.accelerator,
+            batch_size=self.config.calibration.batch_size,
+            token_weights=token_weights,
+        )
 
     def _allocate(self, traces: dict[str, RemovalTrace], targets: dict[str, Any], flops: ModelFlops) -> Allocation:
         from accelerate.utils import broadcast_object_list
@@ -211,6 +248,7 @@ class BlockPruner:
         allocation: Allocation,
         calibration: dict[str, Any] | None,
         seconds: dict[str, float],
+        ridges: dict[str, float],
     ) -> dict[str, Any]:
         layers, dense, removed = [], 0.0, 0.0
         for name, mask in allocation.masks.items():
@@ -226,6 +264,7 @@ class BlockPruner:
                     "blocks": mask.numel(),
                     "density": float(mask.float().mean()),
                     "predicted_loss": allocation.loss[name],
+                    "ridge": ridges.get(name),
                 }
             )
         return {

@@ -17,9 +17,9 @@ PATTERNS = st.lists(st.text(min_size=1, max_size=12), max_size=3)
 
 @st.composite
 def valid_configs(draw):
-    method = draw(st.sampled_from(["magnitude", "taylor"]))
+    method = draw(st.sampled_from(["magnitude", "taylor", "obs"]))
     weights = [st.just("auto"), st.just(0)]
-    if method == "taylor":
+    if method != "magnitude":
         weights.append(st.floats(min_value=0, max_value=1e12))
     budget = Budget(draw(st.sampled_from(["flops", "sparsity"])), draw(SHARES))
     most_kept = budget.ratio if budget.metric == "sparsity" else 1.0
@@ -27,6 +27,8 @@ def valid_configs(draw):
     return BlockPruneConfig(
         block_shape=draw(st.tuples(st.integers(1, 256), st.integers(1, 256))),
         method=method,
+        refit=draw(st.sampled_from([None, True, False])),
+        damping=draw(st.floats(1e-8, 10)),
         budget=budget,
         power_weight=draw(st.one_of(weights)),
         targets=tuple(targets),
@@ -52,6 +54,13 @@ def test_file_holds_what_was_saved(settings_folder, suffix, config):
     path = settings_folder / f"config{suffix}"
     config.save(path)
     assert BlockPruneConfig.from_file(path) == config
+
+
+@pytest.mark.parametrize(
+    ("method", "refit", "refits"), [("obs", None, True), ("taylor", None, False), ("taylor", True, True)]
+)
+def test_refit_follows_the_method_unless_told(method, refit, refits):
+    assert BlockPruneConfig(method=method, refit=refit).refits is refits
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
@@ -100,8 +109,10 @@ def test_unknown_key_in_replace_is_refused():
 NOT_A_NUMBER = [None, "0.5", True, [0.5], float("nan"), float("inf")]
 IMPOSSIBLE = {
     "block_shape": [None, 32, "32x32", [], [32], [32, 32, 32], [32, 0], [-1, 32], [32.0, 32], [True, 32], "ab"],
-    "method": [None, "obs", "", 3, ["taylor"], "Taylor"],
+    "method": [None, "OBS", "", 3, ["taylor"], "Taylor"],
     "budget": [None, "flops=0.5", 0.5, ["flops", 0.5]],
+    "refit": ["yes", 1, 0.0],
+    "damping": [0, -0.1, "small", None, True],
     "power_weight": [None, -0.5, "much", True, [1], float("nan"), float("inf")],
     "targets": ["*", None, 3, [""], [3], {"a": 1}],
     "ignore": ["*", None, 3, [""], [None]],
@@ -178,8 +189,8 @@ def test_settings_cannot_be_changed_in_place(settings_object, key):
 def test_replace_checks_again_and_keeps_the_original():
     config = BlockPruneConfig()
     assert config.replace(method="magnitude").method == "magnitude"
-    assert config.method == "taylor"
-    with pytest.raises(ConfigError, match=r"^method: expected one of magnitude, taylor"):
+    assert config.method == "obs"
+    with pytest.raises(ConfigError, match=r"^method: expected one of magnitude, taylor, obs"):
         config.replace(method="guess")
 
 

@@ -1,0 +1,92 @@
+"""Least-squares refit of the weights that survive pruning.
+
+Pure functions of moments. For a block row R with kept columns S, inputs xhat of the pruned model and a target t:
+
+    What_RS = (B_RS + rho D W_RS) (A_SS + rho D)^-1,   bhat = E[t] - What E[xhat]
+
+with A the covariance of xhat, B the covariance of t with xhat and D the diagonal of A: a ridge that pulls towards the
+weights before, relative to each input's size. Block rows share a factorisation, since their rows share a support.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weighted means over tokens of the inputs xhat and the targets t of a Linear, float64.
+
+    Attributes:
+        input_mean: E[xhat], [in].
+        target_mean: E[t], [out].
+        covariance: E[xhat xhat^T] - E[xhat] E[xhat]^T, [in, in].
+        cross_covariance: E[t xhat^T] - E[t] E[xhat]^T, [out, in].
+    """
+
+    input_mean: Tensor
+    target_mean: Tensor
+    covariance: Tensor
+    cross_covariance: Tensor
+
+    def error(self, weight: Tensor) -> Tensor:
+        """E|W xhat - t|^2 of the centred quantities, less the part that no weight changes."""
+        return (weight @ self.covariance * weight).sum() - 2 * (weight * self.cross_covariance).sum()
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Refitted weights (zero in removed blocks), their bias, and the ridge that held-back tokens preferred."""
+
+    weight: Tensor
+    bias: Tensor
+    ridge: float
+
+
+def refit(
+    weight: Tensor,
+    mask: Tensor,
+    block_shape: tuple[int, int],
+    moments: Moments,
+    held_back: Moments | None,
+    ridges: tuple[float, ...] = RIDGES,
+) -> Refit:
+    """Solve for the surviving weights and the bias; the ridge is chosen on held-back tokens.
+
+    Args:
+        weight: the weights before, [out_features, in_features].
+        mask: bool [block_rows, block_cols], True where a block is kept.
+        block_shape: (rows, cols).
+        moments: what is fitted.
+        held_back: the same quantities on other tokens; without them the middle candidate is taken.
+        ridges: candidates for rho.
+
+    Raises:
+        torch.linalg.LinAlgError: a system could not be factorised.
+    """
+    if held_back is None:
+        ridges = (ridges[len(ridges) // 2],)
+    candidates = [(ridge, solve(weight, mask, block_shape, moments, ridge)) for ridge in ridges]
+    ridge, best = min(candidates, key=lambda candidate: float((held_back or moments).error(candidate[1])))
+    bias = moments.target_mean - best @ moments.input_mean
+    return Refit(best.to(weight.dtype), bias.to(weight.dtype), ridge)
+
+
+def solve(weight: Tensor, mask: Tensor, block_shape: tuple[int, int], moments: Moments, ridge: float) -> Tensor:
+    """The ridge solution for one rho, float64 [out_features, in_features]."""
+    before = weight.double()
+    after = torch.zeros_like(before)
+    diagonal = moments.covariance.diagonal()
+    pull = ridge * diagonal + 1e-12 * diagonal.mean().clamp(min=1e-300)
+    for row, kept_blocks in enumerate(mask):
+        keep = kept_blocks.repeat_interleave(block_shape[1])[: weight.shape[1]].nonzero().squeeze(1)
+        if not len(keep):
+            continue
+        rows = slice(row * block_shape[0], (row + 1) * block_shape[0])
+        gram = moments.covariance[keep][:, keep] + torch.diag(pull[keep])
+        right = moments.cross_covariance[rows][:, keep] + before[rows][:, keep] * pull[keep]
+        after[rows, keep] = torch.cholesky_solve(right.t(), torch.linalg.cholesky(gram)).t()
+    return after
