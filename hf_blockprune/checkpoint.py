@@ -25,6 +25,8 @@ from .hub.blockprune_quantizer import QUANT_METHOD, TENSOR_NAMES, BlockPruneQuan
 CONFIG_FILE = "config.json"
 RECIPE_FILE = "blockprune_config.json"
 REPORT_FILE = "blockprune_report.json"
+# Bytes of an element by safetensors' name of its dtype; any other counts as one byte.
+ELEMENT_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 HUB_CODE = Path(modeling_blockprune.__file__).parent
 
 
@@ -191,9 +193,6 @@ class _Tensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.size_bytes: dict[str, int] = {}
         self.indices: dict[str, Tensor] = {}
-
-
-ELEMENT_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 
 
 def _read_headers(files: list[Path], config: BlockPruneQuantizationConfig) -> _Tensors:

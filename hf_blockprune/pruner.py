@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from . import checkpoint
 from .allocation import Allocation, BlockCosts, allocate
-from .blocks import block_sizes, expand_mask
+from .blocks import block_sizes
 from .calibration import LayerStatistics, collect
 from .card import model_card
 from .config import BlockPruneConfig
 from .data import ImageSet, load_images
 from .environment import environment
-from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
+from .errors import ModelError
 from .evaluation import Evaluation, predict, summarise
 from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_cost import linear_flops, weights_energy_mj
 from .hub.blockprune_quantizer import block_sparse_layers, sparsify
 from .layerwise import refit_layers
+from .loading import load_classifier
+from .report import describe_masks
 from .saliency import RemovalTrace, removal_trace
 from .targets import find_targets
 
@@ -97,7 +97,7 @@ class BlockPruner:
             CheckpointError: the files are damaged.
             BlockSparseFormatError: a block-sparse checkpoint's config and tensors disagree.
         """
-        model, processor = _load(str(name_or_path), kwargs)
+        model, processor = load_classifier(str(name_or_path), kwargs)
         # Only the folder's name of a local path belongs into reports that may be published.
         path = Path(name_or_path).expanduser()
         name = path.resolve().name if path.exists() else str(name_or_path)
@@ -151,10 +151,6 @@ class BlockPruner:
             with _timed(seconds, "refit"):
                 ridges = self._refit(allocation.masks, statistics, images)
         self._report = self._describe(targets, flops, allocation, calibration, seconds, ridges)
-        for name, mask in allocation.masks.items():
-            weight = targets[name].weight
-            keep = expand_mask(mask, (weight.shape[0], weight.shape[1]), self.config.block_shape)
-            weight.data.mul_(keep.to(weight.device))
         return sparsify(self.model, allocation.masks, self.config.block_shape)
 
     def _calibrate(
@@ -250,37 +246,16 @@ class BlockPruner:
         seconds: dict[str, float],
         ridges: dict[str, float],
     ) -> dict[str, Any]:
-        layers, dense, removed = [], 0.0, 0.0
-        for name, mask in allocation.masks.items():
-            shape = (targets[name].out_features, targets[name].in_features)
-            sizes = block_sizes(shape, self.config.block_shape) * linear_flops(flops.linear_tokens[name], 1)
-            dense, removed = dense + float(sizes.sum()), removed + float(sizes[~mask].sum())
-            layers.append(
-                {
-                    "name": name,
-                    "shape": list(shape),
-                    "block_shape": list(self.config.block_shape),
-                    "kept_blocks": int(mask.sum()),
-                    "blocks": mask.numel(),
-                    "density": float(mask.float().mean()),
-                    "predicted_loss": allocation.loss[name],
-                    "ridge": ridges.get(name),
-                }
-            )
         return {
             "base_model": self.name,
             "model_class": type(self.model).__name__,
             "config": self.config.to_dict(),
-            "flops_ratio": 1 - removed / flops.total,
-            "linear_flops_ratio": 1 - removed / dense,
-            "dense_flops": flops.total,
-            "density": sum(layer["kept_blocks"] for layer in layers) / sum(layer["blocks"] for layer in layers),
+            **describe_masks(targets, flops, allocation, self.config.block_shape, ridges),
             "power_weight": allocation.power_weight,
             "calibration": calibration,
             "evaluation": None,
             "seconds": seconds,
             "environment": environment(),
-            "layers": layers,
         }
 
     def report(self) -> dict[str, Any]:
@@ -387,33 +362,3 @@ def _public_name(name: str) -> str:
     """A data set's name without the folders of this machine."""
     path = Path(name).expanduser()
     return "/".join(path.resolve().parts[-2:]) if path.exists() else name
-
-
-def _load(name: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **kwargs)
-        hub_kwargs = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
-        processor = AutoImageProcessor.from_pretrained(name, **hub_kwargs)
-    except (BlockPruneError, BlockSparseFormatError):
-        raise
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{name}: its safetensors file is damaged ({error}); copy or download it again"
-        ) from error
-    except OSError as error:
-        raise ModelError(f"{name}: no such model or folder, or a file is missing ({_first_line(error)})") from error
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{name}: cannot be loaded as an image classifier ({_first_line(error)})") from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ModelError(f"{name}: has no trained weights for {missing}; fine-tune it as a classifier first")
-    return model, processor
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def kept_mask(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """The block masks of a block-sparse model by module name, True where a block is kept."""
-    return {name: module.mask() for name, module in block_sparse_layers(model)}

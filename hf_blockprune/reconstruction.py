@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .blocks import expand_mask
+
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -81,11 +83,12 @@ def solve(weight: Tensor, mask: Tensor, block_shape: tuple[int, int], moments: M
     after = torch.zeros_like(before)
     diagonal = moments.covariance.diagonal()
     pull = ridge * diagonal + 1e-12 * diagonal.mean().clamp(min=1e-300)
-    for row, kept_blocks in enumerate(mask):
-        keep = kept_blocks.repeat_interleave(block_shape[1])[: weight.shape[1]].nonzero().squeeze(1)
+    entries = expand_mask(mask, (weight.shape[0], weight.shape[1]), block_shape)
+    for start in range(0, len(weight), block_shape[0]):
+        keep = entries[start].nonzero().squeeze(1)
         if not len(keep):
             continue
-        rows = slice(row * block_shape[0], (row + 1) * block_shape[0])
+        rows = slice(start, start + block_shape[0])
         gram = moments.covariance[keep][:, keep] + torch.diag(pull[keep])
         right = moments.cross_covariance[rows][:, keep] + before[rows][:, keep] * pull[keep]
         after[rows, keep] = torch.cholesky_solve(right.t(), torch.linalg.cholesky(gram)).t()

@@ -14,11 +14,6 @@ def linear_flops(tokens: float, weights: float) -> float:
     return 2.0 * tokens * weights
 
 
-def packed_size_bytes(nnz_blocks: int, block_shape: tuple[int, int], block_rows: int, element_bytes: int) -> int:
-    """Bytes of a packed weight: kept blocks, their column indices and the row starts (int32)."""
-    return nnz_blocks * block_shape[0] * block_shape[1] * element_bytes + 4 * (nnz_blocks + block_rows + 1)
-
-
 def weights_energy_mj(tokens: float, weights: float, element_bytes: int = 2) -> float:
     """Energy in millijoules of one forward pass through `weights` kept entries: their MACs, and one fetch of each."""
     return (tokens * weights * PJ_PER_MAC + weights * element_bytes * PJ_PER_BYTE_DRAM) * PJ_TO_MJ

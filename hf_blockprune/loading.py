@@ -1,0 +1,44 @@
+"""Loading an image classifier and its processor, with errors that say what to do."""
+
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
+
+
+def load_classifier(name: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """(model, image processor) from a Hub name or a folder.
+
+    Args:
+        name: Hub name or folder.
+        kwargs: for transformers' `from_pretrained`.
+
+    Raises:
+        ModelError: nothing is there, it is no image classifier, or it lacks trained weights.
+        CheckpointError: the files are damaged.
+        BlockSparseFormatError: a block-sparse checkpoint's config and tensors disagree.
+    """
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **kwargs)
+        hub_kwargs = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
+        processor = AutoImageProcessor.from_pretrained(name, **hub_kwargs)
+    except (BlockPruneError, BlockSparseFormatError):
+        raise
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{name}: its safetensors file is damaged ({error}); copy or download it again"
+        ) from error
+    except OSError as error:
+        raise ModelError(f"{name}: no such model or folder, or a file is missing ({_first_line(error)})") from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{name}: cannot be loaded as an image classifier ({_first_line(error)})") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelError(f"{name}: has no trained weights for {missing}; fine-tune it as a classifier first")
+    return model, processor
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
