@@ -195,7 +195,7 @@ class _Accumulator:
             self.sums["block_gradients"] = torch.zeros(FISHER_ROWS, rows, cols, device=linear.weight.device)
 
     def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = _at_least_float32(inputs[0].detach())
+        x = at_least_float32(inputs[0].detach())
         x = x.reshape(len(self.index), -1, x.shape[-1])  # [images, tokens, in]
         self.num_images += x.shape[0]
         self.num_tokens += x.shape[0] * x.shape[1]
@@ -204,7 +204,7 @@ class _Accumulator:
         if output.requires_grad:
             index = self.index
             output.register_hook(
-                lambda grad: self._add_gradients(x, _at_least_float32(grad).reshape(*x.shape[:2], -1), index)
+                lambda grad: self._add_gradients(x, at_least_float32(grad).reshape(*x.shape[:2], -1), index)
             )
 
     def _add_moments(self, x: Tensor, token_weight: Tensor) -> None:
@@ -224,7 +224,7 @@ class _Accumulator:
             self._add_moments(x, token_weight)
         if self.block_shape is None:
             return
-        weight = _at_least_float32(self.linear.weight.detach())
+        weight = at_least_float32(self.linear.weight.detach())
         chunk = max(1, GRADIENT_BYTES_AT_ONCE // (weight.numel() * weight.element_size()))
         for xs, grads, images in zip(x.split(chunk), grad.split(chunk), index.split(chunk), strict=True):
             per_image = grads.transpose(1, 2) @ xs  # [chunk, out, in]
@@ -269,5 +269,6 @@ def _signs(index: Tensor) -> Tensor:
     return torch.where(index < FISHER_ROWS, 1, 1 - 2 * bit).float()
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in single precision where it was in half: sums over tokens need it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

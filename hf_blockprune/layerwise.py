@@ -90,6 +90,8 @@ def refit_layers(
         ModelError: the masked Linears do not lie in one list of layers, or a system cannot be solved.
     """
     prefix, layers = _layer_list(model, masks)
+    training = model.training
+    model.eval()
     kept = _first_inputs(model, layers[0], images, processor, accelerator=accelerator, batch_size=batch_size)
     ridges: dict[str, float] = {}
     for index in logging.tqdm(range(len(layers)), desc="Refit", disable=not accelerator.is_main_process):
@@ -108,6 +110,7 @@ def refit_layers(
                     here[name], layer.get_submodule(name), mask, block_shape, fitted, held_back
                 )
         _advance(dense, layer, kept)
+    model.train(training)
     return ridges
 
 
@@ -164,7 +167,7 @@ def _first_inputs(
     index: Tensor
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept.append(_Batch(args[0], args[0], index % HELD_BACK_EVERY == 0, args[1:], kwargs))
+        kept.append(_Batch(args[0], args[0], index % HELD_BACK_EVERY == HELD_BACK_EVERY - 1, args[1:], kwargs))
         raise _Reached
 
     handle = first.register_forward_pre_hook(record, with_kwargs=True)
@@ -220,9 +223,6 @@ class _StageSums:
     ) -> None:
         self.stage, self.layer, self.token_weights = stage, layer, token_weights
         self.earlier = [s.names[0] for s in earlier if s.residual]
-        # Sums are taken around the first batch's means: around zero, what single precision rounds off a large mean
-        # would be larger than a small variance.
-        self.centres: dict[str, tuple[Tensor, Tensor]] = {}
         self.sums: dict[tuple[str, bool], list[Tensor]] = {}
         for name in stage.names:
             linear: Any = layer.get_submodule(name)
@@ -230,7 +230,6 @@ class _StageSums:
             for part in (False, True):
                 shapes = [(), (into,), (out,), (into, into), (out, into)]
                 self.sums[name, part] = [torch.zeros(s, dtype=torch.float64, device=device) for s in shapes]
-            self.centres[name] = torch.zeros(into, device=device), torch.zeros(out, device=device)
 
     @torch.no_grad()
     def add(self, dense: nn.Module, batch: _Batch) -> None:
@@ -251,20 +250,20 @@ class _StageSums:
 
     def _add(self, name: str, x: Tensor, target: Tensor, held_back: Tensor) -> None:
         token_weight = self.token_weights[name]
-        if not any(self.sums[name, part][0] for part in (False, True)):
-            self.centres[name] = _mean(x, token_weight), _mean(target, token_weight)
-        x, target = x - self.centres[name][0], target - self.centres[name][1]
+        # Double precision: what single precision rounds off a large mean would be larger than a small variance, and
+        # the solution would depend on the order of the images.
+        x, target = x.double(), target.double()
         for part in (False, True):
             chosen = held_back == part
             xs, ts = x[chosen].flatten(0, 1), target[chosen].flatten(0, 1)
             weight = xs.new_ones(len(xs)) if token_weight is None else token_weight.to(xs).repeat(int(chosen.sum()))
             weighted = xs * weight[:, None]
             sums = self.sums[name, part]
-            sums[0] += weight.sum(dtype=torch.float64)
-            sums[1] += weighted.sum(0, dtype=torch.float64)
-            sums[2] += (ts * weight[:, None]).sum(0, dtype=torch.float64)
-            sums[3] += (weighted.t() @ xs).double()
-            sums[4] += (ts.t() @ weighted).double()
+            sums[0] += weight.sum()
+            sums[1] += weighted.sum(0)
+            sums[2] += (ts * weight[:, None]).sum(0)
+            sums[3] += weighted.t() @ xs
+            sums[4] += ts.t() @ weighted
 
     def moments(self, name: str, accelerator: "Accelerator") -> tuple[Moments, Moments | None]:
         """(fitted, held back), added up over processes; no held-back moments where there were no such images."""
@@ -275,27 +274,13 @@ class _StageSums:
         return _finish(sums) if sums[0] > 0 else None
 
     def _shared(self, name: str, part: bool, accelerator: "Accelerator") -> list[Any]:
-        """Sums around zero over all processes; each has its own centres, and double precision bears the change."""
-        weight, x, t, xx, tx = self.sums[name, part]
-        x_centre, t_centre = (centre.double() for centre in self.centres[name])
-        xx = xx + torch.outer(x, x_centre) + torch.outer(x_centre, x) + weight * torch.outer(x_centre, x_centre)
-        tx = tx + torch.outer(t, x_centre) + torch.outer(t_centre, x) + weight * torch.outer(t_centre, x_centre)
-        around_zero = [weight, x + weight * x_centre, t + weight * t_centre, xx, tx]
-        return [accelerator.reduce(value, "sum") for value in around_zero]
+        return [accelerator.reduce(value, "sum") for value in self.sums[name, part]]
 
 
 def _finish(sums: list[Any]) -> Moments:
     weight, x, t, xx, tx = sums
     x, t = x / weight, t / weight
     return Moments(x, t, xx / weight - torch.outer(x, x), tx / weight - torch.outer(t, x))
-
-
-def _mean(x: Tensor, token_weight: Tensor | None) -> Tensor:
-    """Mean over images and tokens of x [images, tokens, features]."""
-    if token_weight is None:
-        return x.mean((0, 1))
-    weight = token_weight.to(x)[:, None]
-    return (x * weight).sum((0, 1)) / (weight.sum() * len(x))
 
 
 @torch.no_grad()

@@ -134,16 +134,7 @@ class BlockPruner:
         with _timed(seconds, "calibration"):
             statistics, calibration, images = self._calibrate(dataset, split, targets)
         with _timed(seconds, "saliency"):
-            traces = {
-                name: removal_trace(
-                    linear.weight.detach(),
-                    statistics.get(name),
-                    self.config.block_shape,
-                    self.config.method,
-                    damping=self.config.damping,
-                )
-                for name, linear in targets.items()
-            }
+            traces = {name: self._trace(name, linear, statistics.get(name)) for name, linear in targets.items()}
         with _timed(seconds, "allocation"):
             allocation = self._allocate(traces, targets, flops)
         ridges: dict[str, float] = {}
@@ -152,6 +143,15 @@ class BlockPruner:
                 ridges = self._refit(allocation.masks, statistics, images)
         self._report = self._describe(targets, flops, allocation, calibration, seconds, ridges)
         return sparsify(self.model, allocation.masks, self.config.block_shape)
+
+    def _trace(self, name: str, linear: Any, statistics: LayerStatistics | None) -> RemovalTrace:
+        weight, shape, method = linear.weight.detach(), self.config.block_shape, self.config.method
+        try:
+            return removal_trace(weight, statistics, shape, method, damping=self.config.damping)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise ModelError(
+                f"{name}: its inputs are too dependent for obs ({error}); raise damping or use more calibration images"
+            ) from error
 
     def _calibrate(
         self, dataset: Any, split: str | None, targets: dict[str, Any]

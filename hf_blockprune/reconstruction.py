@@ -16,6 +16,7 @@ from torch import Tensor
 from .blocks import expand_mask
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+CONSTANT = 1e-11  # share of the mean variance below which an input counts as constant
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,17 @@ def refit(
         ridges: candidates for rho.
 
     Raises:
-        torch.linalg.LinAlgError: a system could not be factorised.
+        torch.linalg.LinAlgError: a system could not be factorised with any of the ridges.
     """
     if held_back is None:
         ridges = (ridges[len(ridges) // 2],)
-    candidates = [(ridge, solve(weight, mask, block_shape, moments, ridge)) for ridge in ridges]
+    candidates: list[tuple[float, Tensor]] = []
+    for ridge in sorted(ridges):
+        try:
+            candidates.append((ridge, solve(weight, mask, block_shape, moments, ridge)))
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            if ridge == max(ridges) and not candidates:  # too small a ridge is no candidate, but one must be left
+                raise
     ridge, best = min(candidates, key=lambda candidate: float((held_back or moments).error(candidate[1])))
     bias = moments.target_mean - best @ moments.input_mean
     return Refit(best.to(weight.dtype), bias.to(weight.dtype), ridge)
@@ -82,7 +89,9 @@ def solve(weight: Tensor, mask: Tensor, block_shape: tuple[int, int], moments: M
     before = weight.double()
     after = torch.zeros_like(before)
     diagonal = moments.covariance.diagonal()
-    pull = ridge * diagonal + 1e-12 * diagonal.mean().clamp(min=1e-300)
+    # An input that never varies (but for rounding) says nothing about its weights: they stay as they were.
+    varies = diagonal > CONSTANT * diagonal.mean()
+    pull = torch.where(varies, ridge * diagonal, diagonal.mean().clamp(min=1e-300))
     entries = expand_mask(mask, (weight.shape[0], weight.shape[1]), block_shape)
     for start in range(0, len(weight), block_shape[0]):
         keep = entries[start].nonzero().squeeze(1)

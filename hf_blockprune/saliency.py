@@ -39,6 +39,9 @@ class Statistics(Protocol):
     def num_images(self) -> int: ...
 
 
+ROUNDING = 1e-5
+
+
 @dataclass(frozen=True)
 class RemovalTrace:
     """How blocks leave a layer.
@@ -95,6 +98,8 @@ def _obs_trace_of(
     if s is None or s.mean is None or s.second_moment is None or s.output_weight is None:
         raise ValueError("method 'obs' needs Fisher statistics; collect them with fisher=True")
     covariance = s.second_moment - torch.outer(s.mean, s.mean)
+    # Moments are single-precision products; what they round off must not make a small variance negative.
+    covariance = covariance + torch.diag(ROUNDING * s.second_moment.diagonal())
     importance = s.output_weight * (0.5 * s.num_tokens / s.num_images)
     return obs_trace(weight, covariance, importance, block_shape, damping=damping)
 

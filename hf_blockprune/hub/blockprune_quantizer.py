@@ -106,7 +106,8 @@ class BlockPruneHfQuantizer(HfQuantizer):
                 linear.out_features,
                 block_shape,
                 nnz_blocks,
-                bias=linear.bias is not None,
+                # Refitting gives a bias to a Linear that had none; only the file tells.
+                bias=linear.bias is not None or (shapes is not None and f"{stored_name}.bias" in shapes),
                 device=linear.weight.device,
                 dtype=linear.weight.dtype,
             )
