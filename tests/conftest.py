@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -18,6 +19,8 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+
+from hf_blockprune.data import load_images
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_LABELS = 7
@@ -95,6 +98,17 @@ def write_images(folder, count, *, labels=True, size=40, seed=0):
 def images(tmp_path_factory):
     """24 labelled pictures."""
     return write_images(tmp_path_factory.mktemp("images") / "labelled", 24)
+
+
+@pytest.fixture(scope="session")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="session")
+def found(images):
+    """The labelled pictures, opened."""
+    return load_images(images)
 
 
 def shared_path():

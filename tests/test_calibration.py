@@ -9,7 +9,6 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 
 from hf_blockprune import DataError, calibration
 from hf_blockprune.calibration import collect
@@ -20,16 +19,6 @@ from .conftest import tiny_model, write_images
 BLOCK_SHAPE = (16, 32)  # does not divide the 48 and 96 wide matrices evenly
 NUM_TOKENS = 17
 STATISTICS = ("mean", "second_moment", "output_weight", "gradient")
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture(scope="module")
-def found(images):
-    return load_images(images)
 
 
 def double_model(**changes):

@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 
 from hf_blockprune import calibration
 from hf_blockprune.calibration import collect
@@ -15,16 +14,6 @@ from .conftest import tiny_model
 
 KEYS = ("mean", "second_moment", "output_weight", "token_weight")
 SEED = 3
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture(scope="module")
-def found(images):
-    return load_images(images)
 
 
 def targets_of(model):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -18,16 +17,6 @@ from .test_recipes import launch
 
 BLOCK_SHAPE = (8, 8)
 HELD_BACK = torch.arange(24) % 8 == 7  # every eighth image
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture(scope="module")
-def found(images):
-    return load_images(images)
 
 
 @pytest.fixture(scope="module")
