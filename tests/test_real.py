@@ -36,7 +36,10 @@ def photographs(shared, tmp_path_factory):
 def pruned(model_path, shared, photographs, tmp_path_factory):
     """DeiT-Ti with 90 % of its FLOPs, by taylor on 64 images."""
     config = BlockPruneConfig(
-        block_shape=(16, 16), budget={"metric": "flops", "ratio": 0.9}, calibration={"samples": 64, "batch_size": 16}
+        method="taylor",
+        block_shape=(16, 16),
+        budget={"metric": "flops", "ratio": 0.9},
+        calibration={"samples": 64, "batch_size": 16},
     )
     pruner = BlockPruner.from_pretrained(model_path, config)
     pruner.prune(shared / "data/imagenet-sample/calibration")
