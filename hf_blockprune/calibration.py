@@ -6,7 +6,6 @@ end, so that one process and several give the same statistics. Memory does not d
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,39 +16,13 @@ from transformers.utils import logging
 from .blocks import block_sums, grid_shape
 from .data import NO_LABEL, CorruptImages, ImageSet, batches, num_batches
 from .errors import DataError
+from .layer_statistics import LayerStatistics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FISHER_ROWS = 512  # per-image gradients kept apart; further images are folded in with random signs
 GRADIENT_BYTES_AT_ONCE = 64 << 20
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What is known of one Linear y = W x + b on the calibration images. Absent parts were not asked for.
-
-    Attributes:
-        num_tokens: tokens seen.
-        num_images: images seen.
-        mean: E[x], float64 [in]; with `fisher`, tokens are weighted by their squared output gradient.
-        second_moment: E[x x^T], float64 [in, in], not centred; weighted likewise.
-        output_weight: mean over tokens of (dLoss/dy)^2, float64 [out]; the loss is summed over images.
-        token_weight: mean squared output gradient of each token position, scaled to mean 1, float64 [tokens].
-        gradient: mean over images of dLoss/dW, float64 [out, in].
-        block_gradients: float32 [rows, block_rows, block_cols]; row n holds <dLoss_n/dW, W> over each block, scaled so
-            that mean over rows of the outer product is the empirical Fisher between blocks. Exact up to FISHER_ROWS
-            images; beyond them images share rows with random signs, which keeps the estimate unbiased.
-    """
-
-    num_tokens: int
-    num_images: int
-    mean: Tensor | None = None
-    second_moment: Tensor | None = None
-    output_weight: Tensor | None = None
-    token_weight: Tensor | None = None
-    gradient: Tensor | None = None
-    block_gradients: Tensor | None = None
 
 
 def collect(

@@ -107,6 +107,8 @@ class BlockPruneConfig:
         method: "obs" (block Optimal Brain Surgeon), "taylor" (LPViT, arXiv 2407.02068) or "magnitude".
         refit: solve for the surviving weights after pruning, with the inputs that the pruned model sees; by default
             with "obs" alone, since the other two are published without it.
+        permute: let hidden units and features within a head change places first, so that those worth little share
+            blocks; the dense model's function stays the same. By default with "obs", which it needs.
         damping: added to the diagonal of the inputs' covariance in "obs", relative to each entry.
         budget: what may remain; also given as {"metric": ..., "ratio": ...}.
         power_weight: weight of the power term beside the distortion; "auto" makes both weigh the same over the
@@ -128,6 +130,7 @@ class BlockPruneConfig:
     block_shape: tuple[int, int] = (32, 32)
     method: Literal["magnitude", "taylor", "obs"] = "obs"
     refit: bool | None = None
+    permute: bool | None = None
     damping: float = 0.01
     budget: Budget = field(default_factory=Budget)
     power_weight: float | Literal["auto"] = "auto"
@@ -161,8 +164,9 @@ class BlockPruneConfig:
             _check_whole("block_shape", size, 1)
         if self.method not in METHODS:
             _refuse("method", f"one of {', '.join(METHODS)}", self.method)
-        if self.refit is not None and not isinstance(self.refit, bool):
-            _refuse("refit", "true, false, or nothing for the method's default", self.refit)
+        for key in ("refit", "permute"):
+            if getattr(self, key) is not None and not isinstance(getattr(self, key), bool):
+                _refuse(key, "true, false, or nothing for the method's default", getattr(self, key))
         if not _is_number(self.damping) or self.damping <= 0:
             _refuse("damping", "a number above 0, such as 0.01", self.damping)
         if self.power_weight != "auto" and not (_is_number(self.power_weight) and self.power_weight >= 0):
@@ -179,6 +183,8 @@ class BlockPruneConfig:
             _refuse("format_version", f"{FORMAT_VERSION} (a newer hf_blockprune may read it)", self.format_version)
 
     def _check_agreement(self) -> None:
+        if self.permute and self.method != "obs":
+            raise ConfigError(f"permute: needs the statistics of method 'obs', not {self.method!r}; leave it out")
         if not self.targets:
             raise ConfigError("targets: an empty list prunes nothing; leave the key out to prune every layer")
         both = sorted(set(self.targets) & set(self.ignore))
@@ -199,6 +205,11 @@ class BlockPruneConfig:
     def refits(self) -> bool:
         """Whether surviving weights are solved for."""
         return self.method == "obs" if self.refit is None else self.refit
+
+    @property
+    def permutes(self) -> bool:
+        """Whether hidden units change places before blocks are chosen."""
+        return self.method == "obs" if self.permute is None else self.permute
 
     def replace(self, **changes: Any) -> "BlockPruneConfig":
         """A copy with some settings changed, checked again."""

@@ -14,9 +14,10 @@ from torch import Tensor
 from . import checkpoint
 from .allocation import Allocation, BlockCosts, allocate
 from .blocks import block_sizes
-from .calibration import LayerStatistics, collect
+from .calibration import collect
 from .card import model_card
 from .config import BlockPruneConfig
+from .coupling import ROUNDS, correct
 from .data import ImageSet, load_images
 from .environment import environment
 from .errors import ModelError
@@ -24,10 +25,13 @@ from .evaluation import Evaluation, predict, summarise
 from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_cost import linear_flops, weights_energy_mj
 from .hub.blockprune_quantizer import block_sparse_layers, sparsify
+from .layer_statistics import LayerStatistics
 from .layerwise import refit_layers
 from .loading import load_classifier
+from .permutation import apply_moves, block_saliency_kept, choose_moves
 from .report import describe_masks
 from .saliency import RemovalTrace, removal_trace
+from .structure import TransformerLayer, find_transformer_layers
 from .targets import find_targets
 
 if TYPE_CHECKING:
@@ -133,15 +137,23 @@ class BlockPruner:
         flops = count_flops(type(self.model), self.model.config)
         with _timed(seconds, "calibration"):
             statistics, calibration, images = self._calibrate(dataset, split, targets)
+        layers = find_transformer_layers(self.model, targets) if self.config.method == "obs" else []
+        permutation = None
+        if self.config.permutes and layers:
+            with _timed(seconds, "permutation"):
+                statistics, permutation = self._permute(layers, targets, statistics, flops)
         with _timed(seconds, "saliency"):
             traces = {name: self._trace(name, linear, statistics.get(name)) for name, linear in targets.items()}
         with _timed(seconds, "allocation"):
             allocation = self._allocate(traces, targets, flops)
+            if layers:
+                allocation = self._allocate_coupled(layers, traces, allocation, targets, statistics, flops)
         ridges: dict[str, float] = {}
         if self.config.refits:
             with _timed(seconds, "refit"):
                 ridges = self._refit(allocation.masks, statistics, images)
         self._report = self._describe(targets, flops, allocation, calibration, seconds, ridges)
+        self._report["permutation"] = permutation
         return sparsify(self.model, allocation.masks, self.config.block_shape)
 
     def _trace(self, name: str, linear: Any, statistics: LayerStatistics | None) -> RemovalTrace:
@@ -223,6 +235,47 @@ class BlockPruner:
         if self.accelerator.num_processes > 1:
             broadcast_object_list(shared)
         return shared[0]
+
+    def _permute(
+        self,
+        layers: list[TransformerLayer],
+        targets: dict[str, Any],
+        statistics: dict[str, LayerStatistics],
+        flops: ModelFlops,
+    ) -> tuple[dict[str, LayerStatistics], dict[str, float]]:
+        """Permute the model in place; the statistics that follow, and how well the saliency is packed into blocks."""
+        from accelerate.utils import broadcast_object_list
+
+        costs, fixed_cost = self._costs(targets, flops)
+        total = sum(float(c.budget.sum()) for c in costs.values())
+        share = max(0.0, 1 - (1 - self.config.budget.ratio) * (total + fixed_cost) / total)
+        coupled = {name: targets[name] for name in targets if any(name in vars(layer).values() for layer in layers)}
+        shape = self.config.block_shape
+        before = block_saliency_kept(coupled, statistics, shape, share)
+        shared = [choose_moves(layers, targets, statistics)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(shared)  # ties may fall differently elsewhere
+        statistics = apply_moves(shared[0], targets, statistics)
+        after = block_saliency_kept(coupled, statistics, shape, share)
+        return statistics, {"block_share": share, "saliency_kept_before": before, "saliency_kept_after": after}
+
+    def _allocate_coupled(
+        self,
+        layers: list[TransformerLayer],
+        traces: dict[str, RemovalTrace],
+        allocation: Allocation,
+        targets: dict[str, Any],
+        statistics: dict[str, LayerStatistics],
+        flops: ModelFlops,
+    ) -> Allocation:
+        """Allocate anew with traces that know what the last allocation left of the neighbours."""
+        for _ in range(ROUNDS):
+            corrected = correct(layers, targets, statistics, allocation.masks, self.config.block_shape)
+            traces = {**traces, **{name: self._trace(name, targets[name], s) for name, s in corrected.items()}}
+            before, allocation = allocation, self._allocate(traces, targets, flops)
+            if all(torch.equal(mask, before.masks[name]) for name, mask in allocation.masks.items()):
+                break
+        return allocation
 
     def _costs(self, targets: dict[str, Any], flops: ModelFlops) -> tuple[dict[str, BlockCosts], float]:
         """Cost of every block in the budget's unit, and the cost of all that is no block of the targets."""

@@ -1,0 +1,97 @@
+"""What blocks of one Linear are worth once blocks of its neighbour are gone.
+
+Each Linear's removal trace is taken with its neighbours dense. But a hidden unit that fc2 no longer reads need not be
+computed by fc1, one that fc1 no longer computes is a constant that fc2's bias can hold, and a feature of query matters
+as far as key still has it. After an allocation, importances are therefore corrected:
+
+    f_u of fc1, value      times the share of the consumer's column u that is kept
+    inputs of fc2, out     taken as constant where the producer's row is gone
+    f_d of query           times the share of key's row d that is kept
+    f_d of key             times the share of E[query_d^2] that is kept, its mean counting as kept
+
+with shares of sum f W^2 var(x). Traces are taken again and blocks allocated anew; a few rounds settle.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import expand_mask
+from .layer_statistics import LayerStatistics
+from .permutation import entry_saliency, output_variance
+from .structure import TransformerLayer
+
+ROUNDS = 4
+
+
+def correct(
+    layers: list[TransformerLayer],
+    linears: dict[str, nn.Linear],
+    statistics: dict[str, LayerStatistics],
+    masks: dict[str, Tensor],
+    block_shape: tuple[int, int],
+) -> dict[str, LayerStatistics]:
+    """Statistics of the coupled Linears as the masks make them.
+
+    Args:
+        layers: who feeds whom.
+        linears: the dense Linears.
+        statistics: of the dense model, for every Linear of the layers.
+        masks: bool [block_rows, block_cols] by name, the allocation so far.
+        block_shape: (rows, cols).
+
+    Returns:
+        New statistics of the Linears in `layers`, by name.
+    """
+    corrected: dict[str, LayerStatistics] = {}
+
+    def saliency(name: str) -> tuple[Tensor, Tensor]:
+        """Of all and of the kept entries."""
+        every = entry_saliency(linears[name], statistics[name])
+        entries = expand_mask(masks[name], (every.shape[0], every.shape[1]), block_shape).to(every.device)
+        return every, every * entries
+
+    def scale(name: str, share: Tensor) -> None:
+        s = statistics[name]
+        assert s.output_weight is not None
+        corrected[name] = replace(s, output_weight=s.output_weight * share)
+
+    for layer in layers:
+        for producer, consumer in ((layer.fc1, layer.fc2), (layer.value, layer.out)):
+            scale(producer, _share(*saliency(consumer), dim=0))
+            alive = expand_mask(masks[producer], _shape(linears[producer]), block_shape).any(dim=1)
+            corrected[consumer] = _without_inputs(statistics[consumer], alive)
+        scale(layer.query, _share(*saliency(layer.key), dim=1))
+        scale(layer.key, _share_with_mean(linears[layer.query], statistics[layer.query], *saliency(layer.query)))
+    return corrected
+
+
+def _shape(linear: nn.Linear) -> tuple[int, int]:
+    return linear.out_features, linear.in_features
+
+
+def _share(every: Tensor, kept: Tensor, *, dim: int) -> Tensor:
+    """kept / every, and 1 where there is nothing."""
+    total = every.sum(dim)
+    return torch.where(total > 0, kept.sum(dim) / total.clamp(min=1e-300), 1.0)
+
+
+def _share_with_mean(linear: nn.Linear, s: LayerStatistics, every: Tensor, kept: Tensor) -> Tensor:
+    assert s.mean is not None
+    mean = linear.weight.detach().double() @ s.mean
+    if linear.bias is not None:
+        mean = mean + linear.bias.detach().double()
+    power, spread = mean.square(), output_variance(linear, s)
+    total = power + spread
+    kept_power = power + _share(every, kept, dim=1) * spread
+    return torch.where(total > 0, kept_power / total.clamp(min=1e-300), 1.0)
+
+
+def _without_inputs(s: LayerStatistics, alive: Tensor) -> LayerStatistics:
+    """The statistics with inputs that are not alive held at their mean."""
+    assert s.mean is not None
+    assert s.second_moment is not None
+    squared_mean = torch.outer(s.mean, s.mean)
+    both = torch.outer(alive, alive).to(s.mean.device)
+    return replace(s, second_moment=torch.where(both, s.second_moment, squared_mean))

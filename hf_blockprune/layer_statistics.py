@@ -1,0 +1,32 @@
+"""What calibration learns of a layer, for the modules that decide what goes."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What is known of one Linear y = W x + b on the calibration images. Absent parts were not asked for.
+
+    Attributes:
+        num_tokens: tokens seen.
+        num_images: images seen.
+        mean: E[x], float64 [in]; with `fisher`, tokens are weighted by their squared output gradient.
+        second_moment: E[x x^T], float64 [in, in], not centred; weighted likewise.
+        output_weight: mean over tokens of (dLoss/dy)^2, float64 [out]; the loss is summed over images.
+        token_weight: mean squared output gradient of each token position, scaled to mean 1, float64 [tokens].
+        gradient: mean over images of dLoss/dW, float64 [out, in].
+        block_gradients: float32 [rows, block_rows, block_cols]; row n holds <dLoss_n/dW, W> over each block, scaled so
+            that mean over rows of the outer product is the empirical Fisher between blocks. Exact up to as many
+            images as rows; beyond them images share rows with random signs, which keeps the estimate unbiased.
+    """
+
+    num_tokens: int
+    num_images: int
+    mean: Tensor | None = None
+    second_moment: Tensor | None = None
+    output_weight: Tensor | None = None
+    token_weight: Tensor | None = None
+    gradient: Tensor | None = None
+    block_gradients: Tensor | None = None

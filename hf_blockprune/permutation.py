@@ -1,0 +1,126 @@
+"""Free permutations: hidden units change places so that those worth little share blocks; the function stays the same.
+
+Units of the MLP move together in fc1's rows and fc2's columns. Within a head, features of value move with columns of
+out, and features of query with those of key. Units are sorted by what the loss would be without them, so that whole
+blocks of nearly useless units form at the end, which `coupling` can then remove from both sides.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import block_sums
+from .layer_statistics import LayerStatistics
+from .structure import TransformerLayer
+
+
+@dataclass(frozen=True)
+class Move:
+    """New order of the features that leave `producers` as rows and, but for query and key, enter `consumer` as columns.
+
+    Attributes:
+        order: int64 [features]; feature i of the new model is feature order[i] of the old one.
+    """
+
+    producers: tuple[str, ...]
+    consumer: str | None
+    order: Tensor
+
+
+def choose_moves(
+    layers: list[TransformerLayer], linears: dict[str, nn.Linear], statistics: dict[str, LayerStatistics]
+) -> list[Move]:
+    """The moves that sort each layer's hidden units by falling saliency, heads staying where they are."""
+    moves = []
+    for layer in layers:
+        units = _column_saliency(linears[layer.fc2], statistics[layer.fc2])
+        moves.append(Move((layer.fc1,), layer.fc2, _falling(units, 1)))
+        features = _column_saliency(linears[layer.out], statistics[layer.out])
+        moves.append(Move((layer.value,), layer.out, _falling(features, layer.heads)))
+        products = sum(_row_saliency(linears[name], statistics[name]) for name in (layer.query, layer.key))
+        assert isinstance(products, Tensor)
+        moves.append(Move((layer.query, layer.key), None, _falling(products, layer.heads)))
+    return moves
+
+
+@torch.no_grad()
+def apply_moves(
+    moves: list[Move], linears: dict[str, nn.Linear], statistics: dict[str, LayerStatistics]
+) -> dict[str, LayerStatistics]:
+    """Permute the Linears in place.
+
+    Returns:
+        The statistics that the permuted model would have.
+    """
+    moved = dict(statistics)
+    for move in moves:
+        for name in move.producers:
+            linear, order = linears[name], move.order.to(linears[name].weight.device)
+            linear.weight.copy_(linear.weight[order])
+            if linear.bias is not None:
+                linear.bias.copy_(linear.bias[order])
+            s = moved[name]
+            assert s.output_weight is not None
+            moved[name] = replace(s, output_weight=s.output_weight[order])
+        if move.consumer is not None:
+            linear, order = linears[move.consumer], move.order.to(linears[move.consumer].weight.device)
+            linear.weight.copy_(linear.weight[:, order])
+            s = moved[move.consumer]
+            assert s.mean is not None
+            assert s.second_moment is not None
+            moved[move.consumer] = replace(s, mean=s.mean[order], second_moment=s.second_moment[order][:, order])
+    return moved
+
+
+def block_saliency_kept(
+    linears: dict[str, nn.Linear], statistics: dict[str, LayerStatistics], block_shape: tuple[int, int], share: float
+) -> float:
+    """Share of all saliency f_r W_rc^2 var(x_c) that the best `share` of blocks hold: how well it is packed."""
+    blocks = torch.cat(
+        [
+            block_sums(entry_saliency(linear, statistics[name]), block_shape).flatten()
+            for name, linear in linears.items()
+        ]
+    )
+    best = blocks.sort(descending=True).values[: round(share * len(blocks))]
+    return float(best.sum() / blocks.sum().clamp(min=1e-300))
+
+
+def variance(s: LayerStatistics) -> Tensor:
+    """Variance of each input, [in]."""
+    assert s.mean is not None
+    assert s.second_moment is not None
+    return (s.second_moment.diagonal() - s.mean.square()).clamp(min=0)
+
+
+def entry_saliency(linear: nn.Linear, s: LayerStatistics) -> Tensor:
+    """f_r W_rc^2 var(x_c) for each weight, float64 [out, in]."""
+    assert s.output_weight is not None
+    return linear.weight.detach().double().square() * variance(s) * s.output_weight[:, None]
+
+
+def _column_saliency(linear: nn.Linear, s: LayerStatistics) -> Tensor:
+    return entry_saliency(linear, s).sum(dim=0)
+
+
+def _row_saliency(linear: nn.Linear, s: LayerStatistics) -> Tensor:
+    assert s.output_weight is not None
+    return s.output_weight * output_variance(linear, s)
+
+
+def output_variance(linear: nn.Linear, s: LayerStatistics) -> Tensor:
+    """Variance of each output, [out]."""
+    assert s.mean is not None
+    assert s.second_moment is not None
+    weight = linear.weight.detach().double()
+    covariance = s.second_moment - torch.outer(s.mean, s.mean)
+    return ((weight @ covariance) * weight).sum(dim=1).clamp(min=0)
+
+
+def _falling(values: Tensor, groups: int) -> Tensor:
+    """Order of falling values within each of so many equal groups."""
+    grouped: Any = values.view(groups, -1)
+    first = torch.arange(groups, device=values.device)[:, None] * grouped.shape[1]
+    return (grouped.argsort(dim=1, descending=True, stable=True) + first).flatten()
