@@ -15,7 +15,7 @@ from .blocks import block_sizes, block_sums, grid_shape
 
 
 class Statistics(Protocol):
-    """What the methods need of a layer's statistics (see `calibration.LayerStatistics`)."""
+    """What the methods need of a layer's statistics (see `layer_statistics.LayerStatistics`)."""
 
     @property
     def gradient(self) -> Tensor | None: ...
