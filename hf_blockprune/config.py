@@ -14,7 +14,7 @@ from .errors import ConfigError
 
 FORMAT_VERSION = 1
 METHODS = ("magnitude", "taylor", "obs")
-BUDGET_METRICS = ("flops", "sparsity")
+BUDGET_METRICS = ("flops", "params", "sparsity")
 MAX_SEED = 2**32
 
 
@@ -45,12 +45,12 @@ class Budget:
     """What may remain after pruning.
 
     Args:
-        metric: "flops" (of the whole model: patch embedding, attention products and head counted) or
-            "sparsity" (kept blocks of the target layers alone).
+        metric: "flops" (of the whole model: patch embedding, attention products and head counted), "params" (weights
+            of the whole model) or "sparsity" (kept blocks of the target layers alone).
         ratio: share kept, in (0, 1]; 0.5 keeps half.
     """
 
-    metric: Literal["flops", "sparsity"] = "flops"
+    metric: Literal["flops", "params", "sparsity"] = "flops"
     ratio: float = 0.5
 
     def __post_init__(self) -> None:
@@ -109,8 +109,17 @@ class BlockPruneConfig:
             with "obs" alone, since the other two are published without it.
         permute: let hidden units and features within a head change places first, so that those worth little share
             blocks; the dense model's function stays the same. By default with "obs", which it needs.
+        coupling_rounds: how often "obs" chooses blocks anew, knowing what the last choice left of each Linear's
+            neighbours; 0 leaves their dependence out of account.
+        token_weights: share of a token's weight in the refit that is its squared gradient; the rest is the same for
+            all tokens, because far from the dense model even a token without a gradient matters a little.
+        residual_targets: let Linears that write to the residual stream aim at the dense model's stream in the refit,
+            which cancels the error so far, instead of at their own dense output.
+        balance: keep as many blocks in every block row of a layer, because a kernel's time is that of its longest
+            row; "obs" alone.
         damping: added to the diagonal of the inputs' covariance in "obs", relative to each entry.
         budget: what may remain; also given as {"metric": ..., "ratio": ...}.
+        second_budget: another one that must be met too.
         power_weight: weight of the power term beside the distortion; "auto" makes both weigh the same over the
             whole range from dense to empty, 0 leaves power out.
         targets: glob patterns of module names to prune; "*" is every Linear of the repeated layers.
@@ -131,8 +140,13 @@ class BlockPruneConfig:
     method: Literal["magnitude", "taylor", "obs"] = "obs"
     refit: bool | None = None
     permute: bool | None = None
+    coupling_rounds: int = 4
+    token_weights: float = 0.95
+    residual_targets: bool = True
+    balance: bool = False
     damping: float = 0.01
     budget: Budget = field(default_factory=Budget)
+    second_budget: Budget | None = None
     power_weight: float | Literal["auto"] = "auto"
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
@@ -147,9 +161,9 @@ class BlockPruneConfig:
 
     def _normalise(self) -> None:
         """Accept what YAML and JSON can write: lists for tuples, mappings for the nested settings."""
-        for key, cls in (("budget", Budget), ("calibration", CalibrationConfig)):
+        for key, cls in (("budget", Budget), ("second_budget", Budget), ("calibration", CalibrationConfig)):
             value = getattr(self, key)
-            if not isinstance(value, cls):
+            if not isinstance(value, cls) and not (key == "second_budget" and value is None):
                 _check_keys(cls, value, key)
                 object.__setattr__(self, key, cls(**value))
         for key in ("block_shape", "targets", "ignore"):
@@ -167,6 +181,12 @@ class BlockPruneConfig:
         for key in ("refit", "permute"):
             if getattr(self, key) is not None and not isinstance(getattr(self, key), bool):
                 _refuse(key, "true, false, or nothing for the method's default", getattr(self, key))
+        for key in ("residual_targets", "balance"):
+            if not isinstance(getattr(self, key), bool):
+                _refuse(key, "true or false", getattr(self, key))
+        _check_whole("coupling_rounds", self.coupling_rounds, 0)
+        if not _is_number(self.token_weights) or not 0 <= self.token_weights < 1:
+            _refuse("token_weights", "a share from 0 to below 1", self.token_weights)
         if not _is_number(self.damping) or self.damping <= 0:
             _refuse("damping", "a number above 0, such as 0.01", self.damping)
         if self.power_weight != "auto" and not (_is_number(self.power_weight) and self.power_weight >= 0):
@@ -185,6 +205,10 @@ class BlockPruneConfig:
     def _check_agreement(self) -> None:
         if self.permute and self.method != "obs":
             raise ConfigError(f"permute: needs the statistics of method 'obs', not {self.method!r}; leave it out")
+        if self.balance and self.method != "obs":
+            raise ConfigError(f"balance: needs the traces of method 'obs', not {self.method!r}; leave it out")
+        if self.second_budget is not None and self.second_budget.metric == self.budget.metric:
+            raise ConfigError(f"second_budget: {self.budget.metric} has a budget already; name another metric")
         if not self.targets:
             raise ConfigError("targets: an empty list prunes nothing; leave the key out to prune every layer")
         both = sorted(set(self.targets) & set(self.ignore))

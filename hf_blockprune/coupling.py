@@ -22,8 +22,6 @@ from .layer_statistics import LayerStatistics
 from .permutation import entry_saliency, output_variance
 from .structure import TransformerLayer
 
-ROUNDS = 4
-
 
 def correct(
     layers: list[TransformerLayer],
@@ -54,8 +52,7 @@ def correct(
 
     def scale(name: str, share: Tensor) -> None:
         s = statistics[name]
-        assert s.output_weight is not None
-        corrected[name] = replace(s, output_weight=s.output_weight * share)
+        corrected[name] = replace(s, output_weight=s.need("output_weight") * share)
 
     for layer in layers:
         for producer, consumer in ((layer.fc1, layer.fc2), (layer.value, layer.out)):
@@ -78,8 +75,7 @@ def _share(every: Tensor, kept: Tensor, *, dim: int) -> Tensor:
 
 
 def _share_with_mean(linear: nn.Linear, s: LayerStatistics, every: Tensor, kept: Tensor) -> Tensor:
-    assert s.mean is not None
-    mean = linear.weight.detach().double() @ s.mean
+    mean = linear.weight.detach().double() @ s.need("mean")
     if linear.bias is not None:
         mean = mean + linear.bias.detach().double()
     power, spread = mean.square(), output_variance(linear, s)
@@ -90,8 +86,6 @@ def _share_with_mean(linear: nn.Linear, s: LayerStatistics, every: Tensor, kept:
 
 def _without_inputs(s: LayerStatistics, alive: Tensor) -> LayerStatistics:
     """The statistics with inputs that are not alive held at their mean."""
-    assert s.mean is not None
-    assert s.second_moment is not None
-    squared_mean = torch.outer(s.mean, s.mean)
-    both = torch.outer(alive, alive).to(s.mean.device)
-    return replace(s, second_moment=torch.where(both, s.second_moment, squared_mean))
+    mean = s.need("mean")
+    both = torch.outer(alive, alive).to(mean.device)
+    return replace(s, second_moment=torch.where(both, s.need("second_moment"), torch.outer(mean, mean)))

@@ -1,7 +1,9 @@
 """What calibration learns of a layer, for the modules that decide what goes."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 
@@ -30,3 +32,25 @@ class LayerStatistics:
     token_weight: Tensor | None = None
     gradient: Tensor | None = None
     block_gradients: Tensor | None = None
+
+    def need(self, part: str) -> Tensor:
+        """A part that may be absent.
+
+        Raises:
+            ValueError: it was not collected.
+        """
+        value = getattr(self, part)
+        if value is None:
+            raise ValueError(f"statistics hold no {part}; collect them with the setting that gives it")
+        return value
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """E[x x^T] - E[x] E[x]^T, float64 [in, in]."""
+        mean = self.need("mean")
+        return self.need("second_moment") - torch.outer(mean, mean)
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each input, float64 [in]; never negative."""
+        return self.covariance.diagonal().clamp(min=0)

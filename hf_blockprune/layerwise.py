@@ -1,32 +1,44 @@
 """Repairing a pruned model layer by layer, with the inputs that the pruned network really sees.
 
-The hidden states of all calibration images at one layer's boundary are kept for the dense and for the pruned model;
-both move on together, so no part of the network is run again from its beginning. Within a layer, Linears that read the
-same tensor form a stage (q, k, v | proj | fc1 | fc2), and stages are refitted in forward order.
+Within a layer, Linears that read the same tensor form a stage (q, k, v | proj | fc1 | fc2), and stages are refitted in
+forward order. Sums over tokens are made by all processes, each on its images; candidate solutions are shared out.
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .data import ImageSet, batches
+from .blocks import expand_mask
+from .boundary import BoundaryBatch, StopForward, advance, first_inputs, layer_list
+from .data import ImageSet
 from .errors import ModelError
-from .reconstruction import Moments, refit
+from .reconstruction import RIDGES, Moments, Refit, refit
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-HELD_BACK_EVERY = 8  # every eighth image chooses the ridge, the others are fitted
 
+@dataclass(frozen=True)
+class LayerRefit:
+    """What the refit of one Linear came to.
 
-class _Reached(Exception):
-    """Ends a forward pass once everything that was wanted has been seen."""
+    Attributes:
+        ridge: the chosen one.
+        error: E|W xhat + b - t|^2 / E|t - E[t]|^2 on held-back images, all in all: 0 is perfect, 1 a constant.
+        seconds: time of its sums and its solution.
+    """
+
+    ridge: float
+    error: float
+    seconds: float
 
 
 @dataclass
@@ -46,17 +58,6 @@ class _Seen:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
-class _Batch:
-    """One batch at the boundary of a layer."""
-
-    dense: Tensor
-    pruned: Tensor
-    held_back: Tensor  # bool [images]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 def refit_layers(
     model: nn.Module,
     masks: dict[str, Tensor],
@@ -67,11 +68,12 @@ def refit_layers(
     accelerator: "Accelerator",
     batch_size: int = 16,
     token_weights: dict[str, Tensor] | None = None,
-) -> dict[str, float]:
+    residual_targets: bool = True,
+) -> dict[str, LayerRefit]:
     """Refit every masked Linear in forward order, in place; removed blocks end as zeros.
 
-    Stages that write to the residual stream aim at the dense model's stream, which cancels the error accumulated so
-    far; the others at the dense output of their own Linear.
+    Stages that write to the residual stream aim at the dense model's stream (unless `residual_targets` is false), which
+    cancels the error accumulated so far; the others at the dense output of their own Linear.
 
     Args:
         model: the dense model.
@@ -82,59 +84,99 @@ def refit_layers(
         accelerator: device and processes.
         batch_size: images in one pass on each process.
         token_weights: weight of each token position by module name, [tokens]; all tokens weigh the same without.
+        residual_targets: whether errors of the residual stream are made good.
 
     Returns:
-        The ridge chosen for each Linear.
+        How it went, by module name.
 
     Raises:
         ModelError: the masked Linears do not lie in one list of layers, or a system cannot be solved.
     """
-    prefix, layers = _layer_list(model, masks)
+    prefix, layers = layer_list(model, masks)
     training = model.training
     model.eval()
-    kept = _first_inputs(model, layers[0], images, processor, accelerator=accelerator, batch_size=batch_size)
-    ridges: dict[str, float] = {}
+    kept = first_inputs(model, layers[0], images, processor, accelerator=accelerator, batch_size=batch_size)
+    done: dict[str, LayerRefit] = {}
     for index in logging.tqdm(range(len(layers)), desc="Refit", disable=not accelerator.is_main_process):
         layer, dense = layers[index], copy.deepcopy(layers[index])
         here = {n.removeprefix(f"{prefix}.{index}."): n for n in masks if n.startswith(f"{prefix}.{index}.")}
         stages = _shared_stages(dense, list(here), kept, accelerator) if here else []
         for position, stage in enumerate(stages):
+            start = perf_counter()
+            stage.residual = stage.residual and residual_targets
             weights = {name: (token_weights or {}).get(here[name]) for name in stage.names}
-            sums = _StageSums(stage, stages[:position], layer, weights)
+            inputs = {
+                name: _inputs_used(layer.get_submodule(name), masks[here[name]], block_shape) for name in stage.names
+            }
+            sums = _StageSums(stage, stages[:position], layer, weights, inputs)
             for batch in kept:
                 sums.add(dense, batch)
             for name in stage.names:
-                fitted, held_back = sums.moments(name, accelerator)
-                mask = masks[here[name]]
-                ridges[here[name]] = _refit_linear(
-                    here[name], layer.get_submodule(name), mask, block_shape, fitted, held_back
-                )
-        _advance(dense, layer, kept)
+                linear = _Linear(here[name], layer.get_submodule(name), masks[here[name]], block_shape, inputs[name])
+                result = linear.refit(*sums.moments(name, accelerator), accelerator)
+                done[here[name]] = LayerRefit(result.ridge, result.error, perf_counter() - start)
+                start = perf_counter()
+        advance(dense, layer, kept)
     model.train(training)
-    return ridges
+    return done
 
 
-def _refit_linear(
-    name: str, linear: Any, mask: Tensor, block_shape: tuple[int, int], fitted: Moments, held_back: Moments | None
-) -> float:
-    try:
-        result = refit(linear.weight.detach(), mask.to(linear.weight.device), block_shape, fitted, held_back)
-    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-        raise ModelError(
-            f"{name}: its inputs are too dependent to refit ({error}); use more calibration images"
-        ) from error
-    linear.weight.data.copy_(result.weight)
-    if linear.bias is None:
-        linear.bias = nn.Parameter(torch.empty_like(result.bias))
-    linear.bias.data.copy_(result.bias)
-    return result.ridge
+def _inputs_used(linear: Any, mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
+    """Indices of the inputs that some kept block reads."""
+    entries = expand_mask(mask.any(dim=0, keepdim=True), (1, linear.in_features), (1, block_shape[1]))
+    return entries[0].nonzero().squeeze(1).to(linear.weight.device)
 
 
-def _layer_list(model: nn.Module, masks: dict[str, Tensor]) -> tuple[str, nn.ModuleList]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and all(target.startswith(f"{name}.") for target in masks):
-            return name, module
-    raise ModelError(f"{type(model).__name__}: the pruned Linears lie in several lists of layers; refit needs one")
+@dataclass
+class _Linear:
+    """A Linear to solve for, its mask, and the inputs that its moments hold."""
+
+    name: str
+    module: Any
+    mask: Tensor
+    block_shape: tuple[int, int]
+    inputs: Tensor
+
+    def refit(self, fitted: Moments, held_back: Moments | None, accelerator: "Accelerator") -> Refit:
+        """Solve on all processes, each with some of the ridges, and write the best solution into the module."""
+        from accelerate.utils import broadcast, gather_object
+
+        ranks, rank = accelerator.num_processes, accelerator.process_index
+        ridges = RIDGES[rank::ranks] if held_back is not None else RIDGES
+        result = self._solve(fitted, held_back, ridges) if ridges else None
+        mine = (math.inf, 0.0) if result is None else (result.error, result.ridge)
+        every = gather_object([mine]) if ranks > 1 else [mine]
+        error, ridge = best = min(every)
+        if math.isinf(error):
+            raise ModelError(f"{self.name}: its inputs are too dependent to refit; use more calibration images")
+        solution: list[Any] = [
+            self.module.weight.detach().clone(),
+            self.module.weight.new_zeros(self.module.out_features),
+        ]
+        if result is not None:
+            solution = [result.weight, result.bias]
+        if ranks > 1:
+            solution = [broadcast(part.contiguous(), from_process=every.index(best)) for part in solution]
+        weight, bias = solution
+        self._write(weight, bias)
+        return Refit(weight, bias, ridge, error)
+
+    def _solve(self, fitted: Moments, held_back: Moments | None, ridges: tuple[float, ...]) -> Refit | None:
+        weight, columns = self.module.weight.detach(), self.mask.any(dim=0)
+        mask = self.mask[:, columns].to(weight.device)
+        try:
+            found = refit(weight[:, self.inputs], mask, self.block_shape, fitted, held_back, ridges)
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            return None
+        whole = torch.zeros_like(weight)
+        whole[:, self.inputs] = found.weight
+        return Refit(whole, found.bias, found.ridge, found.error)
+
+    def _write(self, weight: Tensor, bias: Tensor) -> None:
+        self.module.weight.data.copy_(weight)
+        if self.module.bias is None:
+            self.module.bias = nn.Parameter(torch.empty_like(bias))
+        self.module.bias.data.copy_(bias)
 
 
 @contextmanager
@@ -145,47 +187,23 @@ def _watching(layer: nn.Module, names: list[str], seen: _Seen, *, stop: bool) ->
         def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             seen.inputs[name], seen.outputs[name] = inputs[0], output
             if stop and len(seen.outputs) == len(names):
-                raise _Reached
+                raise StopForward
 
         return record
 
     handles = [layer.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
         yield
-    except _Reached:
+    except StopForward:
         pass
     finally:
         for handle in handles:
             handle.remove()
 
 
-@torch.no_grad()
-def _first_inputs(
-    model: nn.Module, first: nn.Module, images: ImageSet, processor: Any, *, accelerator: "Accelerator", batch_size: int
-) -> list[_Batch]:
-    kept: list[_Batch] = []
-    index: Tensor
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept.append(_Batch(args[0], args[0], index % HELD_BACK_EVERY == HELD_BACK_EVERY - 1, args[1:], kwargs))
-        raise _Reached
-
-    handle = first.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config)
-        for batch in stream:
-            if "pixel_values" in batch:
-                index = batch["index"]
-                try:
-                    model(pixel_values=batch["pixel_values"])
-                except _Reached:
-                    continue
-    finally:
-        handle.remove()
-    return kept
-
-
-def _shared_stages(dense: nn.Module, names: list[str], kept: list[_Batch], accelerator: "Accelerator") -> list[_Stage]:
+def _shared_stages(
+    dense: nn.Module, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator"
+) -> list[_Stage]:
     """The stages as the first process sees them: another may have been left without images."""
     from accelerate.utils import broadcast_object_list
 
@@ -196,11 +214,11 @@ def _shared_stages(dense: nn.Module, names: list[str], kept: list[_Batch], accel
 
 
 @torch.no_grad()
-def _stages(dense: nn.Module, names: list[str], batch: _Batch) -> list[_Stage]:
+def _stages(dense: nn.Module, names: list[str], batch: BoundaryBatch) -> list[_Stage]:
     """Linears grouped by the tensor that they read, in forward order; finds those that write to the residual stream."""
     seen = _Seen()
     with _watching(dense, names, seen, stop=False):
-        out = dense(batch.dense, *batch.args, **batch.kwargs)
+        out = batch.run(dense, batch.dense)
     stages: list[_Stage] = []
     for name, tensor in seen.inputs.items():
         if stages and seen.inputs[stages[-1].names[0]] is tensor:
@@ -219,27 +237,32 @@ class _StageSums:
     """Weighted sums over tokens for the Linears of a stage, apart for fitted and held-back images."""
 
     def __init__(
-        self, stage: _Stage, earlier: list[_Stage], layer: nn.Module, token_weights: dict[str, Tensor | None]
+        self,
+        stage: _Stage,
+        earlier: list[_Stage],
+        layer: nn.Module,
+        token_weights: dict[str, Tensor | None],
+        inputs: dict[str, Tensor],
     ) -> None:
-        self.stage, self.layer, self.token_weights = stage, layer, token_weights
+        self.stage, self.layer, self.token_weights, self.inputs = stage, layer, token_weights, inputs
         self.earlier = [s.names[0] for s in earlier if s.residual]
         self.sums: dict[tuple[str, bool], list[Tensor]] = {}
         for name in stage.names:
             linear: Any = layer.get_submodule(name)
-            (out, into), device = linear.weight.shape, linear.weight.device
+            out, into, device = linear.out_features, len(inputs[name]), linear.weight.device
             for part in (False, True):
-                shapes = [(), (into,), (out,), (into, into), (out, into)]
+                shapes = [(), (into,), (out,), (into, into), (out, into), (out,)]
                 self.sums[name, part] = [torch.zeros(s, dtype=torch.float64, device=device) for s in shapes]
 
     @torch.no_grad()
-    def add(self, dense: nn.Module, batch: _Batch) -> None:
+    def add(self, dense: nn.Module, batch: BoundaryBatch) -> None:
         """Run one batch through the dense and the pruned layer as far as the stage."""
         watched = [*self.earlier, *self.stage.names]
         wanted, have = _Seen(), _Seen()
         with _watching(dense, watched, wanted, stop=True):
-            dense(batch.dense, *batch.args, **batch.kwargs)
+            batch.run(dense, batch.dense)
         with _watching(self.layer, watched, have, stop=True):
-            self.layer(batch.pruned, *batch.args, **batch.kwargs)
+            batch.run(self.layer, batch.pruned)
         for name in self.stage.names:
             target = wanted.outputs[name]
             if self.stage.residual:
@@ -252,7 +275,7 @@ class _StageSums:
         token_weight = self.token_weights[name]
         # Double precision: what single precision rounds off a large mean would be larger than a small variance, and
         # the solution would depend on the order of the images.
-        x, target = x.double(), target.double()
+        x, target = x[..., self.inputs[name]].double(), target.double()
         for part in (False, True):
             chosen = held_back == part
             xs, ts = x[chosen].flatten(0, 1), target[chosen].flatten(0, 1)
@@ -264,6 +287,7 @@ class _StageSums:
             sums[2] += (ts * weight[:, None]).sum(0)
             sums[3] += weighted.t() @ xs
             sums[4] += ts.t() @ weighted
+            sums[5] += (ts.square() * weight[:, None]).sum(0)
 
     def moments(self, name: str, accelerator: "Accelerator") -> tuple[Moments, Moments | None]:
         """(fitted, held back), added up over processes; no held-back moments where there were no such images."""
@@ -278,13 +302,7 @@ class _StageSums:
 
 
 def _finish(sums: list[Any]) -> Moments:
-    weight, x, t, xx, tx = sums
+    weight, x, t, xx, tx, tt = sums
     x, t = x / weight, t / weight
-    return Moments(x, t, xx / weight - torch.outer(x, x), tx / weight - torch.outer(t, x))
-
-
-@torch.no_grad()
-def _advance(dense: nn.Module, pruned: nn.Module, kept: list[_Batch]) -> None:
-    for batch in kept:
-        batch.dense = dense(batch.dense, *batch.args, **batch.kwargs)
-        batch.pruned = pruned(batch.pruned, *batch.args, **batch.kwargs)
+    spread = (tt / weight - t.square()).sum()
+    return Moments(x, t, xx / weight - torch.outer(x, x), tx / weight - torch.outer(t, x), float(spread))

@@ -61,16 +61,13 @@ def apply_moves(
             linear.weight.copy_(linear.weight[order])
             if linear.bias is not None:
                 linear.bias.copy_(linear.bias[order])
-            s = moved[name]
-            assert s.output_weight is not None
-            moved[name] = replace(s, output_weight=s.output_weight[order])
+            moved[name] = replace(moved[name], output_weight=moved[name].need("output_weight")[order])
         if move.consumer is not None:
             linear, order = linears[move.consumer], move.order.to(linears[move.consumer].weight.device)
             linear.weight.copy_(linear.weight[:, order])
             s = moved[move.consumer]
-            assert s.mean is not None
-            assert s.second_moment is not None
-            moved[move.consumer] = replace(s, mean=s.mean[order], second_moment=s.second_moment[order][:, order])
+            mean, second_moment = s.need("mean")[order], s.need("second_moment")[order][:, order]
+            moved[move.consumer] = replace(s, mean=mean, second_moment=second_moment)
     return moved
 
 
@@ -88,17 +85,9 @@ def block_saliency_kept(
     return float(best.sum() / blocks.sum().clamp(min=1e-300))
 
 
-def variance(s: LayerStatistics) -> Tensor:
-    """Variance of each input, [in]."""
-    assert s.mean is not None
-    assert s.second_moment is not None
-    return (s.second_moment.diagonal() - s.mean.square()).clamp(min=0)
-
-
 def entry_saliency(linear: nn.Linear, s: LayerStatistics) -> Tensor:
     """f_r W_rc^2 var(x_c) for each weight, float64 [out, in]."""
-    assert s.output_weight is not None
-    return linear.weight.detach().double().square() * variance(s) * s.output_weight[:, None]
+    return linear.weight.detach().double().square() * s.variance * s.need("output_weight")[:, None]
 
 
 def _column_saliency(linear: nn.Linear, s: LayerStatistics) -> Tensor:
@@ -106,17 +95,13 @@ def _column_saliency(linear: nn.Linear, s: LayerStatistics) -> Tensor:
 
 
 def _row_saliency(linear: nn.Linear, s: LayerStatistics) -> Tensor:
-    assert s.output_weight is not None
-    return s.output_weight * output_variance(linear, s)
+    return s.need("output_weight") * output_variance(linear, s)
 
 
 def output_variance(linear: nn.Linear, s: LayerStatistics) -> Tensor:
     """Variance of each output, [out]."""
-    assert s.mean is not None
-    assert s.second_moment is not None
     weight = linear.weight.detach().double()
-    covariance = s.second_moment - torch.outer(s.mean, s.mean)
-    return ((weight @ covariance) * weight).sum(dim=1).clamp(min=0)
+    return ((weight @ s.covariance) * weight).sum(dim=1).clamp(min=0)
 
 
 def _falling(values: Tensor, groups: int) -> Tensor:

@@ -1,47 +1,34 @@
 """`BlockPruner`: load a dense vision transformer, prune it, measure it, save it."""
 
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from . import checkpoint
-from .allocation import Allocation, BlockCosts, allocate
-from .blocks import block_sizes
+from .allocation import Allocation
 from .calibration import collect
 from .card import model_card
 from .config import BlockPruneConfig
-from .coupling import ROUNDS, correct
 from .data import ImageSet, load_images
 from .environment import environment
 from .errors import ModelError
 from .evaluation import Evaluation, predict, summarise
 from .hardware.flops import ModelFlops, count_flops
-from .hub.blockprune_cost import linear_flops, weights_energy_mj
 from .hub.blockprune_quantizer import block_sparse_layers, sparsify
 from .layer_statistics import LayerStatistics
-from .layerwise import refit_layers
+from .layerwise import LayerRefit, refit_layers
 from .loading import load_classifier
-from .permutation import apply_moves, block_saliency_kept, choose_moves
 from .report import describe_masks
-from .saliency import RemovalTrace, removal_trace
-from .structure import TransformerLayer, find_transformer_layers
+from .selection import Selection, timed
 from .targets import find_targets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel
-
-# How much of a token's weight in the refit is its squared gradient; the rest is the same for all tokens, because far
-# from the dense model even a token without a gradient matters a little.
-TOKEN_WEIGHT_SHARE = 0.95
 
 
 class BlockPruner:
@@ -135,35 +122,17 @@ class BlockPruner:
         seconds: dict[str, float] = {}
         targets = find_targets(self.model, self.config)
         flops = count_flops(type(self.model), self.model.config)
-        with _timed(seconds, "calibration"):
+        with timed(seconds, "calibration"):
             statistics, calibration, images = self._calibrate(dataset, split, targets)
-        layers = find_transformer_layers(self.model, targets) if self.config.method == "obs" else []
-        permutation = None
-        if self.config.permutes and layers:
-            with _timed(seconds, "permutation"):
-                statistics, permutation = self._permute(layers, targets, statistics, flops)
-        with _timed(seconds, "saliency"):
-            traces = {name: self._trace(name, linear, statistics.get(name)) for name, linear in targets.items()}
-        with _timed(seconds, "allocation"):
-            allocation = self._allocate(traces, targets, flops)
-            if layers:
-                allocation = self._allocate_coupled(layers, traces, allocation, targets, statistics, flops)
-        ridges: dict[str, float] = {}
+        selection = Selection(self.model, targets, statistics, flops, self.config, self.accelerator, seconds)
+        allocation = selection.run()
+        refits: dict[str, LayerRefit] = {}
         if self.config.refits:
-            with _timed(seconds, "refit"):
-                ridges = self._refit(allocation.masks, statistics, images)
-        self._report = self._describe(targets, flops, allocation, calibration, seconds, ridges)
-        self._report["permutation"] = permutation
+            with timed(seconds, "refit"):
+                refits = self._refit(allocation.masks, selection.statistics, images)
+        self._report = self._describe(targets, flops, allocation, calibration, seconds, refits)
+        self._report["permutation"] = selection.permutation
         return sparsify(self.model, allocation.masks, self.config.block_shape)
-
-    def _trace(self, name: str, linear: Any, statistics: LayerStatistics | None) -> RemovalTrace:
-        weight, shape, method = linear.weight.detach(), self.config.block_shape, self.config.method
-        try:
-            return removal_trace(weight, statistics, shape, method, damping=self.config.damping)
-        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-            raise ModelError(
-                f"{name}: its inputs are too dependent for obs ({error}); raise damping or use more calibration images"
-            ) from error
 
     def _calibrate(
         self, dataset: Any, split: str | None, targets: dict[str, Any]
@@ -198,13 +167,11 @@ class BlockPruner:
 
     def _refit(
         self, masks: dict[str, Tensor], statistics: dict[str, LayerStatistics], images: ImageSet | None
-    ) -> dict[str, float]:
+    ) -> dict[str, LayerRefit]:
         assert images is not None  # _calibrate saw to it
-        uniform = 1 - TOKEN_WEIGHT_SHARE
+        share = self.config.token_weights
         token_weights = {
-            name: TOKEN_WEIGHT_SHARE * s.token_weight + uniform
-            for name, s in statistics.items()
-            if s.token_weight is not None
+            name: share * s.token_weight + 1 - share for name, s in statistics.items() if s.token_weight is not None
         }
         return refit_layers(
             self.model,
@@ -215,80 +182,8 @@ class BlockPruner:
             accelerator=self.accelerator,
             batch_size=self.config.calibration.batch_size,
             token_weights=token_weights,
+            residual_targets=self.config.residual_targets,
         )
-
-    def _allocate(self, traces: dict[str, RemovalTrace], targets: dict[str, Any], flops: ModelFlops) -> Allocation:
-        from accelerate.utils import broadcast_object_list
-
-        costs, fixed_cost = self._costs(targets, flops)
-        power_weight = 0.0 if self.config.method == "magnitude" else self.config.power_weight
-        allocation = allocate(
-            traces,
-            costs,
-            ratio=self.config.budget.ratio,
-            fixed_cost=fixed_cost,
-            min_kept=self.config.min_kept_per_layer,
-            power_weight=power_weight,
-        )
-        # Every process decides alike, up to rounding: the first one's word counts.
-        shared = [allocation]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(shared)
-        return shared[0]
-
-    def _permute(
-        self,
-        layers: list[TransformerLayer],
-        targets: dict[str, Any],
-        statistics: dict[str, LayerStatistics],
-        flops: ModelFlops,
-    ) -> tuple[dict[str, LayerStatistics], dict[str, float]]:
-        """Permute the model in place; the statistics that follow, and how well the saliency is packed into blocks."""
-        from accelerate.utils import broadcast_object_list
-
-        costs, fixed_cost = self._costs(targets, flops)
-        total = sum(float(c.budget.sum()) for c in costs.values())
-        share = max(0.0, 1 - (1 - self.config.budget.ratio) * (total + fixed_cost) / total)
-        coupled = {name: targets[name] for name in targets if any(name in vars(layer).values() for layer in layers)}
-        shape = self.config.block_shape
-        before = block_saliency_kept(coupled, statistics, shape, share)
-        shared = [choose_moves(layers, targets, statistics)]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(shared)  # ties may fall differently elsewhere
-        statistics = apply_moves(shared[0], targets, statistics)
-        after = block_saliency_kept(coupled, statistics, shape, share)
-        return statistics, {"block_share": share, "saliency_kept_before": before, "saliency_kept_after": after}
-
-    def _allocate_coupled(
-        self,
-        layers: list[TransformerLayer],
-        traces: dict[str, RemovalTrace],
-        allocation: Allocation,
-        targets: dict[str, Any],
-        statistics: dict[str, LayerStatistics],
-        flops: ModelFlops,
-    ) -> Allocation:
-        """Allocate anew with traces that know what the last allocation left of the neighbours."""
-        for _ in range(ROUNDS):
-            corrected = correct(layers, targets, statistics, allocation.masks, self.config.block_shape)
-            traces = {**traces, **{name: self._trace(name, targets[name], s) for name, s in corrected.items()}}
-            before, allocation = allocation, self._allocate(traces, targets, flops)
-            if all(torch.equal(mask, before.masks[name]) for name, mask in allocation.masks.items()):
-                break
-        return allocation
-
-    def _costs(self, targets: dict[str, Any], flops: ModelFlops) -> tuple[dict[str, BlockCosts], float]:
-        """Cost of every block in the budget's unit, and the cost of all that is no block of the targets."""
-        costs = {}
-        for name, linear in targets.items():
-            sizes = block_sizes((linear.out_features, linear.in_features), self.config.block_shape)
-            tokens = flops.linear_tokens[name]
-            by_flops = sizes * linear_flops(tokens, 1)
-            budget = by_flops if self.config.budget.metric == "flops" else torch.ones_like(sizes)
-            costs[name] = BlockCosts(budget, sizes * weights_energy_mj(tokens, 1))
-        if self.config.budget.metric == "sparsity":
-            return costs, 0.0
-        return costs, flops.total - sum(float(c.budget.sum()) for c in costs.values())
 
     def _describe(
         self,
@@ -297,13 +192,13 @@ class BlockPruner:
         allocation: Allocation,
         calibration: dict[str, Any] | None,
         seconds: dict[str, float],
-        ridges: dict[str, float],
+        refits: dict[str, LayerRefit],
     ) -> dict[str, Any]:
         return {
             "base_model": self.name,
             "model_class": type(self.model).__name__,
             "config": self.config.to_dict(),
-            **describe_masks(targets, flops, allocation, self.config.block_shape, ridges),
+            **describe_masks(targets, flops, allocation, self.config.block_shape, refits),
             "power_weight": allocation.power_weight,
             "calibration": calibration,
             "evaluation": None,
@@ -402,13 +297,6 @@ class BlockPruner:
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = round(time.perf_counter() - start, 3)
 
 
 def _public_name(name: str) -> str:

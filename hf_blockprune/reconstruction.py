@@ -28,25 +28,33 @@ class Moments:
         target_mean: E[t], [out].
         covariance: E[xhat xhat^T] - E[xhat] E[xhat]^T, [in, in].
         cross_covariance: E[t xhat^T] - E[t] E[xhat]^T, [out, in].
+        target_variance: E|t - E[t]|^2, summed over outputs.
     """
 
     input_mean: Tensor
     target_mean: Tensor
     covariance: Tensor
     cross_covariance: Tensor
+    target_variance: float
 
-    def error(self, weight: Tensor) -> Tensor:
-        """E|W xhat - t|^2 of the centred quantities, less the part that no weight changes."""
-        return (weight @ self.covariance * weight).sum() - 2 * (weight * self.cross_covariance).sum()
+    def error(self, weight: Tensor) -> float:
+        """E|W xhat - t|^2 of the centred quantities over the variance of t; 0 for a target that never varies."""
+        change = (weight @ self.covariance * weight).sum() - 2 * (weight * self.cross_covariance).sum()
+        return (float(change) + self.target_variance) / self.target_variance if self.target_variance > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Refit:
-    """Refitted weights (zero in removed blocks), their bias, and the ridge that held-back tokens preferred."""
+    """Refitted weights (zero in removed blocks), their bias, the ridge that held-back tokens preferred, and the error.
+
+    Attributes:
+        error: see `Moments.error`; on held-back tokens where there are any.
+    """
 
     weight: Tensor
     bias: Tensor
     ridge: float
+    error: float
 
 
 def refit(
@@ -72,16 +80,22 @@ def refit(
     """
     if held_back is None:
         ridges = (ridges[len(ridges) // 2],)
-    candidates: list[tuple[float, Tensor]] = []
-    for ridge in sorted(ridges):
+    judge = held_back or moments
+    best: tuple[float, float, Tensor] | None = None
+    for ridge in sorted(ridges, reverse=True):  # among equals the largest wins
         try:
-            candidates.append((ridge, solve(weight, mask, block_shape, moments, ridge)))
+            solution = solve(weight, mask, block_shape, moments, ridge)
         except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-            if ridge == max(ridges) and not candidates:  # too small a ridge is no candidate, but one must be left
+            if best is None:  # smaller ridges have no chance
                 raise
-    ridge, best = min(candidates, key=lambda candidate: float((held_back or moments).error(candidate[1])))
-    bias = moments.target_mean - best @ moments.input_mean
-    return Refit(best.to(weight.dtype), bias.to(weight.dtype), ridge)
+            continue
+        error = judge.error(solution)
+        if best is None or error < best[0]:
+            best = (error, ridge, solution)
+    assert best is not None
+    error, ridge, solution = best
+    bias = moments.target_mean - solution @ moments.input_mean
+    return Refit(solution.to(weight.dtype), bias.to(weight.dtype), ridge, error)
 
 
 def solve(weight: Tensor, mask: Tensor, block_shape: tuple[int, int], moments: Moments, ridge: float) -> Tensor:

@@ -8,6 +8,7 @@ from .allocation import Allocation
 from .blocks import block_sizes
 from .hardware.flops import ModelFlops
 from .hub.blockprune_cost import linear_flops
+from .layerwise import LayerRefit
 
 
 def describe_masks(
@@ -15,7 +16,7 @@ def describe_masks(
     flops: ModelFlops,
     allocation: Allocation,
     block_shape: tuple[int, int],
-    ridges: dict[str, float],
+    refits: dict[str, LayerRefit],
 ) -> dict[str, Any]:
     """What the masks keep, in all and layer by layer.
 
@@ -24,16 +25,19 @@ def describe_masks(
         flops: FLOPs of the dense model.
         allocation: the chosen masks and their predicted losses.
         block_shape: (rows, cols).
-        ridges: ridge of the refit by name, empty without one.
+        refits: what the refit came to by name, empty without one.
 
     Returns:
-        `flops_ratio` (whole model), `linear_flops_ratio` (targets alone), `dense_flops`, `density` and `layers`.
+        `flops_ratio` (whole model), `linear_flops_ratio` (targets alone), `params_ratio` (weights of the whole
+        model), `dense_flops`, `density` and `layers`.
     """
-    layers, dense, removed = [], 0.0, 0.0
+    layers, dense, removed, removed_weights = [], 0.0, 0.0, 0
     for name, mask in allocation.masks.items():
         shape = (targets[name].out_features, targets[name].in_features)
-        sizes = block_sizes(shape, block_shape) * linear_flops(flops.linear_tokens[name], 1)
-        dense, removed = dense + float(sizes.sum()), removed + float(sizes[~mask].sum())
+        sizes, tokens = block_sizes(shape, block_shape), flops.linear_tokens[name]
+        dense += linear_flops(tokens, float(sizes.sum()))
+        removed += linear_flops(tokens, float(sizes[~mask].sum()))
+        removed_weights += int(sizes[~mask].sum())
         layers.append(
             {
                 "name": name,
@@ -43,12 +47,15 @@ def describe_masks(
                 "blocks": mask.numel(),
                 "density": float(mask.float().mean()),
                 "predicted_loss": allocation.loss[name],
-                "ridge": ridges.get(name),
+                "ridge": refits[name].ridge if name in refits else None,
+                "error_after_refit": refits[name].error if name in refits else None,
+                "refit_seconds": round(refits[name].seconds, 3) if name in refits else None,
             }
         )
     return {
         "flops_ratio": 1 - removed / flops.total,
         "linear_flops_ratio": 1 - removed / dense,
+        "params_ratio": 1 - removed_weights / flops.parameters,
         "dense_flops": flops.total,
         "density": sum(layer["kept_blocks"] for layer in layers) / sum(layer["blocks"] for layer in layers),
         "layers": layers,

@@ -5,39 +5,13 @@ taken per block; taylor is LPViT (Xu et al., ECCV 2024, arXiv 2407.02068).
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import block_sizes, block_sums, grid_shape
-
-
-class Statistics(Protocol):
-    """What the methods need of a layer's statistics (see `layer_statistics.LayerStatistics`)."""
-
-    @property
-    def gradient(self) -> Tensor | None: ...
-
-    @property
-    def block_gradients(self) -> Tensor | None: ...
-
-    @property
-    def mean(self) -> Tensor | None: ...
-
-    @property
-    def second_moment(self) -> Tensor | None: ...
-
-    @property
-    def output_weight(self) -> Tensor | None: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def num_images(self) -> int: ...
-
+from .layer_statistics import LayerStatistics
 
 ROUNDING = 1e-5
 
@@ -61,7 +35,7 @@ class RemovalTrace:
 
 def removal_trace(
     weight: Tensor,
-    statistics: Statistics | None,
+    statistics: LayerStatistics | None,
     block_shape: tuple[int, int],
     method: str,
     *,
@@ -91,15 +65,14 @@ def removal_trace(
 
 
 def _obs_trace_of(
-    weight: Tensor, statistics: Statistics | None, block_shape: tuple[int, int], damping: float
+    weight: Tensor, statistics: LayerStatistics | None, block_shape: tuple[int, int], damping: float
 ) -> RemovalTrace:
     """`obs_trace` in units of the loss of one image: half the Fisher quadratic, summed over the image's tokens."""
     s = statistics
     if s is None or s.mean is None or s.second_moment is None or s.output_weight is None:
         raise ValueError("method 'obs' needs Fisher statistics; collect them with fisher=True")
-    covariance = s.second_moment - torch.outer(s.mean, s.mean)
     # Moments are single-precision products; what they round off must not make a small variance negative.
-    covariance = covariance + torch.diag(ROUNDING * s.second_moment.diagonal())
+    covariance = s.covariance + torch.diag(ROUNDING * s.second_moment.diagonal())
     importance = s.output_weight * (0.5 * s.num_tokens / s.num_images)
     return obs_trace(weight, covariance, importance, block_shape, damping=damping)
 

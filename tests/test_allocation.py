@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,8 +12,23 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_blockprune import BudgetError
-from hf_blockprune.allocation import TOLERANCE, BlockCosts, allocate, lower_hull
+from hf_blockprune.allocation import TOLERANCE, Allocation, CostBudget, lower_hull
+from hf_blockprune.allocation import allocate as allocate_budgets
 from hf_blockprune.saliency import RemovalTrace
+
+
+class BlockCosts(NamedTuple):
+    """What keeping each block of a layer costs: in the budget's unit, and as power."""
+
+    budget: torch.Tensor
+    power: torch.Tensor
+
+
+def allocate(traces, costs, *, ratio, fixed_cost=0.0, **settings) -> Allocation:
+    """With one budget."""
+    budget = CostBudget({name: c.budget for name, c in costs.items()}, ratio, fixed_cost)
+    return allocate_budgets(traces, [budget], power={name: c.power for name, c in costs.items()}, **settings)
+
 
 POINTS = st.lists(st.tuples(st.integers(1, 5), st.integers(-20, 20)), min_size=1, max_size=9)
 
@@ -104,7 +120,7 @@ def test_convex_losses_are_solved_exactly(power_weight, min_kept, seed):
     for needed in (1, 3, 6, 7) if min_kept else (1, 5, 8, 11, 19):
         ratio = 1 - needed / (total + fixed)
         result = allocate(traces, costs, ratio=ratio, fixed_cost=fixed, min_kept=min_kept, power_weight=power_weight)
-        saved = total - result.kept_cost
+        saved = total - result.kept_cost[0]
         assert needed - 1e-6 <= saved < needed + 3
         best = best_objective(traces, costs, saved, result.power_weight, most_removed)
         assert objective_of(result, costs) == pytest.approx(best, rel=1e-12)
@@ -152,7 +168,7 @@ def test_result_is_consistent_and_never_above_the_budget(grids, ratio, fixed_sha
     assume(largest < TOLERANCE * ratio * total)
     result = allocate(traces, costs, ratio=ratio, fixed_cost=fixed)
     kept = sum(float(costs[name].budget[mask].sum()) for name, mask in result.masks.items())
-    assert kept == pytest.approx(result.kept_cost)
+    assert kept == pytest.approx(result.kept_cost[0])
     assert kept + fixed <= ratio * total * (1 + 1e-8)
     assert kept + fixed >= ratio * total - largest - 1e-6
     assert kept + fixed >= ratio * total * (1 - TOLERANCE) - 1e-6
@@ -218,7 +234,7 @@ def test_auto_power_weight_balances_loss_and_power():
     power_of_all = sum(float(c.power.sum()) for c in costs.values())
     loss_of_all = sum(float(t.loss[0, -1]) for t in traces.values())
     assert weight * power_of_all == pytest.approx(loss_of_all)
-    assert allocate(traces, costs, ratio=0.5, power_weight=weight).kept_cost == 100
+    assert allocate(traces, costs, ratio=0.5, power_weight=weight).kept_cost == (100,)
 
 
 def test_auto_power_weight_without_power_is_zero():
@@ -233,7 +249,7 @@ def test_ratio_one_removes_nothing(power_weight):
     result = allocate(traces, costs, ratio=1.0, fixed_cost=3.0, power_weight=power_weight)
     assert all(mask.all() for mask in result.masks.values())
     assert set(result.loss.values()) == {0.0}
-    assert result.kept_cost == sum(float(c.budget.sum()) for c in costs.values())
+    assert result.kept_cost[0] == sum(float(c.budget.sum()) for c in costs.values())
 
 
 def test_free_removal_is_not_taken_beyond_the_budget():
@@ -247,7 +263,7 @@ def test_same_input_same_masks():
     costs = dict.fromkeys(traces, even_costs((5, 5)))
     first, second = (allocate(traces, costs, ratio=0.43, power_weight=0.5) for _ in range(2))
     assert all(torch.equal(first.masks[name], second.masks[name]) for name in traces)
-    assert (first.loss, first.kept_cost) == (second.loss, second.kept_cost)
+    assert (first.loss, first.kept_cost[0]) == (second.loss, second.kept_cost[0])
 
 
 def reachable_share(error):
@@ -267,10 +283,91 @@ def test_budget_below_the_minimum_of_the_layers_is_refused():
         allocate(traces, costs, ratio=0.2, min_kept=0.3)
     assert reachable_share(error) == 0.3
     reached = allocate(traces, costs, ratio=reachable_share(error), min_kept=0.3)
-    assert reached.kept_cost == 60
+    assert reached.kept_cost[0] == 60
 
 
 def test_blocks_too_coarse_for_the_budget_are_refused():
     traces = {"coarse": make_trace([[0, 1, 2]], (1, 2))}
     with pytest.raises(BudgetError, match=r"too large to come within 0\.5%.*reached 0\.5000.*smaller block_shape"):
         allocate(traces, {"coarse": even_costs((1, 2))}, ratio=0.6)
+
+
+def two_budgets(traces, needed, prices, fixed=5000.0):
+    """Budgets that ask for so much to be saved, each with its own price of a block by layer."""
+    budgets = []
+    for need, price in zip(needed, prices, strict=True):
+        costs = {n: torch.full(t.grid, p, dtype=torch.float64) for (n, t), p in zip(traces.items(), price, strict=True)}
+        whole = sum(float(c.sum()) for c in costs.values()) + fixed
+        budgets.append(CostBudget(costs, 1 - need / whole, fixed, f"price {price[0]}"))
+    return budgets
+
+
+PRICES = ((1.0, 2.0, 3.0), (3.0, 1.0, 2.0))
+
+
+@pytest.mark.parametrize("needed", [(6, 6), (10, 4), (4, 10), (9, 12), (12, 9), (0, 5), (1, 18)])
+@pytest.mark.parametrize("seed", range(4))
+def test_two_budgets_are_met_and_no_choice_that_saves_as_much_loses_less(needed, seed):
+    traces, _ = convex_problem(seed)
+    budgets = two_budgets(traces, needed, PRICES)
+    result = allocate_budgets(traces, budgets)
+    saved = [b.blocks - kept for b, kept in zip(budgets, result.kept_cost, strict=True)]
+    assert all(got >= need - 1e-6 for got, need in zip(saved, needed, strict=True))
+    best = math.inf
+    for counts in itertools.product(*(range(t.order.numel() + 1) for t in traces.values())):
+        if all(np.dot(counts, price) >= got - 1e-9 for price, got in zip(PRICES, saved, strict=True)):
+            best = min(best, sum(float(t.loss[0, k]) for t, k in zip(traces.values(), counts, strict=True)))
+    assert sum(result.loss.values()) == pytest.approx(best, rel=1e-12)
+
+
+def test_neither_of_two_budgets_is_overdone():
+    """With many small blocks, two budgets that pull apart are both met closely."""
+    rng = np.random.default_rng(0)
+    traces = {str(i): make_trace(convex_losses(rng, 1, 400), (20, 20), i) for i in range(3)}
+    budgets = two_budgets(traces, (900, 900), PRICES, fixed=0.0)
+    result = allocate_budgets(traces, budgets)
+    for budget, kept in zip(budgets, result.kept_cost, strict=True):
+        assert 900 - 1e-6 <= budget.blocks - kept <= 900 + 6
+
+
+@pytest.mark.parametrize("binding", [0, 1])
+def test_a_budget_that_does_not_bind_changes_nothing(binding):
+    traces, _ = convex_problem(3)
+    budgets = two_budgets(traces, (8, 8), PRICES)
+    alone = allocate_budgets(traces, [budgets[binding]])
+    loose = CostBudget(budgets[1 - binding].costs, 1.0, 5000.0)
+    both = allocate_budgets(traces, [budgets[0], loose] if binding == 0 else [loose, budgets[1]])
+    assert all(torch.equal(both.masks[name], alone.masks[name]) for name in traces)
+
+
+def test_second_budget_out_of_reach_is_named():
+    traces, _ = convex_problem(0)
+    easy, hard = two_budgets(traces, (3, 3), PRICES, fixed=10.0)
+    hard = CostBudget(hard.costs, 0.1, 10.0, "params budget")
+    with pytest.raises(BudgetError, match=r"params budget: 0\.1000 cannot be met"):
+        allocate_budgets(traces, [easy, hard])
+
+
+@pytest.mark.parametrize("removed", [2, 5, 9])
+def test_balanced_layers_keep_as_many_blocks_in_every_block_row(removed):
+    """And the loss is the least of all balanced choices."""
+    rng = np.random.default_rng(removed)
+    traces, costs = {}, {}
+    for name, (rows, cols) in {"wide": (2, 6), "square": (3, 3), "tall": (4, 2)}.items():
+        order = torch.stack([row * cols + torch.from_numpy(rng.permutation(cols)) for row in range(rows)])
+        traces[name] = RemovalTrace(order, torch.from_numpy(convex_losses(rng, rows, cols)), (rows, cols))
+        costs[name] = even_costs((rows, cols))
+    result = allocate(traces, costs, ratio=1 - removed / 1029, fixed_cost=1000.0, power_weight=0, balance=True)
+    assert all(len(mask.sum(dim=1).unique()) == 1 for mask in result.masks.values())
+    gone = removed_counts(result)
+    assert removed <= sum(gone.values()) < removed + 4
+    best = math.inf
+    for steps in itertools.product(*(range(t.grid[1] + 1) for t in traces.values())):
+        if sum(k * t.grid[0] for k, t in zip(steps, traces.values(), strict=True)) >= sum(gone.values()):
+            best = min(best, sum(float(t.loss[:, k].sum()) for k, t in zip(steps, traces.values(), strict=True)))
+    assert sum(result.loss.values()) == pytest.approx(best, rel=1e-12)
+
+
+def test_balance_without_a_trace_for_each_block_row_is_refused():
+    with pytest.raises(ValueError, match="a unit for each block row"):
+        allocate({"one": make_trace([[0, 1, 2]], (2, 1))}, {"one": even_costs((2, 1))}, ratio=0.5, balance=True)

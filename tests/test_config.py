@@ -21,15 +21,22 @@ def valid_configs(draw):
     weights = [st.just("auto"), st.just(0)]
     if method != "magnitude":
         weights.append(st.floats(min_value=0, max_value=1e12))
-    budget = Budget(draw(st.sampled_from(["flops", "sparsity"])), draw(SHARES))
+    budget = Budget(draw(st.sampled_from(["flops", "params", "sparsity"])), draw(SHARES))
+    other = Budget(draw(st.sampled_from([m for m in ("flops", "params", "sparsity") if m != budget.metric])), 0.7)
     most_kept = budget.ratio if budget.metric == "sparsity" else 1.0
     targets = draw(PATTERNS.filter(bool))
     return BlockPruneConfig(
         block_shape=draw(st.tuples(st.integers(1, 256), st.integers(1, 256))),
         method=method,
         refit=draw(st.sampled_from([None, True, False])),
+        permute=draw(st.sampled_from([None, False, True])) if method == "obs" else None,
+        coupling_rounds=draw(st.integers(0, 9)),
+        token_weights=draw(st.floats(0, 1, exclude_max=True)),
+        residual_targets=draw(st.booleans()),
+        balance=method == "obs" and draw(st.booleans()),
         damping=draw(st.floats(1e-8, 10)),
         budget=budget,
+        second_budget=draw(st.sampled_from([None, other])),
         power_weight=draw(st.one_of(weights)),
         targets=tuple(targets),
         ignore=tuple(p for p in draw(PATTERNS) if p not in targets),
@@ -112,6 +119,11 @@ IMPOSSIBLE = {
     "method": [None, "OBS", "", 3, ["taylor"], "Taylor"],
     "budget": [None, "flops=0.5", 0.5, ["flops", 0.5]],
     "refit": ["yes", 1, 0.0],
+    "coupling_rounds": [None, -1, 1.5, "4", True],
+    "token_weights": [*NOT_A_NUMBER, -0.1, 1, 1.5],
+    "residual_targets": [None, "yes", 1],
+    "balance": [None, "yes", 1],
+    "second_budget": ["flops=0.5", 0.5],
     "damping": [0, -0.1, "small", None, True],
     "power_weight": [None, -0.5, "much", True, [1], float("nan"), float("inf")],
     "targets": ["*", None, 3, [""], [3], {"a": 1}],
@@ -147,6 +159,11 @@ CONTRADICTIONS = [
         r"min_kept_per_layer 0\.25 .*budget\.ratio 0\.2; lower min_kept_per_layer or raise the budget",
     ),
     ({"method": "magnitude", "power_weight": 0.5}, "power_weight: .*; remove power_weight or use method: taylor"),
+    ({"method": "taylor", "balance": True}, "balance: needs the traces of method 'obs', not 'taylor'; leave it out"),
+    (
+        {"budget": {"metric": "params", "ratio": 0.5}, "second_budget": {"metric": "params", "ratio": 0.4}},
+        "second_budget: params has a budget already; name another metric",
+    ),
     ({"targets": []}, "targets: an empty list prunes nothing; leave the key out"),
 ]
 
@@ -200,7 +217,7 @@ def test_lists_become_tuples_and_configs_can_be_hashed():
     assert len({config, config.replace()}) == 1
 
 
-@given(metric=st.sampled_from(["flops", "sparsity"]), ratio=SHARES, space=st.sampled_from(["", " ", "  "]))
+@given(metric=st.sampled_from(["flops", "params", "sparsity"]), ratio=SHARES, space=st.sampled_from(["", " ", "  "]))
 def test_budget_parse_reads_what_it_is_given(metric, ratio, space):
     assert Budget.parse(f"{space}{metric}{space}={space}{ratio!r}{space}") == Budget(metric, ratio)
 
@@ -212,7 +229,7 @@ def test_budget_parse_reads_what_it_is_given(metric, ratio, space):
         ("", "^budget: expected METRIC=RATIO"),
         ("flops=half", "^budget: expected METRIC=RATIO such as .*got 'flops=half'"),
         ("flops=0.5=0.5", "^budget: expected METRIC=RATIO"),
-        ("latency=0.5", r"^budget\.metric: expected one of flops, sparsity"),
+        ("latency=0.5", r"^budget\.metric: expected one of flops, params, sparsity"),
         ("flops=75", r"^budget\.ratio: expected the share to keep"),
         ("flops=nan", r"^budget\.ratio: "),
     ],

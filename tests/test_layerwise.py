@@ -7,9 +7,10 @@ from transformers import AutoModelForImageClassification
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, ModelError
 from hf_blockprune.blocks import expand_mask, grid_shape
+from hf_blockprune.boundary import first_inputs, layer_list
 from hf_blockprune.data import decode_image, load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.layerwise import _first_inputs, _layer_list, _stages, refit_layers
+from hf_blockprune.layerwise import _stages, refit_layers
 from hf_blockprune.reconstruction import RIDGES
 
 from .conftest import tiny_model, write_images
@@ -93,12 +94,13 @@ def test_every_linear_solves_its_own_regression(found, processor, accelerator, p
     masks, names = random_masks(dense), list(linears_of(dense))
     generator = torch.Generator().manual_seed(5)
     token_weights = {name: torch.rand(17, generator=generator, dtype=torch.float64) + 0.1 for name in names}
-    ridges = refitted(model, masks, found, processor, accelerator, token_weights=token_weights if weighted else None)
-    assert set(ridges) == set(names)
+    refits = refitted(model, masks, found, processor, accelerator, token_weights=token_weights if weighted else None)
+    assert set(refits) == set(names)
     prefix = names[0].rpartition(".0.")[0]
     norms = [f"{prefix}.{i}.layernorm_{where}" for i in range(2) for where in ("before", "after")]
     have, wanted = watched(model, [*names, *norms], pixels), watched(dense, [*names, *norms], pixels)
-    for name, ridge in ridges.items():
+    for name, result in refits.items():
+        ridge = result.ridge
         layer = name[: len(prefix) + 2]
         if name.endswith("o_proj"):
             target = wanted[f"{layer}.layernorm_after"][0] - have[f"{layer}.layernorm_before"][0]
@@ -122,6 +124,9 @@ def test_every_linear_solves_its_own_regression(found, processor, accelerator, p
             w = token_weight.repeat(int(HELD_BACK.sum()))[:, None] / token_weight.sum() / int(HELD_BACK.sum())
             errors[candidate] = float((w * (error - (w * error).sum(0)).square()).sum())
         assert ridge == min(errors, key=errors.get), name
+        wanted_there = target[HELD_BACK].flatten(0, 1)
+        spread = float((w * (wanted_there - (w * wanted_there).sum(0)).square()).sum())
+        assert result.error == pytest.approx(errors[ridge] / spread, rel=1e-5)
 
 
 @pytest.mark.parametrize("block_shape", [(8, 8), (16, 16), (20, 12)])
@@ -216,8 +221,8 @@ def test_stages(family, found, processor, accelerator, attention):
     model = tiny_model(family)
     model.set_attn_implementation(attention)
     masks = random_masks(model)
-    prefix, layers = _layer_list(model, masks)
-    kept = _first_inputs(model, layers[0], found, processor, accelerator=accelerator, batch_size=7)
+    prefix, layers = layer_list(model, masks)
+    kept = first_inputs(model, layers[0], found, processor, accelerator=accelerator, batch_size=7)
     assert [len(batch.dense) for batch in kept] == [7, 7, 7, 3]
     assert torch.equal(torch.cat([batch.held_back for batch in kept]), HELD_BACK)
     names = [name.removeprefix(f"{prefix}.0.") for name in masks if name.startswith(f"{prefix}.0.")]

@@ -1,7 +1,5 @@
 """Block Optimal Brain Surgeon against least squares solved from scratch after every removal, in float64."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +7,7 @@ from hypothesis import strategies as st
 
 from hf_blockprune import saliency
 from hf_blockprune.blocks import grid_shape
+from hf_blockprune.layer_statistics import LayerStatistics
 from hf_blockprune.saliency import obs_trace, removal_trace
 
 TINY = 1e-12  # damping that changes no digit that is compared
@@ -189,7 +188,7 @@ def test_removal_trace_is_in_units_of_one_image(monkeypatch):
     images, tokens = 6, 5
     x = random_tensor(0, images * tokens, 7) @ random_tensor(1, 7, 7) + 3
     weight, importance = random_tensor(2, 4, 7), random_tensor(3, 4).square()
-    statistics = SimpleNamespace(
+    statistics = LayerStatistics(
         mean=x.mean(0),
         second_moment=x.t() @ x / len(x),
         output_weight=importance,
@@ -214,7 +213,7 @@ def test_removal_trace_is_in_units_of_one_image(monkeypatch):
 def test_removal_trace_passes_the_damping_on(monkeypatch):
     monkeypatch.setattr(saliency, "ROUNDING", 0.0)
     weight, covariance = random_tensor(0, 4, 6), covariance_of(1, 6, 50)
-    statistics = SimpleNamespace(
+    statistics = LayerStatistics(
         mean=torch.zeros(6, dtype=torch.float64),
         second_moment=covariance,
         output_weight=torch.ones(4, dtype=torch.float64),
@@ -230,6 +229,6 @@ FULL = {"mean": torch.zeros(4), "second_moment": torch.eye(4), "output_weight": 
 
 @pytest.mark.parametrize("missing", [None, "mean", "second_moment", "output_weight"])
 def test_obs_without_fisher_statistics_is_refused(missing):
-    statistics = missing and SimpleNamespace(**{**FULL, missing: None}, num_tokens=1, num_images=1)
+    statistics = missing and LayerStatistics(**{**FULL, missing: None}, num_tokens=1, num_images=1)
     with pytest.raises(ValueError, match="'obs' needs Fisher statistics; collect them with fisher=True"):
         removal_trace(torch.ones(4, 4), statistics, (2, 2), "obs")

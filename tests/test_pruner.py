@@ -21,6 +21,7 @@ from hf_blockprune import (
     DataError,
     ModelError,
 )
+from hf_blockprune.blocks import expand_mask
 from hf_blockprune.checkpoint import inspect_checkpoint
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 
@@ -40,13 +41,16 @@ def kept_blocks(model):
     return {name: module.mask() for name, module in block_sparse_layers(model)}
 
 
+KEPT_SHARE = {"flops": "flops_ratio", "params": "params_ratio", "sparsity": "density"}
+
+
 @pytest.mark.parametrize("method", ["magnitude", "taylor"])
-@pytest.mark.parametrize("metric", ["flops", "sparsity"])
+@pytest.mark.parametrize("metric", KEPT_SHARE)
 def test_budget_is_met_from_below_within_half_a_percent(family, processor, images, method, metric):
     fine = config(method, 0.6, metric, block_shape=(8, 4))
     pruner = BlockPruner(tiny_model(family), processor, fine)
     pruner.prune(images)
-    reached = pruner.report()["flops_ratio" if metric == "flops" else "density"]
+    reached = pruner.report()[KEPT_SHARE[metric]]
     assert 0.6 * 0.995 <= reached <= 0.6
 
 
@@ -62,6 +66,35 @@ def test_pruned_model_equals_the_dense_one_with_removed_blocks_zeroed(family, pr
             weight.data[row * 20 : (row + 1) * 20, col * 12 : (col + 1) * 12] = 0
     with torch.no_grad():
         torch.testing.assert_close(model(pixels()).logits, masked(pixels()).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_params_count_every_weight_that_is_left(family, processor, images):
+    dense = sum(parameter.numel() for parameter in tiny_model(family).parameters())
+    pruner = BlockPruner(tiny_model(family), processor, config(block_shape=(20, 12)))
+    pruner.prune(images)
+    left = dense
+    for module in pruner.model.modules():
+        if isinstance(module, BlockSparseLinear):
+            entries = expand_mask(module.mask(), (module.out_features, module.in_features), (20, 12))
+            left -= int((~entries).sum())
+    assert pruner.report()["params_ratio"] == pytest.approx(left / dense)
+
+
+def test_two_budgets_are_both_met(processor, images):
+    both = config("taylor", 0.8, block_shape=(8, 4), second_budget={"metric": "params", "ratio": 0.7})
+    pruner = BlockPruner(tiny_model(), processor, both)
+    pruner.prune(images)
+    report = pruner.report()
+    assert report["flops_ratio"] <= 0.8
+    assert report["params_ratio"] <= 0.7
+    assert report["flops_ratio"] >= 0.796 or report["params_ratio"] >= 0.6965
+
+
+def test_balance_keeps_as_many_blocks_in_every_block_row(processor, images):
+    pruner = BlockPruner(tiny_model(), processor, config("obs", 0.7, block_shape=(8, 4), balance=True))
+    masks = kept_blocks(pruner.prune(images))
+    assert all(len(mask.sum(dim=1).unique()) == 1 for mask in masks.values())
+    assert len({float(mask.float().mean()) for mask in masks.values()}) > 1
 
 
 def test_report_and_inspect_agree(family, processor, images, tmp_path):

@@ -24,7 +24,8 @@ def problem(seed, tokens, into, out, noise=0.5):
 
 def moments_of(x, target):
     xc, tc = x - x.mean(0), target - target.mean(0)
-    return Moments(x.mean(0), target.mean(0), xc.t() @ xc / len(x), tc.t() @ xc / len(x))
+    variance = float(tc.square().sum() / len(x))
+    return Moments(x.mean(0), target.mean(0), xc.t() @ xc / len(x), tc.t() @ xc / len(x), variance)
 
 
 def ridge_regression(weight, keep, x, target, ridge):
@@ -105,14 +106,19 @@ def test_an_input_that_never_varies_keeps_its_weight():
     torch.testing.assert_close(got[:, [0, 1, 2, 4, 5, 6, 7]], others[:, [0, 1, 2, 4, 5, 6, 7]], rtol=1e-6, atol=1e-7)
 
 
-def test_error_is_the_centred_squared_error_up_to_a_constant():
+def test_error_is_the_centred_squared_error_as_a_share_of_the_targets_variance():
     _, x, target = problem(0, 60, 8, 6)
     moments = moments_of(x, target)
-    constant = float((target - target.mean(0)).square().sum(1).mean())
+    variance = float((target - target.mean(0)).square().sum(1).mean())
     for seed in range(5):
         candidate = random_tensor(seed, 6, 8)
         explicit = centred_error(candidate, x, target)
-        assert float(moments.error(candidate)) + constant == pytest.approx(explicit, rel=1e-9)
+        assert moments.error(candidate) == pytest.approx(explicit / variance, rel=1e-9)
+
+
+def test_error_for_a_target_that_never_varies_is_zero():
+    _, x, _ = problem(0, 60, 8, 6)
+    assert moments_of(x, torch.ones(60, 6, dtype=torch.float64)).error(torch.zeros(6, 8, dtype=torch.float64)) == 0
 
 
 def test_ridge_with_least_held_back_error_is_taken():

@@ -18,10 +18,12 @@ class ModelFlops:
     Attributes:
         total: of the whole model: patch embedding, Linears, attention products, heads. A multiply and an add count
             as two.
+        parameters: weights of the whole model.
         linear_tokens: rows that each Linear multiplies in one forward pass, by module name.
     """
 
     total: float
+    parameters: int
     linear_tokens: dict[str, float]
 
 
@@ -53,4 +55,4 @@ def count_flops(model_class: type, config: Any) -> ModelFlops:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
-    return ModelFlops(float(counter.get_total_flops()), tokens)
+    return ModelFlops(float(counter.get_total_flops()), model.num_parameters(), tokens)

@@ -1,0 +1,170 @@
+"""Which blocks of a model go: from its layers' statistics to one mask for each.
+
+Layers' traces are shared out over processes; the allocation, which is cheap, every process makes from the same traces.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .allocation import Allocation, CostBudget, allocate
+from .blocks import block_sizes
+from .config import BlockPruneConfig, Budget
+from .coupling import correct
+from .errors import ModelError
+from .hardware.flops import ModelFlops
+from .hub.blockprune_cost import linear_flops, weights_energy_mj
+from .layer_statistics import LayerStatistics
+from .permutation import apply_moves, block_saliency_kept, choose_moves
+from .saliency import RemovalTrace, removal_trace
+from .structure import TransformerLayer, find_transformer_layers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class Selection:
+    """Chooses the masks of one model.
+
+    Args:
+        model: the dense model; hidden units change places in it where the config permutes.
+        targets: the Linears by name.
+        statistics: theirs, as the config's method needs them.
+        flops: of the dense model.
+        config: how to prune.
+        accelerator: the processes.
+
+    Attributes:
+        seconds: time of each stage.
+        permutation: how well saliency is packed into blocks before and after, or None.
+    """
+
+    model: nn.Module
+    targets: dict[str, nn.Linear]
+    statistics: dict[str, LayerStatistics]
+    flops: ModelFlops
+    config: BlockPruneConfig
+    accelerator: "Accelerator"
+    seconds: dict[str, float] = field(default_factory=dict)
+    permutation: dict[str, float] | None = None
+
+    @cached_property
+    def budgets(self) -> list[CostBudget]:
+        """What must be met."""
+        wanted = [b for b in (self.config.budget, self.config.second_budget) if b is not None]
+        return [cost_budget(budget, self.targets, self.flops, self.config.block_shape) for budget in wanted]
+
+    def run(self) -> Allocation:
+        """Permute where the config says so, and choose the blocks to keep.
+
+        Raises:
+            ModelError: a layer's inputs are too dependent.
+            BudgetError: no mask meets the budget.
+        """
+        layers = find_transformer_layers(self.model, self.targets) if self.config.method == "obs" else []
+        if self.config.permutes and layers:
+            with timed(self.seconds, "permutation"):
+                self._permute(layers)
+        with timed(self.seconds, "saliency"):
+            traces = self._traces(self.statistics)
+        with timed(self.seconds, "allocation"):
+            allocation = self._allocate(traces)
+            return self._coupled(layers, traces, allocation) if layers else allocation
+
+    def _permute(self, layers: list[TransformerLayer]) -> None:
+        budget = self.budgets[0]
+        share = max(0.0, 1 - budget.needed / budget.blocks)
+        coupled = {n: self.targets[n] for n in self.targets if any(n in vars(layer).values() for layer in layers)}
+        shape = self.config.block_shape
+        before = block_saliency_kept(coupled, self.statistics, shape, share)
+        moves = self._first_process_says(choose_moves(layers, self.targets, self.statistics))
+        self.statistics = apply_moves(moves, self.targets, self.statistics)
+        after = block_saliency_kept(coupled, self.statistics, shape, share)
+        self.permutation = {"block_share": share, "saliency_kept_before": before, "saliency_kept_after": after}
+
+    def _first_process_says(self, value: Any) -> Any:
+        """The same object on every process: rounding may let ties fall differently."""
+        from accelerate.utils import broadcast_object_list
+
+        shared = [value]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(shared)
+        return shared[0]
+
+    def _traces(self, statistics: dict[str, LayerStatistics]) -> dict[str, RemovalTrace]:
+        """Traces of the layers with statistics, or of all where the method needs none; each made by one process."""
+        from accelerate.utils import gather_object
+
+        names = [name for name in self.targets if name in statistics] or list(self.targets)
+        mine = names[self.accelerator.process_index :: self.accelerator.num_processes]
+        made = [(name, self._trace(name, statistics.get(name))) for name in mine]
+        every = dict(gather_object(made) if self.accelerator.num_processes > 1 else made)
+        return {name: every[name] for name in names}
+
+    def _trace(self, name: str, statistics: LayerStatistics | None) -> RemovalTrace:
+        weight, shape, method = self.targets[name].weight.detach(), self.config.block_shape, self.config.method
+        try:
+            return removal_trace(weight, statistics, shape, method, damping=self.config.damping)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise ModelError(
+                f"{name}: its inputs are too dependent for obs ({error}); raise damping or use more calibration images"
+            ) from error
+
+    def _allocate(self, traces: dict[str, RemovalTrace]) -> Allocation:
+        return allocate(
+            traces,
+            self.budgets,
+            power=block_power(self.targets, self.flops, self.config.block_shape),
+            min_kept=self.config.min_kept_per_layer,
+            power_weight=0.0 if self.config.method == "magnitude" else self.config.power_weight,
+            balance=self.config.balance,
+        )
+
+    def _coupled(
+        self, layers: list[TransformerLayer], traces: dict[str, RemovalTrace], allocation: Allocation
+    ) -> Allocation:
+        """Allocate anew with traces that know what the last allocation left of the neighbours."""
+        for _ in range(self.config.coupling_rounds):
+            corrected = correct(layers, self.targets, self.statistics, allocation.masks, self.config.block_shape)
+            traces = {**traces, **self._traces(corrected)}
+            before, allocation = allocation, self._allocate(traces)
+            if all(torch.equal(mask, before.masks[name]) for name, mask in allocation.masks.items()):
+                break
+        return allocation
+
+
+def cost_budget(budget: Budget, targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]) -> CostBudget:
+    """What every block costs in a budget's unit, and all that is no block of the targets."""
+    sizes = {name: block_sizes((linear.out_features, linear.in_features), shape) for name, linear in targets.items()}
+    if budget.metric == "sparsity":
+        return CostBudget({n: torch.ones_like(s) for n, s in sizes.items()}, budget.ratio, name=budget.metric)
+    if budget.metric == "params":
+        costs, whole = sizes, float(flops.parameters)
+    else:
+        costs, whole = {n: s * linear_flops(flops.linear_tokens[n], 1) for n, s in sizes.items()}, flops.total
+    fixed = whole - sum(float(c.sum()) for c in costs.values())
+    return CostBudget(costs, budget.ratio, fixed, f"{budget.metric} budget")
+
+
+def block_power(targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Energy in mJ of keeping each block."""
+    return {
+        name: block_sizes((linear.out_features, linear.in_features), shape)
+        * weights_energy_mj(flops.linear_tokens[name], 1)
+        for name, linear in targets.items()
+    }
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Write down how long a stage took."""
+    start = perf_counter()
+    yield
+    seconds[stage] = round(perf_counter() - start, 3)
