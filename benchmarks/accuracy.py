@@ -3,7 +3,8 @@
     python benchmarks/accuracy.py --model MODEL --calibration IMAGES --evaluation LABELLED_IMAGES \
         --output benchmarks/results/accuracy-deit-tiny.json
 
-Rows that the output file already holds are kept, so an interrupted run goes on where it stopped.
+Rows that the output file already holds are kept, so an interrupted run goes on where it stopped. With --recover a row
+holds the accuracy before (`top1`, ...) and after (`recovered`) of the same run.
 """
 
 import argparse
@@ -29,13 +30,17 @@ def main() -> None:
     results = load(options.output)
     for method, shape, budget in product(options.methods, options.block_shapes, options.budgets):
         point = {"method": method, "block_shape": shape, "budget": f"flops={budget}", "seed": options.seed}
-        if any(all(row[key] == point[key] for key in KEYS) for row in results["rows"]):
+        same = [row for row in results["rows"] if all(row[key] == point[key] for key in KEYS)]
+        if any(row.get("recovered") or not options.recover for row in same):
             continue
         row = measure(point, options)
-        results["rows"].append(row)
+        results["rows"] = [row for row in results["rows"] if row not in same] + [row]
         results["environment"] = environment()
         save(options.output, results)
-        print(f"{method} {shape} {budget}: top-1 {row['top1']:.4f} (dense {row['baseline_top1']:.4f})", flush=True)
+        after = f", recovered {row['recovered']['top1']:.4f}" if row.get("recovered") else ""
+        print(
+            f"{method} {shape} {budget}: top-1 {row['top1']:.4f}{after} (dense {row['baseline_top1']:.4f})", flush=True
+        )
 
 
 def parse_options() -> argparse.Namespace:
@@ -48,6 +53,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.9, 0.75, 0.5])
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recover", action="store_true", help="also recover, and measure before and after")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write or go on with")
     return parser.parse_args()
 
@@ -70,6 +76,7 @@ def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
         arguments = ["prune", options.model, "--dataset", options.calibration, "--evaluate-on", options.evaluation]
         for name in ("method", "block_shape", "budget", "seed"):
             arguments += [f"--{name.replace('_', '-')}", str(point[name])]
+        arguments += ["--recover"] * options.recover
         arguments += ["--samples", str(options.samples), "--quiet", "--json", "--output", "OUT"]
         log = Path(folder) / "report.json"
         start = time.perf_counter()
@@ -83,9 +90,16 @@ def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
             raise SystemExit(f"failed: blockprune {shlex.join(arguments)}")
         report = json.loads(log.read_text())
     command = shlex.join(["blockprune", *arguments]).replace(str(Path(options.model).parents[1]), "$SHARED")
+    recovery = report["recovery"]
+    one_shot = recovery["evaluation_before"] if recovery else report["evaluation"]
     return {
         **point,
-        **{key: report["evaluation"].get(key) for key in ACCURACY},
+        **{key: one_shot.get(key) for key in ACCURACY},
+        "recovered": recovery
+        and {
+            **{key: report["evaluation"].get(key) for key in ACCURACY},
+            **{key: recovery[key] for key in ("num_images", "divergence", "kept", "settings")},
+        },
         **{key: report[key] for key in ("flops_ratio", "linear_flops_ratio", "density", "size_bytes", "seconds")},
         "wall_seconds": round(time.perf_counter() - start, 1),
         "peak_memory_bytes": usage.ru_maxrss * 1024,

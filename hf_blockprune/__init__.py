@@ -3,7 +3,7 @@
 Importing the package registers the "blockprune" format with transformers.
 """
 
-from .config import BlockPruneConfig, Budget, CalibrationConfig
+from .config import BlockPruneConfig, Budget, CalibrationConfig, RecoveryConfig
 from .errors import (
     BlockPruneError,
     BlockSparseFormatError,
@@ -34,6 +34,7 @@ __all__ = [
     "DataError",
     "Evaluation",
     "ModelError",
+    "RecoveryConfig",
     "__version__",
     "sparsify",
 ]

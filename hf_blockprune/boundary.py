@@ -57,30 +57,46 @@ def layer_list(model: nn.Module, names: Any) -> tuple[str, nn.ModuleList]:
 
 
 @torch.no_grad()
+def at_boundary(model: nn.Module, layer: nn.Module, pixels: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """(hidden states before a layer, other args, kwargs that it is called with); what lies behind does not run.
+
+    Args:
+        model: a transformers image classifier.
+        layer: one of its layers.
+        pixels: [images, channels, height, width].
+    """
+    seen: list[tuple[Any, ...]] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0], args[1:], kwargs))
+        raise StopForward
+
+    handle = layer.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        model(pixel_values=pixels)
+    except StopForward:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]  # type: ignore[return-value]
+
+
 def first_inputs(
     model: nn.Module, first: nn.Module, images: ImageSet, processor: Any, *, accelerator: "Accelerator", batch_size: int
 ) -> list[BoundaryBatch]:
     """This process's share of the images at the boundary of the first layer."""
     kept: list[BoundaryBatch] = []
-    index: Tensor
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept.append(BoundaryBatch(args[0], args[0], index % HELD_BACK_EVERY == HELD_BACK_EVERY - 1, args[1:], kwargs))
-        raise StopForward
-
-    handle = first.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config)
-        for batch in stream:
-            if "pixel_values" in batch:
-                index = batch["index"]
-                try:
-                    model(pixel_values=batch["pixel_values"])
-                except StopForward:
-                    continue
-    finally:
-        handle.remove()
+    stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config)
+    for batch in stream:
+        if "pixel_values" in batch:
+            states, args, kwargs = at_boundary(model, first, batch["pixel_values"])
+            kept.append(BoundaryBatch(states, states, held_back(batch["index"]), args, kwargs))
     return kept
+
+
+def held_back(index: Tensor) -> Tensor:
+    """Bool [images]: which images, by position, choose settings."""
+    return index % HELD_BACK_EVERY == HELD_BACK_EVERY - 1
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
+from transformers.utils.hub import cached_file
 
 from .blocks import block_sizes
 from .errors import BlockSparseFormatError, CheckpointError, ModelError
@@ -21,6 +22,7 @@ from .hub import modeling_blockprune
 from .hub.blockprune_cost import linear_flops
 from .hub.blockprune_layout import PackedWeight, block_mask, check_indices, check_shapes, grid_shape
 from .hub.blockprune_quantizer import QUANT_METHOD, TENSOR_NAMES, BlockPruneQuantizationConfig, find_linear
+from .loading import HUB_OPTIONS
 
 CONFIG_FILE = "config.json"
 RECIPE_FILE = "blockprune_config.json"
@@ -106,6 +108,26 @@ def add_hub_code(folder: Path, model: nn.Module) -> None:
             "AutoModelForImageClassification": f"{Path(modeling_blockprune.__file__).stem}.{class_name}"
         }
         write_json(folder / CONFIG_FILE, config)
+
+
+def stored_report(name: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The report beside a pruned model in a folder or on the Hub; None where something else saved it.
+
+    Args:
+        name: Hub name or folder.
+        kwargs: what its model was loaded with (revision, token, cache_dir, ...).
+
+    Raises:
+        CheckpointError: the file holds no JSON object.
+    """
+    path = cached_file(
+        name,
+        REPORT_FILE,
+        **{key: value for key, value in kwargs.items() if key in HUB_OPTIONS},
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else read_json(Path(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:

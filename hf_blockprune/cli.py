@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .config import Budget
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
+from .tables import bytes_text, shape_text, summary_table
 
 app = typer.Typer(
     help="Make vision transformers small and fast by removing whole blocks of their weights.",
@@ -93,7 +94,10 @@ BlockShape = Annotated[
 BudgetOption = Annotated[
     Any,
     typer.Option(
-        "--budget", parser=parse_budget, metavar="METRIC=RATIO", help="flops=0.75 or sparsity=0.5: share kept."
+        "--budget",
+        parser=parse_budget,
+        metavar="METRIC=RATIO",
+        help="flops=0.75, params=0.6 or sparsity=0.5: share kept.",
     ),
 ]
 Method = Annotated[str | None, typer.Option("--method", help="obs, taylor or magnitude.")]
@@ -101,6 +105,14 @@ Refit = Annotated[
     bool | None,
     typer.Option(
         "--refit/--no-refit", help="Solve for the surviving weights; by default with obs alone.", show_default=False
+    ),
+]
+Recover = Annotated[
+    bool | None,
+    typer.Option(
+        "--recover/--no-recover",
+        help="Train the pruned model to behave like the dense one, without labels.",
+        show_default=False,
     ),
 ]
 Config = Annotated[Path | None, typer.Option("--config", help="Recipe in YAML or JSON; options override it.")]
@@ -149,6 +161,7 @@ def prune(
     budget: BudgetOption = None,
     method: Method = None,
     refit: Refit = None,
+    recover: Recover = None,
     evaluate_on: EvaluateOn = None,
     split: Split = None,
     samples: Samples = None,
@@ -170,6 +183,7 @@ def prune(
         budget=budget,
         method=method,
         refit=refit,
+        recover=recover,
         evaluation=evaluate_on,
         split=split,
         samples=samples,
@@ -178,7 +192,7 @@ def prune(
         ignore=ignore or None,
         overwrite=overwrite,
     )
-    emit(report, report_table(report), as_json=json_)
+    emit(report, summary_table(report), as_json=json_)
     if not quiet and report["calibration"] is not None:
         say_skipped(report["calibration"]["skipped"])
 
@@ -237,24 +251,6 @@ def demo(
     emit(result, demo_table(result), as_json=json_)
 
 
-def report_table(report: dict[str, Any]) -> Table:
-    """What `prune` did, in short."""
-    table = Table(title=f"{report['base_model']} -> {report['output']}", show_header=False)
-    table.add_row("method", f"{report['config']['method']}, blocks {_shape(report['config']['block_shape'])}")
-    if report["calibration"] is not None:
-        c = report["calibration"]
-        of = "a stream" if c["found_images"] is None else f"{c['found_images']} found"
-        table.add_row("calibration images", f"{c['num_images']} of {of} in {c['dataset']}")
-    table.add_row("FLOPs kept, whole model", f"{report['flops_ratio']:.2%}")
-    table.add_row("FLOPs kept, pruned layers", f"{report['linear_flops_ratio']:.2%}")
-    table.add_row("weights on disk", _bytes_against(report))
-    if report["evaluation"] is not None:
-        e = report["evaluation"]
-        table.add_row("top-1", f"{e['top1']:.2%} of {e['num_images']} images, dense {e['baseline_top1']:.2%}")
-    table.add_row("seconds", ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items()))
-    return table
-
-
 def evaluation_table(values: dict[str, Any]) -> Table:
     """Accuracy, with the comparison where there was one."""
     table = Table(show_header=False)
@@ -271,28 +267,20 @@ def evaluation_table(values: dict[str, Any]) -> Table:
 
 def inspect_table(values: dict[str, Any]) -> Table:
     """One row a layer, totals in the footer."""
-    block = _shape(values["layers"][0]["block_shape"]) if values["layers"] else "no"
+    block = shape_text(values["layers"][0]["block_shape"]) if values["layers"] else "no"
     table = Table(title=f"{block} blocks, {values['flops_ratio']:.2%} of the model's FLOPs", show_footer=True)
     table.add_column("layer", footer="all", no_wrap=True)
     table.add_column("shape", justify="right")
     table.add_column("kept blocks", justify="right")
     table.add_column("density", justify="right", footer=f"{values['density']:.2%}")
     table.add_column("bytes", justify="right", footer=f"{values['size_bytes']:,}")
-    table.caption = f"weights on disk: {_bytes_against(values)}"
+    table.caption = f"weights on disk: {bytes_text(values)}"
     for layer in values["layers"]:
         kept = f"{layer['kept_blocks']}/{layer['blocks']}"
         table.add_row(
-            layer["module"], _shape(layer["shape"]), kept, f"{layer['density']:.2%}", f"{layer['size_bytes']:,}"
+            layer["module"], shape_text(layer["shape"]), kept, f"{layer['density']:.2%}", f"{layer['size_bytes']:,}"
         )
     return table
-
-
-def _shape(shape: list[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _bytes_against(values: dict[str, Any]) -> str:
-    return f"{values['size_bytes']:,} (dense {values['dense_size_bytes']:,})"
 
 
 if __name__ == "__main__":

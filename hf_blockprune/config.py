@@ -99,6 +99,45 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True)
+class RecoveryConfig:
+    """How a pruned model is trained to behave like the dense one; needs no labels, and leaves the masks as they are.
+
+    Args:
+        samples: number of images, drawn like those of calibration, which are among them; kept decoded in memory, at
+            0.3 MB an image of 224 x 224.
+        reconstruction_epochs: passes over the images in which each layer by itself learns the dense layer's outputs.
+        epochs: passes of distillation, in which the whole model learns the dense one's outputs.
+        lr: peak learning rate of biases, norms and a factor for each row and column of a pruned weight; these few
+            parameters generalise from few images.
+        weight_lr: peak learning rate of the weights themselves, which learn single images by heart where it is high.
+        hidden_weight: weight of the layers' outputs beside the predictions in distillation.
+        token_weights: share of a token's weight that is its squared gradient; the rest is the same for all tokens.
+        batch_size: images of a step, on all processes together.
+    """
+
+    samples: int = 1024
+    reconstruction_epochs: int = 1
+    epochs: int = 12
+    lr: float = 2e-3
+    weight_lr: float = 3e-5
+    hidden_weight: float = 10.0
+    token_weights: float = 0.9
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for key in ("samples", "batch_size"):
+            _check_whole(f"recovery.{key}", getattr(self, key), 2)
+        for key in ("reconstruction_epochs", "epochs"):
+            _check_whole(f"recovery.{key}", getattr(self, key), 0)
+        for key in ("lr", "weight_lr", "hidden_weight"):
+            value = getattr(self, key)
+            if not _is_number(value) or value < 0:
+                _refuse(f"recovery.{key}", "a number from 0 (YAML reads 1e-3 as text: write 1.0e-3)", value)
+        if not _is_number(self.token_weights) or not 0 <= self.token_weights < 1:
+            _refuse("recovery.token_weights", "a share from 0 to below 1", self.token_weights)
+
+
+@dataclass(frozen=True)
 class BlockPruneConfig:
     """How to prune a vision transformer.
 
@@ -111,6 +150,8 @@ class BlockPruneConfig:
             blocks; the dense model's function stays the same. By default with "obs", which it needs.
         coupling_rounds: how often "obs" chooses blocks anew, knowing what the last choice left of each Linear's
             neighbours; 0 leaves their dependence out of account.
+        true_loss_rounds: how often "obs" measures what the chosen blocks really cost the model's predictions, layer by
+            layer, and chooses anew with losses corrected by that.
         token_weights: share of a token's weight in the refit that is its squared gradient; the rest is the same for
             all tokens, because far from the dense model even a token without a gradient matters a little.
         residual_targets: let Linears that write to the residual stream aim at the dense model's stream in the refit,
@@ -126,6 +167,7 @@ class BlockPruneConfig:
         ignore: glob patterns of module names to leave dense.
         min_kept_per_layer: share of its blocks that every target layer keeps, whatever its score.
         calibration: see `CalibrationConfig`.
+        recovery: see `RecoveryConfig`; nothing leaves the model as pruning left it.
         format_version: version of this schema.
 
     Raises:
@@ -141,6 +183,7 @@ class BlockPruneConfig:
     refit: bool | None = None
     permute: bool | None = None
     coupling_rounds: int = 4
+    true_loss_rounds: int = 1
     token_weights: float = 0.95
     residual_targets: bool = True
     balance: bool = False
@@ -152,6 +195,7 @@ class BlockPruneConfig:
     ignore: tuple[str, ...] = ()
     min_kept_per_layer: float = 0.05
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    recovery: RecoveryConfig | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -161,9 +205,15 @@ class BlockPruneConfig:
 
     def _normalise(self) -> None:
         """Accept what YAML and JSON can write: lists for tuples, mappings for the nested settings."""
-        for key, cls in (("budget", Budget), ("second_budget", Budget), ("calibration", CalibrationConfig)):
+        nested = {
+            "budget": Budget,
+            "second_budget": Budget,
+            "calibration": CalibrationConfig,
+            "recovery": RecoveryConfig,
+        }
+        for key, cls in nested.items():
             value = getattr(self, key)
-            if not isinstance(value, cls) and not (key == "second_budget" and value is None):
+            if not isinstance(value, cls) and not (key in ("second_budget", "recovery") and value is None):
                 _check_keys(cls, value, key)
                 object.__setattr__(self, key, cls(**value))
         for key in ("block_shape", "targets", "ignore"):
@@ -184,7 +234,8 @@ class BlockPruneConfig:
         for key in ("residual_targets", "balance"):
             if not isinstance(getattr(self, key), bool):
                 _refuse(key, "true or false", getattr(self, key))
-        _check_whole("coupling_rounds", self.coupling_rounds, 0)
+        for key in ("coupling_rounds", "true_loss_rounds"):
+            _check_whole(key, getattr(self, key), 0)
         if not _is_number(self.token_weights) or not 0 <= self.token_weights < 1:
             _refuse("token_weights", "a share from 0 to below 1", self.token_weights)
         if not _is_number(self.damping) or self.damping <= 0:

@@ -51,6 +51,35 @@ class ImageSet:
         chosen = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:samples]
         return replace(self, dataset=self.dataset.select(chosen.tolist()))
 
+    def every(self, step: int, most: int) -> "ImageSet":
+        """At most `most` images, one in `step`, or all where there are fewer than that; of a stream, the first ones."""
+        if self.streaming:
+            return replace(self, dataset=self.dataset.take(most))
+        chosen = list(range(step - 1, len(self.dataset), step)) or list(range(len(self.dataset)))
+        return replace(self, dataset=self.dataset.select(chosen[:most]))
+
+
+def load_pixels(
+    images: ImageSet, processor: Any, *, accelerator: "Accelerator", model_config: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pixels [images, channels, height, width], positions [images]) of all images, on the CPU of every process.
+
+    Raises:
+        DataError: more than 1 % of the images cannot be decoded.
+    """
+    corrupt, pixels, index = CorruptImages(images.name), [], []
+    stream = batches(
+        images, processor, batch_size=32, accelerator=accelerator, model_config=model_config, everywhere=True
+    )
+    for batch in stream:
+        corrupt.count(batch)
+        if "pixel_values" in batch:
+            # Half precision is finer than the 8 bits that pictures are stored in.
+            pixels.append(batch["pixel_values"].cpu().half())
+            index.append(batch["index"].cpu())
+    corrupt.check()
+    return torch.cat(pixels), torch.cat(index)
+
 
 def load_images(source: Any, *, split: str | None = None, prefer_splits: Sequence[str] = ("train",)) -> ImageSet:
     """Open a data set.
@@ -198,11 +227,18 @@ class _Indexed(torch.utils.data.Dataset):
 
 
 def batches(
-    images: ImageSet, processor: Any, *, batch_size: int, accelerator: "Accelerator", model_config: Any
+    images: ImageSet,
+    processor: Any,
+    *,
+    batch_size: int,
+    accelerator: "Accelerator",
+    model_config: Any,
+    everywhere: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """This process's batches: pixel_values [b, c, h, w], labels [b] (-1: none), index [b], corrupt (file names).
 
-    Every image is seen by exactly one process, once. A batch in which nothing could be decoded has no pixel_values.
+    Every image is seen by exactly one process, once; with `everywhere`, by each process. A batch in which nothing could
+    be decoded has no pixel_values.
 
     Raises:
         DataError: a label lies outside the model's classes.
@@ -210,7 +246,7 @@ def batches(
     from accelerate.data_loader import prepare_data_loader
     from datasets.distributed import split_dataset_by_node
 
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world = (0, 1) if everywhere else (accelerator.process_index, accelerator.num_processes)
     collate = _Collate(images, processor, _label_ids(images.class_names, model_config))
     if images.streaming:
         indexed = images.dataset.map(lambda record, index: {**record, "index": index}, with_indices=True)

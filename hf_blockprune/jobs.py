@@ -38,7 +38,8 @@ class PruneJob:
         """A job from a recipe file and overrides, which win; an override of None leaves the recipe's value.
 
         A recipe holds the keys of `BlockPruneConfig` and any of model, dataset, split, evaluation and output. Overrides
-        of calibration settings are merged into the recipe's.
+        of calibration settings are merged into the recipe's. A `recover` of True adds recovery with its defaults to a
+        recipe without, False takes it out.
 
         Raises:
             ConfigError: unknown or impossible settings, or no model or output anywhere.
@@ -46,6 +47,8 @@ class PruneJob:
         settings = read_settings(recipe) if recipe is not None else {}
         given = {key: value for key, value in overrides.items() if value is not None}
         calibration = {**(settings.get("calibration") or {}), **given.pop("calibration", {})}
+        if (wanted := given.pop("recover", None)) is not None:
+            settings["recovery"] = (settings.get("recovery") or {}) if wanted else None
         settings = {**settings, **given, **({"calibration": calibration} if calibration else {})}
         config = BlockPruneConfig.from_dict({k: v for k, v in settings.items() if k not in _JOB_KEYS})
         for key in ("model", "output"):
@@ -58,7 +61,7 @@ _JOB_KEYS = tuple(f.name for f in dataclasses.fields(PruneJob) if f.name != "con
 
 
 def run_prune(job: PruneJob, *, overwrite: bool = False) -> dict[str, Any]:
-    """Prune, evaluate where the job names labelled images, and save.
+    """Prune, recover where the config says so, evaluate after both where the job names labelled images, and save.
 
     Returns:
         The report, with `output` added.
@@ -68,5 +71,9 @@ def run_prune(job: PruneJob, *, overwrite: bool = False) -> dict[str, Any]:
     pruner.prune(job.dataset, split=job.split)
     if job.evaluation is not None:
         pruner.evaluate(job.evaluation, against=job.model)
+    if job.config.recovery is not None:
+        pruner.recover(job.dataset, split=job.split)
+        if job.evaluation is not None:
+            pruner.evaluate(job.evaluation, against=job.model)
     pruner.save_pretrained(job.output, overwrite=overwrite)
     return {"output": job.output, **pruner.report()}

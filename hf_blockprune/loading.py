@@ -7,6 +7,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
 
+# Those options of transformers' `from_pretrained` that say where files come from.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+
 
 def load_classifier(name: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """(model, image processor) from a Hub name or a folder.
@@ -22,7 +25,7 @@ def load_classifier(name: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """
     try:
         model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **kwargs)
-        hub_kwargs = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
+        hub_kwargs = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
         processor = AutoImageProcessor.from_pretrained(name, **hub_kwargs)
     except (BlockPruneError, BlockSparseFormatError):
         raise

@@ -1,6 +1,8 @@
 """`BlockPruner`: load a dense vision transformer, prune it, measure it, save it."""
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,19 +11,21 @@ from torch import Tensor
 
 from . import checkpoint
 from .allocation import Allocation
+from .boundary import HELD_BACK_EVERY
 from .calibration import collect
 from .card import model_card
-from .config import BlockPruneConfig
-from .data import ImageSet, load_images
+from .config import BlockPruneConfig, RecoveryConfig
+from .data import ImageSet, load_images, load_pixels
 from .environment import environment
 from .errors import ModelError
 from .evaluation import Evaluation, predict, summarise
-from .hardware.flops import ModelFlops, count_flops
+from .hardware.flops import count_flops
 from .hub.blockprune_quantizer import block_sparse_layers, sparsify
 from .layer_statistics import LayerStatistics
 from .layerwise import LayerRefit, refit_layers
 from .loading import load_classifier
-from .report import describe_masks
+from .recovery import Recovery, recover
+from .report import PruneReport, describe_masks
 from .selection import Selection, timed
 from .targets import find_targets
 
@@ -30,12 +34,14 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel
 
+TRUE_LOSS_IMAGES = 64
+
 
 class BlockPruner:
     """Block-structured pruning of a transformers image classifier after training.
 
     Args:
-        model: the dense model; pruned in place. A block-sparse one can be evaluated, not pruned again.
+        model: the dense model; pruned in place. A block-sparse one can be recovered and evaluated, not pruned again.
         processor: its image processor.
         config: how to prune.
         name: what to call the model in reports.
@@ -64,7 +70,8 @@ class BlockPruner:
         self.config = config or BlockPruneConfig()
         self.name = name
         self._accelerator = accelerator
-        self._report: dict[str, Any] | None = None
+        self._report: PruneReport | None = None
+        self._reload_dense: Callable[[], BlockPruner] | None = None
 
     @classmethod
     def from_pretrained(
@@ -78,8 +85,9 @@ class BlockPruner:
         """Load a classifier and its image processor from the Hub or a folder.
 
         Args:
-            name_or_path: a Hub name such as "facebook/deit-base-patch16-224", or a folder.
-            config: how to prune.
+            name_or_path: a Hub name such as "facebook/deit-base-patch16-224", or a folder; also of a pruned model, to
+                recover or evaluate it.
+            config: how to prune; of a pruned model, by default the one it was pruned with.
             accelerator: device and processes.
             **kwargs: passed to transformers' `from_pretrained` (revision, token, cache_dir, ...).
 
@@ -92,7 +100,15 @@ class BlockPruner:
         # Only the folder's name of a local path belongs into reports that may be published.
         path = Path(name_or_path).expanduser()
         name = path.resolve().name if path.exists() else str(name_or_path)
-        return cls(model, processor, config, name=name, accelerator=accelerator)
+        pruner = cls(model, processor, config, name=name, accelerator=accelerator)
+        if next(block_sparse_layers(model), None):
+            stored = checkpoint.stored_report(str(name_or_path), kwargs)
+            if stored is not None:
+                pruner._report = PruneReport(stored)
+                pruner.config = config or BlockPruneConfig.from_dict(stored["config"])
+        else:
+            pruner._reload_dense = lambda: cls.from_pretrained(name_or_path, accelerator=accelerator, **kwargs)
+        return pruner
 
     @cached_property
     def accelerator(self) -> "Accelerator":
@@ -124,14 +140,14 @@ class BlockPruner:
         flops = count_flops(type(self.model), self.model.config)
         with timed(seconds, "calibration"):
             statistics, calibration, images = self._calibrate(dataset, split, targets)
-        selection = Selection(self.model, targets, statistics, flops, self.config, self.accelerator, seconds)
+        pixels = self._judging_pixels(images)
+        selection = Selection(self.model, targets, statistics, flops, self.config, self.accelerator, pixels, seconds)
         allocation = selection.run()
         refits: dict[str, LayerRefit] = {}
         if self.config.refits:
             with timed(seconds, "refit"):
                 refits = self._refit(allocation.masks, selection.statistics, images)
-        self._report = self._describe(targets, flops, allocation, calibration, seconds, refits)
-        self._report["permutation"] = selection.permutation
+        self._report = PruneReport(self._describe(selection, allocation, calibration, refits))
         return sparsify(self.model, allocation.masks, self.config.block_shape)
 
     def _calibrate(
@@ -165,6 +181,14 @@ class BlockPruner:
         }
         return statistics, calibration, images
 
+    def _judging_pixels(self, images: ImageSet | None) -> Tensor | None:
+        """Some held-back calibration images, to measure true losses on."""
+        if images is None or self.config.method != "obs" or not self.config.true_loss_rounds:
+            return None
+        few = images.every(HELD_BACK_EVERY, TRUE_LOSS_IMAGES)
+        pixels, _ = load_pixels(few, self.processor, accelerator=self.accelerator, model_config=self.model.config)
+        return pixels.to(self.accelerator.device)
+
     def _refit(
         self, masks: dict[str, Tensor], statistics: dict[str, LayerStatistics], images: ImageSet | None
     ) -> dict[str, LayerRefit]:
@@ -185,29 +209,95 @@ class BlockPruner:
             residual_targets=self.config.residual_targets,
         )
 
+    def recover(
+        self, dataset: Any, *, teacher: "str | Path | BlockPruner | None" = None, split: str | None = None
+    ) -> "PreTrainedModel":
+        """Train a pruned model to behave like the dense one, without labels; its masks stay as they are.
+
+        `config.recovery` says how; where it is None, the defaults of `RecoveryConfig` hold. The model changes at the
+        end, all at once, and only where images that were not learned from say that it became better.
+
+        Args:
+            dataset: calibration images: a folder, a Hub name, or a `datasets` object.
+            teacher: the dense model: a name, a folder or a `BlockPruner`. By default it is loaded again from where
+                `from_pretrained` found it; needed where the model was loaded pruned, or was passed in.
+            split: split of the data set; "train" by default.
+
+        Returns:
+            The recovered model, which is `self.model`.
+
+        Raises:
+            ModelError: the model is not pruned, the teacher is missing or another model, or the loss is not finite.
+            DataError: the images cannot be used.
+        """
+        if not next(block_sparse_layers(self.model), None):
+            raise ModelError(f"{self.name} has no block-sparse layers to recover; call prune() first")
+        settings, seed = self.config.recovery or RecoveryConfig(), self.config.calibration.seed
+        dense = self._teacher(teacher)
+        images = load_images(dataset, split=split).sample(settings.samples, seed)
+        self.model.to(self.accelerator.device)
+        result = recover(
+            self.model, dense.model, images, self.processor, settings, accelerator=self.accelerator, seed=seed
+        )
+        if self._report is not None:
+            self._describe_recovery(result, settings, _public_name(images.name))
+        return self.model
+
+    def _teacher(self, teacher: "str | Path | BlockPruner | None") -> "BlockPruner":
+        if isinstance(teacher, BlockPruner):
+            return teacher
+        if teacher is not None:
+            return BlockPruner.from_pretrained(teacher, accelerator=self.accelerator)
+        if self._reload_dense is None:
+            raise ModelError(f"{self.name}: name the dense model it was pruned from as teacher")
+        return self._reload_dense()
+
+    def _describe_recovery(self, result: Recovery, settings: RecoveryConfig, dataset: str) -> None:
+        """The accuracy measured so far was that of the model before."""
+        report = self.report()
+        report["recovery"] = {
+            "dataset": dataset,
+            "settings": asdict(settings),
+            **asdict(result),
+            "evaluation_before": report["evaluation"],
+        }
+        report["evaluation"] = None
+        report["seconds"] = {**report["seconds"], "recovery": round(sum(result.seconds.values()), 3)}
+
     def _describe(
         self,
-        targets: dict[str, Any],
-        flops: ModelFlops,
+        selection: Selection,
         allocation: Allocation,
         calibration: dict[str, Any] | None,
-        seconds: dict[str, float],
         refits: dict[str, LayerRefit],
     ) -> dict[str, Any]:
+        layers = describe_masks(
+            selection.targets,
+            selection.flops,
+            allocation,
+            self.config.block_shape,
+            refits,
+            selection.loss_factors,
+            selection.trace_seconds,
+        )
         return {
             "base_model": self.name,
             "model_class": type(self.model).__name__,
             "config": self.config.to_dict(),
-            **describe_masks(targets, flops, allocation, self.config.block_shape, refits),
+            **layers,
+            "permutation": selection.permutation,
             "power_weight": allocation.power_weight,
             "calibration": calibration,
+            "recovery": None,
             "evaluation": None,
-            "seconds": seconds,
+            "seconds": selection.seconds,
             "environment": environment(),
         }
 
-    def report(self) -> dict[str, Any]:
-        """What was removed, layer by layer, with the settings, timings and accuracy so far; JSON-ready.
+    def report(self) -> PruneReport:
+        """What was removed, layer by layer, with the settings, timings and accuracy so far.
+
+        A dictionary of plain values; `rich.print(pruner.report())` shows it as tables.
 
         Raises:
             ModelError: nothing was pruned yet.
@@ -270,7 +360,7 @@ class BlockPruner:
         self.processor.save_pretrained(folder)
         checkpoint.add_hub_code(folder, self.model)
         stored = checkpoint.inspect_checkpoint(folder)
-        report |= {key: stored[key] for key in ("size_bytes", "dense_size_bytes")}
+        report.update({key: stored[key] for key in ("size_bytes", "dense_size_bytes")})
         self.config.save(folder / checkpoint.RECIPE_FILE)
         checkpoint.write_json(folder / checkpoint.REPORT_FILE, report)
         model_card(report, repo_id).save(folder / "README.md")

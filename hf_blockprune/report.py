@@ -11,12 +11,25 @@ from .hub.blockprune_cost import linear_flops
 from .layerwise import LayerRefit
 
 
+class PruneReport(dict[str, Any]):
+    """A report of plain values, which JSON can write; `rich.print` shows it as tables."""
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+
+        from .tables import layer_table, summary_table
+
+        return Group(layer_table(self), summary_table(self))
+
+
 def describe_masks(
     targets: dict[str, nn.Linear],
     flops: ModelFlops,
     allocation: Allocation,
     block_shape: tuple[int, int],
     refits: dict[str, LayerRefit],
+    loss_factors: dict[str, float],
+    trace_seconds: dict[str, float],
 ) -> dict[str, Any]:
     """What the masks keep, in all and layer by layer.
 
@@ -26,6 +39,8 @@ def describe_masks(
         allocation: the chosen masks and their predicted losses.
         block_shape: (rows, cols).
         refits: what the refit came to by name, empty without one.
+        loss_factors: true over predicted loss by name, empty where it was not measured; predicted losses hold it.
+        trace_seconds: time that each layer's removal traces took, by name.
 
     Returns:
         `flops_ratio` (whole model), `linear_flops_ratio` (targets alone), `params_ratio` (weights of the whole
@@ -47,9 +62,10 @@ def describe_masks(
                 "blocks": mask.numel(),
                 "density": float(mask.float().mean()),
                 "predicted_loss": allocation.loss[name],
+                "loss_factor": loss_factors.get(name),
                 "ridge": refits[name].ridge if name in refits else None,
                 "error_after_refit": refits[name].error if name in refits else None,
-                "refit_seconds": round(refits[name].seconds, 3) if name in refits else None,
+                "seconds": round(trace_seconds[name] + (refits[name].seconds if name in refits else 0.0), 3),
             }
         )
     return {

@@ -5,7 +5,7 @@ Layers' traces are shared out over processes; the allocation, which is cheap, ev
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from .layer_statistics import LayerStatistics
 from .permutation import apply_moves, block_saliency_kept, choose_moves
 from .saliency import RemovalTrace, removal_trace
 from .structure import TransformerLayer, find_transformer_layers
+from .true_loss import loss_factors, true_losses
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,10 +41,14 @@ class Selection:
         flops: of the dense model.
         config: how to prune.
         accelerator: the processes.
+        pixels: images to measure true losses on, [images, channels, height, width]; needed where the config has
+            rounds of them.
 
     Attributes:
         seconds: time of each stage.
         permutation: how well saliency is packed into blocks before and after, or None.
+        trace_seconds: time that each layer's traces took, on the process that made them.
+        loss_factors: true over predicted loss by layer, 1 where it was not measured.
     """
 
     model: nn.Module
@@ -52,8 +57,11 @@ class Selection:
     flops: ModelFlops
     config: BlockPruneConfig
     accelerator: "Accelerator"
+    pixels: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     permutation: dict[str, float] | None = None
+    trace_seconds: dict[str, float] = field(default_factory=dict)
+    loss_factors: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def budgets(self) -> list[CostBudget]:
@@ -75,8 +83,13 @@ class Selection:
         with timed(self.seconds, "saliency"):
             traces = self._traces(self.statistics)
         with timed(self.seconds, "allocation"):
-            allocation = self._allocate(traces)
-            return self._coupled(layers, traces, allocation) if layers else allocation
+            allocation = self._coupled(layers, traces)
+        for _ in range(self.config.true_loss_rounds if self.config.method == "obs" else 0):
+            with timed(self.seconds, "true losses"):
+                self._measure(layers, allocation)
+            with timed(self.seconds, "allocation"):
+                allocation = self._coupled(layers, traces)
+        return allocation
 
     def _permute(self, layers: list[TransformerLayer]) -> None:
         budget = self.budgets[0]
@@ -104,9 +117,15 @@ class Selection:
 
         names = [name for name in self.targets if name in statistics] or list(self.targets)
         mine = names[self.accelerator.process_index :: self.accelerator.num_processes]
-        made = [(name, self._trace(name, statistics.get(name))) for name in mine]
+        made = []
+        for name in mine:
+            start = perf_counter()
+            trace = self._trace(name, statistics.get(name))
+            made.append((name, (trace, perf_counter() - start)))
         every = dict(gather_object(made) if self.accelerator.num_processes > 1 else made)
-        return {name: every[name] for name in names}
+        for name in names:
+            self.trace_seconds[name] = self.trace_seconds.get(name, 0.0) + every[name][1]
+        return {name: every[name][0] for name in names}
 
     def _trace(self, name: str, statistics: LayerStatistics | None) -> RemovalTrace:
         weight, shape, method = self.targets[name].weight.detach(), self.config.block_shape, self.config.method
@@ -118,8 +137,9 @@ class Selection:
             ) from error
 
     def _allocate(self, traces: dict[str, RemovalTrace]) -> Allocation:
+        factors = self.loss_factors
         return allocate(
-            traces,
+            {name: replace(trace, loss=trace.loss * factors.get(name, 1.0)) for name, trace in traces.items()},
             self.budgets,
             power=block_power(self.targets, self.flops, self.config.block_shape),
             min_kept=self.config.min_kept_per_layer,
@@ -127,17 +147,37 @@ class Selection:
             balance=self.config.balance,
         )
 
-    def _coupled(
-        self, layers: list[TransformerLayer], traces: dict[str, RemovalTrace], allocation: Allocation
-    ) -> Allocation:
-        """Allocate anew with traces that know what the last allocation left of the neighbours."""
-        for _ in range(self.config.coupling_rounds):
+    def _coupled(self, layers: list[TransformerLayer], traces: dict[str, RemovalTrace]) -> Allocation:
+        """Allocate, then again with traces that know what the last allocation left of the neighbours."""
+        allocation = self._allocate(traces)
+        for _ in range(self.config.coupling_rounds if layers else 0):
             corrected = correct(layers, self.targets, self.statistics, allocation.masks, self.config.block_shape)
             traces = {**traces, **self._traces(corrected)}
             before, allocation = allocation, self._allocate(traces)
             if all(torch.equal(mask, before.masks[name]) for name, mask in allocation.masks.items()):
                 break
         return allocation
+
+    def _measure(self, layers: list[TransformerLayer], allocation: Allocation) -> None:
+        """Correct the factors of all Linears by the true losses of this allocation, group by group."""
+        assert self.pixels is not None
+        groups = [pair for layer in layers for pair in layer.pairs()]
+        grouped = {name for pair in groups for name in pair}
+        groups += [(name,) for name in self.targets if name not in grouped]
+        losses = true_losses(
+            self.model,
+            groups,
+            allocation.masks,
+            self.statistics,
+            self.config.block_shape,
+            self.pixels,
+            accelerator=self.accelerator,
+            damping=self.config.damping,
+        )
+        predicted = [sum(allocation.loss[name] for name in group) for group in groups]
+        for group, factor in zip(groups, loss_factors(losses, predicted), strict=True):
+            for name in group:
+                self.loss_factors[name] = self.loss_factors.get(name, 1.0) * factor
 
 
 def cost_budget(budget: Budget, targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]) -> CostBudget:
@@ -164,7 +204,7 @@ def block_power(targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[i
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Write down how long a stage took."""
+    """Add up how long a stage took."""
     start = perf_counter()
     yield
-    seconds[stage] = round(perf_counter() - start, 3)
+    seconds[stage] = round(seconds.get(stage, 0.0) + perf_counter() - start, 3)

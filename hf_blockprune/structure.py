@@ -28,6 +28,10 @@ class TransformerLayer:
     fc2: str
     heads: int
 
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Linears whose losses depend on each other."""
+        return ((self.query, self.key), (self.value, self.out), (self.fc1, self.fc2))
+
 
 def find_transformer_layers(model: Any, targets: dict[str, nn.Linear]) -> list[TransformerLayer]:
     """The layers of ViT's form whose Linears are all targets; empty for models of another form.

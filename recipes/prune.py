@@ -26,6 +26,7 @@ def main(
     budget: cli.BudgetOption = None,
     method: cli.Method = None,
     refit: cli.Refit = None,
+    recover: cli.Recover = None,
     evaluate_on: cli.EvaluateOn = None,
     split: cli.Split = None,
     samples: cli.Samples = None,
@@ -47,6 +48,7 @@ def main(
         budget=budget,
         method=method,
         refit=refit,
+        recover=recover,
         evaluation=evaluate_on,
         split=split,
         samples=samples,
@@ -55,7 +57,7 @@ def main(
         overwrite=overwrite,
     )
     if accelerator.is_main_process:
-        cli.emit(report, cli.report_table(report), as_json=json_)
+        cli.emit(report, cli.summary_table(report), as_json=json_)
     accelerator.end_training()
 
 

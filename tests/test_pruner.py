@@ -1,5 +1,6 @@
 """The main job: prune, evaluate, save, load."""
 
+import io
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForImageClassification
 
 from hf_blockprune import (
@@ -289,3 +291,20 @@ class TestSavingIsAllOrNothing:
         assert "could not be written" in done.stderr
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "obs"])
+def test_the_report_prints_as_tables(processor, images, method):
+    pruner = BlockPruner(tiny_model(), processor, config(method, block_shape=(8, 8)))
+    pruner.prune(images)
+    pruner.evaluate(images)
+    console = Console(width=200, file=io.StringIO())
+    console.print(pruner.report())
+    text = console.file.getvalue()
+    for layer in pruner.report()["layers"]:
+        row = next(line for line in text.splitlines() if layer["name"] in line)
+        assert f"{layer['blocks'] - layer['kept_blocks']}/{layer['blocks']}" in row
+        assert (f"{layer['error_after_refit']:.3g}" in row) if method == "obs" else "-" in row
+        assert layer["seconds"] > 0 or method == "magnitude"  # which takes less than a millisecond
+    assert "FLOPs kept, whole model" in text
+    assert f"{pruner.report()['evaluation']['top1']:.2%}" in text

@@ -1,0 +1,353 @@
+"""Training what survived pruning to behave like the dense model: no labels, calibration images alone, masks fixed.
+
+First each layer by itself learns the dense layer's output from the inputs that the pruned network sees (block-wise
+reconstruction as in BRECQ, arXiv 2102.05426), then the whole model learns the dense one's predictions and hidden states
+(distillation). Every eighth image is held back: each step starts from, and the model ends at, what did best on those.
+
+A thousand images are few for the millions of weights that are left: training them all makes the model good at those
+images and worse at others. So biases, norms and one factor for each row and column of a pruned weight learn fast, and
+the weights themselves slowly.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from transformers import get_cosine_schedule_with_warmup
+from transformers.utils import logging
+
+from .augment import views
+from .blocks import expand_mask
+from .boundary import at_boundary, held_back, layer_list
+from .config import RecoveryConfig
+from .data import ImageSet, load_pixels
+from .errors import ModelError
+from .hub.blockprune_layout import pack
+from .hub.blockprune_quantizer import block_sparse_layers
+from .selection import timed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+WARM_UP = 0.05  # share of the steps
+# Above rounding and far below true gradients: where the loss does not depend on a parameter, as on a key's bias, Adam
+# would otherwise walk at full speed wherever rounding leads.
+EPSILON = 1e-6
+FISHER_IMAGES = 128
+IMAGES_AT_ONCE = 32  # where nothing is learned
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What recovery came to.
+
+    Attributes:
+        num_images: images learned from.
+        num_held_back: images that chose the step to keep.
+        divergence: KL(dense || pruned) of the predictions in nats, the mean over held-back images, after each step;
+            "pruned" is where it began.
+        kept: the step whose weights the model holds.
+        seconds: time by step.
+    """
+
+    num_images: int
+    num_held_back: int
+    divergence: dict[str, float]
+    kept: str
+    seconds: dict[str, float]
+
+
+def recover(
+    model: nn.Module,
+    teacher: nn.Module,
+    images: ImageSet,
+    processor: Any,
+    settings: RecoveryConfig,
+    *,
+    accelerator: "Accelerator",
+    seed: int = 0,
+) -> Recovery:
+    """Train a block-sparse model to behave like the dense one; weights change at the end, all at once.
+
+    Every process holds all images and learns from its share of each batch, so that any number of them takes the same
+    steps, but for rounding.
+
+    Args:
+        model: a transformers image classifier with block-sparse layers.
+        teacher: the dense model that it was made from; left as it is.
+        images: what to learn from.
+        processor: the model's image processor.
+        settings: how.
+        accelerator: device and processes.
+        seed: of the order of images and of their views.
+
+    Raises:
+        ModelError: the two models do not fit together, or the loss is not finite.
+        DataError: too few images, or too many that are corrupt.
+    """
+    pixels, index = load_pixels(images, processor, accelerator=accelerator, model_config=model.config)
+    run = _Run(model, teacher, pixels, held_back(index), settings, accelerator, seed)
+    steps = {"reconstruction": run.reconstruct, "distillation": run.distil}
+    epochs = {"reconstruction": settings.reconstruction_epochs, "distillation": settings.epochs}
+    seconds: dict[str, float] = {}
+    divergence = {"pruned": run.divergence()}
+    best, kept = copy.deepcopy(run.student.state_dict()), "pruned"
+    for name, step in steps.items():
+        if not epochs[name]:
+            continue
+        with timed(seconds, name):
+            step(epochs[name])
+        divergence[name] = run.divergence()
+        if divergence[name] < divergence[kept]:
+            best, kept = copy.deepcopy(run.student.state_dict()), name
+        else:
+            run.student.load_state_dict(best)
+    _write_back(run.student, model)
+    return Recovery(len(run.learned), len(run.judged), divergence, kept, seconds)
+
+
+class _Scaled(nn.Module):
+    """A parametrization that multiplies each row and each column of a weight by a factor of its own."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.ones_like(weight[:, :1]))
+        self.cols = nn.Parameter(torch.ones_like(weight[:1]))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.rows * self.cols
+
+
+def _dense_copy(model: nn.Module) -> nn.Module:
+    """The model in single precision, with removed blocks as zeros that get no gradient, and factors that learn."""
+    student = nn.Module.float(copy.deepcopy(model))  # transformers refuses to cast what it takes for quantised
+    for name, module in list(block_sparse_layers(student)):
+        linear = module.to_dense()
+        removed = ~expand_mask(module.mask(), tuple(linear.weight.shape), module.block_shape)
+        student.set_submodule(name, linear)
+        linear.weight.register_hook(lambda grad, removed=removed: grad.masked_fill(removed, 0))
+        register_parametrization(linear, "weight", _Scaled(linear.weight.detach()))
+    return student.eval()
+
+
+@torch.no_grad()
+def _write_back(student: nn.Module, model: nn.Module) -> None:
+    sparse = dict(block_sparse_layers(model))
+    for name, module in sparse.items():
+        linear: Any = student.get_submodule(name)
+        module.weight.copy_(pack(linear.weight, module.mask(), module.block_shape).weight)
+        if module.bias is not None:
+            module.bias.copy_(linear.bias)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in sparse:
+            parameter.copy_(student.get_parameter(name))
+
+
+@dataclass
+class _Call:
+    """What a model gave for some images: predictions and the output of each layer."""
+
+    logits: Tensor
+    hidden: list[Tensor]
+
+
+def _call(model: nn.Module, layers: nn.ModuleList, pixels: Tensor) -> _Call:
+    hidden: list[Tensor] = []
+
+    def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        hidden.append(output)
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        return _Call(model(pixel_values=pixels).logits, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Run:
+    """One recovery: the models, the images and the way through them."""
+
+    model: nn.Module
+    teacher: nn.Module
+    pixels: Tensor
+    held_back: Tensor
+    settings: RecoveryConfig
+    accelerator: "Accelerator"
+    seed: int
+    student: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device, self.generator = self.accelerator.device, torch.Generator().manual_seed(self.seed)
+        self.learned, self.judged = (part.nonzero().squeeze(1) for part in (~self.held_back, self.held_back))
+        if not len(self.judged):  # a handful of images: they must do for both
+            self.judged = self.learned
+        self.student = _dense_copy(self.model).to(self.device)
+        names = [name for name, _ in block_sparse_layers(self.model)]
+        (prefix, self.layers), (other, self.teacher_layers) = (
+            layer_list(m, names) for m in (self.student, self.teacher)
+        )
+        if next(block_sparse_layers(self.teacher), None) or (prefix, len(self.layers)) != (
+            other,
+            len(self.teacher_layers),
+        ):
+            raise ModelError("the teacher is not the dense model that this one was pruned from; name that one")
+        self.teacher = nn.Module.float(copy.deepcopy(self.teacher)).to(self.device).eval().requires_grad_(False)
+        self.teacher_layers = layer_list(self.teacher, names)[1]
+        self.student.requires_grad_(True)
+        embeddings = getattr(getattr(self.student, "base_model", None), "embeddings", None)
+        if embeddings is not None:  # they were not pruned, and would learn single images by heart
+            embeddings.requires_grad_(False)
+        self.token_weights = self._token_weights()
+
+    def _some(self, chosen: Tensor) -> Tensor:
+        return self.pixels[chosen].to(self.device).float()
+
+    def _token_weights(self) -> list[Tensor]:
+        """Weight of each token after each layer, [tokens] with mean 1: its squared gradient in the dense model.
+
+        The gradient is that of the log-probability of a class drawn from the model's own prediction (true Fisher).
+        """
+        sums = [torch.zeros((), device=self.device) for _ in self.teacher_layers]
+        for chosen in self.learned[:FISHER_IMAGES].split(IMAGES_AT_ONCE):
+            seen = _call(self.teacher, self.teacher_layers, self._some(chosen).requires_grad_())
+            if not seen.logits.isfinite().all():
+                raise ModelError("the teacher's predictions are not finite; check its weights and the images")
+            drawn = torch.multinomial(seen.logits.softmax(-1).cpu(), 1, generator=self.generator).squeeze(1)
+            loss = F.cross_entropy(seen.logits, drawn.to(self.device), reduction="sum")
+            grads = torch.autograd.grad(loss, seen.hidden)
+            sums = [total + grad.square().sum((0, 2)) for total, grad in zip(sums, grads, strict=True)]
+        share = self.settings.token_weights
+        return [share * total / total.mean().clamp(min=1e-30) + 1 - share for total in sums]
+
+    @torch.no_grad()
+    def divergence(self) -> float:
+        """KL(teacher || student) in nats, the mean over the images that judge."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        mine = self.judged[self.accelerator.process_index :: self.accelerator.num_processes]
+        for chosen in mine.split(IMAGES_AT_ONCE):
+            pixels = self._some(chosen)
+            total += _kl(self.teacher(pixel_values=pixels).logits, self.student(pixel_values=pixels).logits).sum()
+        return float(self._sum(total)) / len(self.judged)
+
+    def reconstruct(self, epochs: int) -> None:
+        """Let each layer learn the dense layer's output from the inputs that the pruned model sees."""
+        inputs, args, kwargs = self._boundary(self.student, self.layers[0])
+        targets, _, _ = self._boundary(self.teacher, self.teacher_layers[0])
+        pairs = list(zip(self.layers, self.teacher_layers, self.token_weights, strict=True))
+        for number, (layer, dense, token_weight) in enumerate(
+            logging.tqdm(pairs, desc="Reconstruction", disable=not self.accelerator.is_main_process)
+        ):
+            _advance(dense, targets, args, kwargs)
+            learn = self._layer_loss(layer, inputs, targets, token_weight, args, kwargs)
+            self._descend(learn, layer, list(self._order(len(inputs), epochs)), f"reconstruction of layer {number}")
+            _advance(layer, inputs, args, kwargs)
+
+    def _layer_loss(
+        self, layer: nn.Module, inputs: Tensor, targets: Tensor, token_weight: Tensor, args: Any, kwargs: Any
+    ) -> Callable[[Tensor, slice], Tensor]:
+        """Weighted mean squared error of a layer's outputs, over their variance."""
+        spread = targets.var()
+
+        def loss(chosen: Tensor, share: slice) -> Tensor:
+            error = layer(inputs[chosen[share]], *args, **kwargs) - targets[chosen[share]]
+            return (error.square().mean((0, 2)) * token_weight).mean() / spread
+
+        return loss
+
+    @torch.no_grad()
+    def _boundary(self, model: nn.Module, layer: nn.Module) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        parts = [at_boundary(model, layer, self._some(chosen)) for chosen in self.learned.split(IMAGES_AT_ONCE)]
+        return torch.cat([states for states, _, _ in parts]), parts[0][1], parts[0][2]
+
+    def distil(self, epochs: int) -> None:
+        """Let the whole model learn the dense one's predictions and hidden states, on random views of the images."""
+
+        def loss(chosen: Tensor, share: slice) -> Tensor:
+            pixels = views(self.pixels[self.learned[chosen]].float(), self.generator)[share].to(self.device)
+            with torch.no_grad():
+                wanted = _call(self.teacher, self.teacher_layers, pixels)
+            have = _call(self.student, self.layers, pixels)
+            hidden = [
+                ((a - b).square().mean((0, 2)) * weight).mean() / b.var()
+                for a, b, weight in zip(have.hidden, wanted.hidden, self.token_weights, strict=True)
+            ]
+            mean_hidden = torch.stack(hidden).mean()
+            return _kl(wanted.logits, have.logits).mean() + self.settings.hidden_weight * mean_hidden
+
+        order = list(self._order(len(self.learned), epochs))
+        self._descend(loss, self.student, order, "distillation", progress="Distillation")
+
+    def _order(self, count: int, epochs: int) -> Iterator[Tensor]:
+        """Batches of positions; what is left of an epoch after its last whole batch is left out."""
+        size = min(self.settings.batch_size, count)
+        for _ in range(epochs):
+            yield from torch.randperm(count, generator=self.generator)[: count // size * size].split(size)
+
+    def _descend(
+        self,
+        loss: Callable[[Tensor, slice], Tensor],
+        module: nn.Module,
+        order: list[Tensor],
+        where: str,
+        *,
+        progress: str | None = None,
+    ) -> None:
+        """Adam over the module's parameters, each process with its share of every batch."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(self._groups(module), eps=EPSILON)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * len(order)), len(order))
+        hidden = progress is None or not self.accelerator.is_main_process
+        for number, chosen in enumerate(logging.tqdm(order, desc=progress, disable=hidden)):
+            share = slice(rank, None, ranks)
+            optimizer.zero_grad()
+            value = torch.zeros((), device=self.device)
+            if mine := len(chosen[share]):
+                value = loss(chosen, share) * (mine / len(chosen))
+                value.backward()
+            self._add_up(parameters)
+            if not self._sum(value.detach()).isfinite():
+                raise ModelError(
+                    f"{where}, step {number + 1}: the loss is not finite; lower recovery.lr and "
+                    "recovery.weight_lr. The pruned model is as it was"
+                )
+            optimizer.step()
+            schedule.step()
+
+    def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        """Matrices, and all that is one number a feature, with a learning rate for each."""
+        few, weights = [], []
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                (weights if min(parameter.shape, default=1) > 1 and parameter.dim() > 1 else few).append(parameter)
+        return [{"params": few, "lr": self.settings.lr}, {"params": weights, "lr": self.settings.weight_lr}]
+
+    def _add_up(self, parameters: list[nn.Parameter]) -> None:
+        """Sum gradients over processes; one without images, or a parameter without use, counts as zero."""
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self._sum(grad)
+
+    def _sum(self, value: Tensor) -> Any:
+        """Over processes."""
+        return self.accelerator.reduce(value, "sum")
+
+
+@torch.no_grad()
+def _advance(layer: nn.Module, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run all states through a layer, in place."""
+    for part in states.split(IMAGES_AT_ONCE):
+        part.copy_(layer(part, *args, **kwargs))
+
+
+def _kl(wanted: Tensor, have: Tensor) -> Tensor:
+    """KL(wanted || have) of each image from logits, [images]."""
+    return F.kl_div(have.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)

@@ -1,0 +1,67 @@
+"""A pruning report as tables for the terminal."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def summary_table(report: dict[str, Any]) -> Table:
+    """What `prune` did, in short."""
+    title = f"{report['base_model']} -> {report['output']}" if "output" in report else report["base_model"]
+    table = Table(title=title, show_header=False)
+    table.add_row("method", f"{report['config']['method']}, blocks {shape_text(report['config']['block_shape'])}")
+    if report["calibration"] is not None:
+        c = report["calibration"]
+        of = "a stream" if c["found_images"] is None else f"{c['found_images']} found"
+        table.add_row("calibration images", f"{c['num_images']} of {of} in {c['dataset']}")
+    table.add_row("FLOPs kept, whole model", f"{report['flops_ratio']:.2%}")
+    table.add_row("FLOPs kept, pruned layers", f"{report['linear_flops_ratio']:.2%}")
+    if "size_bytes" in report:
+        table.add_row("weights on disk", bytes_text(report))
+    recovery = report["recovery"]
+    if recovery is not None and recovery["evaluation_before"] is not None:
+        table.add_row("top-1 before recovery", f"{recovery['evaluation_before']['top1']:.2%}")
+    if report["evaluation"] is not None:
+        e = report["evaluation"]
+        dense = f", dense {e['baseline_top1']:.2%}" if "baseline_top1" in e else ""
+        table.add_row("top-1", f"{e['top1']:.2%} of {e['num_images']} images{dense}")
+    table.add_row("seconds", ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items()))
+    return table
+
+
+def layer_table(report: dict[str, Any]) -> Table:
+    """Layer by layer: what is kept, what was predicted and measured, and the time it took."""
+    table = Table(show_footer=True)
+    table.add_column("layer", footer="all", no_wrap=True)
+    table.add_column("shape", justify="right")
+    table.add_column("removed blocks", justify="right", footer=f"{1 - report['density']:.2%}")
+    table.add_column("predicted loss", justify="right", footer=_number(_total(report, "predicted_loss")))
+    table.add_column("error after refit", justify="right")
+    table.add_column("seconds", justify="right", footer=_number(_total(report, "seconds")))
+    for layer in report["layers"]:
+        gone = layer["blocks"] - layer["kept_blocks"]
+        table.add_row(
+            layer["name"],
+            shape_text(layer["shape"]),
+            f"{gone}/{layer['blocks']} ({gone / layer['blocks']:.0%})",
+            *(_number(layer[key]) for key in ("predicted_loss", "error_after_refit", "seconds")),
+        )
+    return table
+
+
+def _total(report: dict[str, Any], key: str) -> float:
+    return sum(layer[key] or 0.0 for layer in report["layers"])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def shape_text(shape: list[int]) -> str:
+    """ROWSxCOLS."""
+    return "x".join(map(str, shape))
+
+
+def bytes_text(values: dict[str, Any]) -> str:
+    """Size of the weights beside that of the dense model's."""
+    return f"{values['size_bytes']:,} (dense {values['dense_size_bytes']:,})"

@@ -1,0 +1,111 @@
+"""How far a layer's predicted loss is from what pruning it really does to the model's predictions.
+
+The Fisher information is a second-order picture of the dense model, and is off by a different factor in each layer: it
+takes errors for independent, and knows nothing of what softmax and norms forgive. Each group of Linears that feed each
+other is therefore pruned alone, as an allocation says, with its surviving weights adapted; the divergence of the
+model's predictions over the predicted loss is the factor by which the group's losses are corrected (in the spirit of
+SPDY, Frantar and Alistarh 2022, arXiv 2201.13096, which searches for such factors instead).
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .blocks import expand_mask
+from .layer_statistics import LayerStatistics
+from .reconstruction import Moments, solve
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+IMAGES_AT_ONCE = 32
+LARGEST_FACTOR = 30.0
+
+
+@torch.no_grad()
+def true_losses(
+    model: nn.Module,
+    groups: Sequence[Sequence[str]],
+    masks: dict[str, Tensor],
+    statistics: dict[str, LayerStatistics],
+    block_shape: tuple[int, int],
+    pixels: Tensor,
+    *,
+    accelerator: "Accelerator",
+    damping: float,
+) -> list[float]:
+    """Divergence of the predictions when one group of Linears is pruned and the others are dense.
+
+    Args:
+        model: the dense model, left as it was.
+        groups: module names; groups are shared out over processes.
+        masks: bool [block_rows, block_cols] by module name.
+        statistics: by module name.
+        block_shape: (rows, cols).
+        pixels: [images, channels, height, width], the same on every process.
+        accelerator: device and processes.
+        damping: of the surviving weights' solution.
+
+    Returns:
+        KL(dense || pruned) in nats for each group, the mean over images.
+    """
+    from accelerate.utils import gather_object
+
+    wanted = _log_probabilities(model, pixels)
+    losses = []
+    mine = list(range(accelerator.process_index, len(groups), accelerator.num_processes))
+    for number in logging.tqdm(mine, desc="True losses", disable=not accelerator.is_main_process):
+        group = list(groups[int(number)])
+        before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
+        for name in group:
+            _prune(model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
+        have = _log_probabilities(model, pixels)
+        losses.append((number, float(F.kl_div(have, wanted, reduction="batchmean", log_target=True))))
+        for parameter, value in before:
+            parameter.data = value
+    every = dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
+    return [every[number] for number in range(len(groups))]
+
+
+def _prune(
+    linear: Any, mask: Tensor, statistics: LayerStatistics, block_shape: tuple[int, int], damping: float
+) -> None:
+    """Give the Linear the surviving weights that `obs` reckons with; its mean output stays where there is a bias."""
+    weight, covariance = linear.weight.data, statistics.covariance
+    columns = expand_mask(mask.any(dim=0, keepdim=True), (1, weight.shape[1]), (1, block_shape[1]))[0]
+    kept = columns.nonzero().squeeze(1).to(weight.device)
+    mean = statistics.need("mean")
+    moments = Moments(mean[kept], mean[:0], covariance[kept][:, kept], weight.double() @ covariance[:, kept], 0.0)
+    solution = solve(weight[:, kept], mask[:, mask.any(dim=0)], block_shape, moments, damping)
+    pruned = torch.zeros_like(weight)
+    pruned[:, kept] = solution.to(weight.dtype)
+    linear.weight.data = pruned
+    if linear.bias is not None:
+        linear.bias.data = linear.bias.data + ((weight - pruned).double() @ mean).to(weight.dtype)
+
+
+def _log_probabilities(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Float64 [images, classes]."""
+    dtype = next(model.parameters()).dtype
+    parts = [model(pixel_values=part.to(dtype)).logits for part in pixels.split(IMAGES_AT_ONCE)]
+    return torch.cat(parts).double().log_softmax(-1)
+
+
+def loss_factors(losses: Sequence[float], predicted: Sequence[float]) -> list[float]:
+    """True over predicted loss of each group, at most `LARGEST_FACTOR` from the median either way.
+
+    A group that lost nothing takes the median, so that it stays comparable with the others.
+    """
+    ratios = sorted(loss / guess for loss, guess in zip(losses, predicted, strict=True) if loss > 0 and guess > 0)
+    if not ratios:
+        return [1.0] * len(losses)
+    middle = ratios[len(ratios) // 2]
+    least, most = middle / LARGEST_FACTOR, middle * LARGEST_FACTOR
+    return [
+        min(max(loss / guess, least), most) if guess > 0 else middle
+        for loss, guess in zip(losses, predicted, strict=True)
+    ]
