@@ -59,12 +59,12 @@ def collect(
         seed: of sampled labels; an image's label depends on its position alone, not on processes or batches.
 
     Raises:
-        DataError: labels outside the model's range, too many corrupt images, or a loss that is not finite.
+        DataError: labels outside the model's range, too many corrupt images, or activations that are not finite.
     """
     model.to(accelerator.device)
     accumulators = {
         name: _Accumulator(
-            linear, moments=moments or fisher, fisher=fisher, block_shape=block_shape if gradients else None
+            name, linear, moments=moments or fisher, fisher=fisher, block_shape=block_shape if gradients else None
         )
         for name, linear in targets.items()
     }
@@ -81,7 +81,13 @@ def collect(
             if "pixel_values" in batch:
                 if fisher:
                     batch["labels"].fill_(NO_LABEL)
-                _run(model, batch, accumulators, gradients=gradients or fisher, seed=seed)
+                try:
+                    _run(model, batch, accumulators, gradients=gradients or fisher, seed=seed)
+                except NotFiniteError as error:
+                    raise DataError(
+                        f"{error.what} for calibration image {images.file_name(error.index)} are not finite; check the "
+                        "image, the model's weights and its dtype"
+                    ) from None
     _share_counts(corrupt)
     corrupt.check()
     return {name: a.finish(accelerator) for name, a in accumulators.items()}, corrupt
@@ -110,7 +116,7 @@ def _run(
     losses = F.cross_entropy(logits, labels, reduction="none")
     if not losses.isfinite().all():
         bad = batch["index"][~losses.isfinite()].tolist()
-        raise DataError(f"the loss of calibration image {bad[0]} is not finite; check the image and the model's dtype")
+        raise NotFiniteError(bad[0], "the predictions")
     losses.sum().backward()
 
 
@@ -148,10 +154,21 @@ def _hooked(accumulators: dict[str, "_Accumulator"]) -> Iterator[None]:
             handle.remove()
 
 
+class NotFiniteError(Exception):
+    """A value is infinite or no number: for which image, by position, and where."""
+
+    def __init__(self, index: int, what: str) -> None:
+        super().__init__(what)
+        self.index, self.what = index, what
+
+
 class _Accumulator:
     """Running sums of one Linear."""
 
-    def __init__(self, linear: nn.Linear, *, moments: bool, fisher: bool, block_shape: tuple[int, int] | None) -> None:
+    def __init__(
+        self, name: str, linear: nn.Linear, *, moments: bool, fisher: bool, block_shape: tuple[int, int] | None
+    ) -> None:
+        self.name = name
         self.linear, self.block_shape, self.fisher = linear, block_shape, fisher
         self.index: Tensor  # positions of the images of the batch in flight
         self.num_tokens = self.num_images = 0
@@ -170,6 +187,7 @@ class _Accumulator:
     def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = at_least_float32(inputs[0].detach())
         x = x.reshape(len(self.index), -1, x.shape[-1])  # [images, tokens, in]
+        self._check_finite(x)
         self.num_images += x.shape[0]
         self.num_tokens += x.shape[0] * x.shape[1]
         if "mean" in self.sums and not self.fisher:
@@ -179,6 +197,12 @@ class _Accumulator:
             output.register_hook(
                 lambda grad: self._add_gradients(x, at_least_float32(grad).reshape(*x.shape[:2], -1), index)
             )
+
+    def _check_finite(self, x: Tensor) -> None:
+        finite = x.isfinite().flatten(1).all(1)
+        if not finite.all():
+            bad = int(self.index[~finite][0])
+            raise NotFiniteError(bad, f"{self.name}: its inputs")
 
     def _add_moments(self, x: Tensor, token_weight: Tensor) -> None:
         """x [images, tokens, in], token_weight [images, tokens, 1]."""

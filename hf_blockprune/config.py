@@ -159,6 +159,7 @@ class BlockPruneConfig:
         balance: keep as many blocks in every block row of a layer, because a kernel's time is that of its longest
             row; "obs" alone.
         damping: added to the diagonal of the inputs' covariance in "obs", relative to each entry.
+        memory_mb: bound on the working memory of one layer's "obs" trace, in MiB; less takes longer.
         budget: what may remain; also given as {"metric": ..., "ratio": ...}.
         second_budget: another one that must be met too.
         power_weight: weight of the power term beside the distortion; "auto" makes both weigh the same over the
@@ -188,6 +189,7 @@ class BlockPruneConfig:
     residual_targets: bool = True
     balance: bool = False
     damping: float = 0.01
+    memory_mb: int = 1024
     budget: Budget = field(default_factory=Budget)
     second_budget: Budget | None = None
     power_weight: float | Literal["auto"] = "auto"
@@ -236,6 +238,7 @@ class BlockPruneConfig:
                 _refuse(key, "true or false", getattr(self, key))
         for key in ("coupling_rounds", "true_loss_rounds"):
             _check_whole(key, getattr(self, key), 0)
+        _check_whole("memory_mb", self.memory_mb, 1)
         if not _is_number(self.token_weights) or not 0 <= self.token_weights < 1:
             _refuse("token_weights", "a share from 0 to below 1", self.token_weights)
         if not _is_number(self.damping) or self.damping <= 0:

@@ -51,6 +51,11 @@ class ImageSet:
         chosen = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:samples]
         return replace(self, dataset=self.dataset.select(chosen.tolist()))
 
+    def file_name(self, index: int) -> str:
+        """The name of an image by its position, or the position where it has no name."""
+        stored = {} if self.streaming else self.dataset[index][self.image_column] or {}
+        return Path(stored["path"]).name if stored.get("path") else f"number {index}"
+
     def every(self, step: int, most: int) -> "ImageSet":
         """At most `most` images, one in `step`, or all where there are fewer than that; of a stream, the first ones."""
         if self.streaming:

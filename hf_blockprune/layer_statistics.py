@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-5
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -49,6 +51,14 @@ class LayerStatistics:
         """E[x x^T] - E[x] E[x]^T, float64 [in, in]."""
         mean = self.need("mean")
         return self.need("second_moment") - torch.outer(mean, mean)
+
+    @cached_property
+    def safe_covariance(self) -> Tensor:
+        """The covariance with what single-precision products may have rounded off added to its diagonal.
+
+        Damping relative to a variance that rounding made negative would not help.
+        """
+        return self.covariance + torch.diag(ROUNDING * self.need("second_moment").diagonal())
 
     @property
     def variance(self) -> Tensor:

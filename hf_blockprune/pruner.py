@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers.utils import logging
 
 from . import checkpoint
 from .allocation import Allocation
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel
 
+logger = logging.get_logger(__name__)
 TRUE_LOSS_IMAGES = 64
 
 
@@ -178,6 +180,7 @@ class BlockPruner:
             "found_images": None if found.streaming else len(found.dataset),
             "num_images": next(iter(statistics.values())).num_images,
             "skipped": [Path(file).name for file in corrupt.files],
+            "fewer_tokens_than_inputs": _underdetermined(statistics, targets),
         }
         return statistics, calibration, images
 
@@ -387,6 +390,17 @@ class BlockPruner:
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+
+def _underdetermined(statistics: dict[str, LayerStatistics], targets: dict[str, Any]) -> list[str]:
+    """Names of the layers with fewer tokens than inputs, which only damping makes solvable; says so."""
+    few = [name for name, s in statistics.items() if s.num_tokens < targets[name].in_features]
+    if few:
+        logger.warning(
+            f"{len(few)} layers saw fewer tokens than they have inputs (first: {few[0]}): their scores and refit lean "
+            "on damping. Use more calibration images."
+        )
+    return few
 
 
 def _public_name(name: str) -> str:

@@ -5,6 +5,7 @@ taken per block; taylor is LPViT (Xu et al., ECCV 2024, arXiv 2407.02068).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 from .blocks import block_sizes, block_sums, grid_shape
 from .layer_statistics import LayerStatistics
 
-ROUNDING = 1e-5
+REFRESH = 16  # removals between two solutions from scratch in single precision
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def removal_trace(
     method: str,
     *,
     damping: float = 1e-2,
+    memory_bytes: int = 1 << 30,
 ) -> RemovalTrace:
     """The removal trace of a layer under a method.
 
@@ -49,6 +51,7 @@ def removal_trace(
         block_shape: (rows, cols).
         method: "magnitude", "taylor" or "obs".
         damping: of "obs".
+        memory_bytes: of "obs".
 
     Raises:
         ValueError: the method is unknown, or needs statistics that are missing.
@@ -60,21 +63,19 @@ def removal_trace(
             raise ValueError("method 'taylor' needs gradient statistics; collect them with gradients=True")
         return taylor_trace(weight, statistics.gradient, statistics.block_gradients, block_shape)
     if method == "obs":
-        return _obs_trace_of(weight, statistics, block_shape, damping)
+        return _obs_trace_of(weight, statistics, block_shape, damping=damping, memory_bytes=memory_bytes)
     raise ValueError(f"unknown method {method!r}")
 
 
 def _obs_trace_of(
-    weight: Tensor, statistics: LayerStatistics | None, block_shape: tuple[int, int], damping: float
+    weight: Tensor, statistics: LayerStatistics | None, block_shape: tuple[int, int], **settings: Any
 ) -> RemovalTrace:
     """`obs_trace` in units of the loss of one image: half the Fisher quadratic, summed over the image's tokens."""
     s = statistics
     if s is None or s.mean is None or s.second_moment is None or s.output_weight is None:
         raise ValueError("method 'obs' needs Fisher statistics; collect them with fisher=True")
-    # Moments are single-precision products; what they round off must not make a small variance negative.
-    covariance = s.covariance + torch.diag(ROUNDING * s.second_moment.diagonal())
     importance = s.output_weight * (0.5 * s.num_tokens / s.num_images)
-    return obs_trace(weight, covariance, importance, block_shape, damping=damping)
+    return obs_trace(weight, s.safe_covariance, importance, block_shape, **settings)
 
 
 def magnitude_trace(weight: Tensor, block_shape: tuple[int, int]) -> RemovalTrace:
@@ -131,6 +132,7 @@ def obs_trace(
     *,
     damping: float = 1e-2,
     memory_bytes: int = 1 << 30,
+    dtype: torch.dtype | None = None,
 ) -> RemovalTrace:
     """Block Optimal Brain Surgeon: the loss of removing blocks when the weights that survive may adapt.
 
@@ -150,42 +152,81 @@ def obs_trace(
         output_weight: importance f of each output, [out_features].
         block_shape: (rows, cols).
         damping: added to the diagonal, relative to each entry, so that large and small channels are damped alike.
-        memory_bytes: bound on the working memory; block rows are taken in chunks that fit.
+        memory_bytes: bound on the working memory; block rows are taken in chunks that fit, and in smaller ones where
+            the device has less to give.
+        dtype: to compute in; by default float64 on a CPU and float32 on a GPU, where G and W are solved for anew every
+            `REFRESH` steps, so that rounding does not add up.
 
     Returns:
-        A trace with one unit for each block row. Computed in float64.
+        A trace with one unit for each block row.
+
+    Raises:
+        torch.linalg.LinAlgError: the covariance cannot be factorised.
     """
+    dtype = dtype or (torch.float64 if weight.device.type == "cpu" else torch.float32)
     rows, cols = block_shape
     block_rows, block_cols = grid_shape((weight.shape[0], weight.shape[1]), block_shape)
     pad_rows, pad_cols = block_rows * rows - weight.shape[0], block_cols * cols - weight.shape[1]
+    hessian = _damped(covariance.double(), damping)
+    # With every diagonal entry 1 scores stay the same and rounding treats large and small inputs alike.
+    scale = hessian.diagonal().sqrt()
+    scaled, hessian = weight.double() * scale, hessian / torch.outer(scale, scale)
     # Padding rows weigh nothing; padding columns are zero and independent of all others: neither changes a score.
-    padded = F.pad(weight.double(), (0, pad_cols, 0, pad_rows)).view(block_rows, rows, -1)
-    importance = F.pad(output_weight.double(), (0, pad_rows)).view(block_rows, rows)
-    inverse = torch.block_diag(_damped_inverse(covariance.double(), damping), torch.eye(pad_cols).to(padded))
-    at_once = max(1, memory_bytes // (3 * inverse.numel() * inverse.element_size()))
-    parts = [
-        _eliminate(w, f, inverse.expand(len(w), -1, -1).clone(), cols)
-        for w, f in zip(padded.split(at_once), importance.split(at_once), strict=True)
-    ]
-    columns, loss = (torch.cat(part) for part in zip(*parts, strict=True))
+    hessian = torch.block_diag(hessian, torch.eye(pad_cols).to(hessian))
+    padded = F.pad(scaled, (0, pad_cols, 0, pad_rows)).view(block_rows, rows, -1).to(dtype)
+    importance = F.pad(output_weight.double(), (0, pad_rows)).view(block_rows, rows).to(dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).to(dtype)
+    refresh = hessian if dtype != torch.float64 else None
+    copies = 3 if refresh is None else 9  # in units of `dtype`; what is solved anew is in double precision
+    at_once = max(1, memory_bytes // (copies * inverse.numel() * inverse.element_size()))
+    columns, loss = _in_chunks(padded, importance, inverse, refresh, cols, at_once)
     order = columns + torch.arange(block_rows, device=columns.device)[:, None] * block_cols
     return RemovalTrace(order.cpu(), loss.cpu(), (block_rows, block_cols))
 
 
-def _damped_inverse(covariance: Tensor, damping: float) -> Tensor:
+def _in_chunks(
+    weight: Tensor, importance: Tensor, inverse: Tensor, refresh: Tensor | None, cols: int, at_once: int
+) -> tuple[Tensor, Tensor]:
+    """`_eliminate` for all block rows, so many at once; half as many where that is more than memory holds."""
+    done: list[tuple[Tensor, Tensor]] = []
+    start = 0
+    while start < len(weight):
+        chunk = slice(start, start + at_once)
+        w = weight[chunk].clone()
+        try:
+            done.append(_eliminate(w, importance[chunk], inverse.expand(len(w), -1, -1).clone(), refresh, cols))
+        except (MemoryError, RuntimeError) as error:
+            if at_once == 1 or not _out_of_memory(error):
+                raise
+            at_once = max(1, min(at_once, len(w)) // 2)
+            continue
+        start += at_once
+    columns, loss = (torch.cat(part) for part in zip(*done, strict=True))
+    return columns, loss
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """The CPU's allocator says so in a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+
+
+def _damped(covariance: Tensor, damping: float) -> Tensor:
     diagonal = covariance.diagonal()
     # The floor keeps inputs that never vary from making H singular; it is far below anything that varies.
     floor = 1e-10 * diagonal.mean() if diagonal.mean() > 0 else 1.0
-    return torch.cholesky_inverse(torch.linalg.cholesky(covariance + torch.diag(damping * diagonal + floor)))
+    return covariance + torch.diag(damping * diagonal + floor)
 
 
-def _eliminate(weight: Tensor, importance: Tensor, inverse: Tensor, cols: int) -> tuple[Tensor, Tensor]:
+def _eliminate(
+    weight: Tensor, importance: Tensor, inverse: Tensor, refresh: Tensor | None, cols: int
+) -> tuple[Tensor, Tensor]:
     """Remove all block columns one by one, in a batch of block rows that each go their own way.
 
     Args:
         weight: [batch, rows, n]; overwritten.
         importance: [batch, rows].
         inverse: H^-1 of each, [batch, n, n]; overwritten.
+        refresh: H [n, n], to solve anew from now and then; None goes on with the updates alone.
         cols: columns of a block.
 
     Returns:
@@ -199,6 +240,7 @@ def _eliminate(weight: Tensor, importance: Tensor, inverse: Tensor, cols: int) -
     removed = torch.empty(batch, blocks, dtype=torch.int64, device=weight.device)
     loss = torch.zeros(batch, blocks + 1, dtype=torch.float64, device=weight.device)
     identity = torch.eye(cols, dtype=weight.dtype, device=weight.device)
+    right = None if refresh is None else weight.double() @ refresh
     for step in range(blocks):
         corner = inverse.view(batch, blocks, cols, blocks, cols).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
         corner_inverse = torch.linalg.inv(torch.where(alive[:, :, None, None], corner, identity))
@@ -216,7 +258,19 @@ def _eliminate(weight: Tensor, importance: Tensor, inverse: Tensor, cols: int) -
         gone = (~alive).repeat_interleave(cols, dim=1)
         weight.masked_fill_(gone[:, None, :], 0)
         inverse.masked_fill_(gone[:, None, :], 0).masked_fill_(gone[:, :, None], 0)
+        if refresh is not None and right is not None and step % REFRESH == REFRESH - 1:
+            exact = _inverse_of_rest(refresh, gone)
+            # W_S = (W H)_S (H_SS)^-1, the surviving weights as least squares has them
+            weight, inverse = (right @ exact).to(weight.dtype), exact.to(weight.dtype)
     return removed, loss
+
+
+def _inverse_of_rest(hessian: Tensor, gone: Tensor) -> Tensor:
+    """(H_SS)^-1 of the inputs that are not gone, zero elsewhere; gone is bool [batch, n]."""
+    here = (~gone).to(hessian.dtype)
+    rest = hessian * here[:, :, None] * here[:, None, :] + torch.diag_embed(1 - here)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(rest))
+    return inverse * here[:, :, None] * here[:, None, :]
 
 
 def _one_unit(order: Tensor, loss: Tensor, grid: torch.Size) -> RemovalTrace:

@@ -128,13 +128,16 @@ class Selection:
         return {name: every[name][0] for name in names}
 
     def _trace(self, name: str, statistics: LayerStatistics | None) -> RemovalTrace:
-        weight, shape, method = self.targets[name].weight.detach(), self.config.block_shape, self.config.method
+        weight, config = self.targets[name].weight.detach(), self.config
+        settings = {"damping": config.damping, "memory_bytes": config.memory_mb << 20}
         try:
-            return removal_trace(weight, statistics, shape, method, damping=self.config.damping)
+            return removal_trace(weight, statistics, config.block_shape, config.method, **settings)
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise ModelError(
                 f"{name}: its inputs are too dependent for obs ({error}); raise damping or use more calibration images"
             ) from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ModelError(f"{name}: too little memory for even one block row at a time ({error})") from error
 
     def _allocate(self, traces: dict[str, RemovalTrace]) -> Allocation:
         factors = self.loss_factors

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .blocks import expand_mask
+from .errors import ModelError
 from .layer_statistics import LayerStatistics
 from .reconstruction import Moments, solve
 
@@ -52,6 +53,9 @@ def true_losses(
 
     Returns:
         KL(dense || pruned) in nats for each group, the mean over images.
+
+    Raises:
+        ModelError: a layer's surviving weights cannot be solved for.
     """
     from accelerate.utils import gather_object
 
@@ -62,7 +66,7 @@ def true_losses(
         group = list(groups[int(number)])
         before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
         for name in group:
-            _prune(model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
+            _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
         have = _log_probabilities(model, pixels)
         losses.append((number, float(F.kl_div(have, wanted, reduction="batchmean", log_target=True))))
         for parameter, value in before:
@@ -72,15 +76,20 @@ def true_losses(
 
 
 def _prune(
-    linear: Any, mask: Tensor, statistics: LayerStatistics, block_shape: tuple[int, int], damping: float
+    name: str, linear: Any, mask: Tensor, statistics: LayerStatistics, block_shape: tuple[int, int], damping: float
 ) -> None:
     """Give the Linear the surviving weights that `obs` reckons with; its mean output stays where there is a bias."""
-    weight, covariance = linear.weight.data, statistics.covariance
+    weight, covariance = linear.weight.data, statistics.safe_covariance
     columns = expand_mask(mask.any(dim=0, keepdim=True), (1, weight.shape[1]), (1, block_shape[1]))[0]
     kept = columns.nonzero().squeeze(1).to(weight.device)
     mean = statistics.need("mean")
     moments = Moments(mean[kept], mean[:0], covariance[kept][:, kept], weight.double() @ covariance[:, kept], 0.0)
-    solution = solve(weight[:, kept], mask[:, mask.any(dim=0)], block_shape, moments, damping)
+    try:
+        solution = solve(weight[:, kept], mask[:, mask.any(dim=0)].to(weight.device), block_shape, moments, damping)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise ModelError(
+            f"{name}: its inputs are too dependent ({error}); raise damping or use more calibration images"
+        ) from error
     pruned = torch.zeros_like(weight)
     pruned[:, kept] = solution.to(weight.dtype)
     linear.weight.data = pruned

@@ -257,7 +257,26 @@ def test_stream_gives_the_same_statistics(model, found, processor, accelerator, 
 def test_loss_that_is_not_finite_is_refused(found, processor, accelerator):
     model = double_model()
     model.classifier.bias.data[2] = float("nan")
-    with pytest.raises(DataError, match="loss of calibration image 0 is not finite; check the image and the model"):
+    expected = r"^the predictions for calibration image picture_000\.png are not finite; check the image, the model"
+    with pytest.raises(DataError, match=expected):
+        collected(model, found, processor, accelerator)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_named_by_layer_and_image(found, processor, accelerator, value):
+    model = double_model()
+    seen = []
+
+    def spoil(module, args):
+        images = range(len(seen), len(seen) + len(args[0]))
+        seen.extend(images)
+        if 13 in images:
+            args[0][13 - images[0], 2, 5] = value
+
+    second = next(name for name in targets_of(model) if ".1." in name)
+    model.get_submodule(second).register_forward_pre_hook(spoil)
+    expected = rf"^{second}: its inputs for calibration image picture_013\.png are not finite"
+    with pytest.raises(DataError, match=expected):
         collected(model, found, processor, accelerator)
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_blockprune import saliency
+from hf_blockprune import layer_statistics, saliency
 from hf_blockprune.blocks import grid_shape
 from hf_blockprune.layer_statistics import LayerStatistics
 from hf_blockprune.saliency import obs_trace, removal_trace
@@ -166,6 +166,69 @@ def test_little_memory_changes_nothing(memory_bytes):
     torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-10, atol=1e-12)
 
 
+def ill_conditioned(inputs):
+    """Covariance of inputs that are nearly copies of each other and differ a thousandfold in size."""
+    common = random_tensor(3, 400, 1)
+    x = (common + 0.03 * random_tensor(4, 400, inputs)) * torch.logspace(-1.5, 1.5, inputs, dtype=torch.float64)
+    x = x - x.mean(0)
+    return x.t() @ x / len(x)
+
+
+def test_single_precision_with_refresh_follows_double_precision(monkeypatch):
+    weight, covariance, ones = random_tensor(0, 8, 256), ill_conditioned(256), torch.ones(8, dtype=torch.float64)
+    exact = obs_trace(weight, covariance, ones, (8, 1), damping=1e-4)
+
+    def worst():
+        rounded = obs_trace(weight, covariance, ones, (8, 1), damping=1e-4, dtype=torch.float32)
+        return float(((rounded.loss - exact.loss).abs() / exact.loss.clamp(min=1e-30))[:, 1:].max())
+
+    with_refresh = worst()
+    assert with_refresh < 1e-3
+    monkeypatch.setattr(saliency, "REFRESH", 10**9)
+    assert worst() > 4 * with_refresh
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
+def test_chunks_are_halved_until_they_fit(monkeypatch, error):
+    weight, covariance, ones = random_tensor(0, 11, 8), covariance_of(1, 8, 50), torch.ones(11, dtype=torch.float64)
+    whole = obs_trace(weight, covariance, ones, (1, 2))
+    sizes, eliminate = [], saliency._eliminate
+
+    def small_machine(w, *args):
+        sizes.append(len(w))
+        if len(w) > 3:
+            w.zero_()  # what was begun is lost
+            raise error
+        return eliminate(w, *args)
+
+    monkeypatch.setattr(saliency, "_eliminate", small_machine)
+    parts = obs_trace(weight, covariance, ones, (1, 2))
+    assert sizes == [11, 5, 2, 2, 2, 2, 2, 1]
+    assert torch.equal(parts.order, whole.order)
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("something else"), MemoryError()])
+def test_what_smaller_chunks_cannot_mend_is_raised(monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(saliency, "_eliminate", fails)
+    with pytest.raises(type(error)):
+        obs_trace(random_tensor(0, 4, 8), covariance_of(1, 8, 50), torch.ones(4).double(), (2, 2))
+
+
+def test_inputs_that_are_all_zero_cost_nothing_to_lose():
+    weight, ones = random_tensor(0, 4, 6), torch.ones(4, dtype=torch.float64)
+    trace = obs_trace(weight, torch.zeros(6, 6, dtype=torch.float64), ones, (2, 2))
+    assert sorted(trace.order[0].tolist()) == [0, 1, 2]
+    assert trace.loss.isfinite().all()
+    varying = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64))
+    trace = obs_trace(weight, varying, ones, (2, 2))
+    assert trace.order[:, 0].tolist() == [1, 4]
+    assert float(trace.loss[:, 1].max()) < 1e-8
+
+
 def test_arguments_are_left_as_they_were():
     weight, covariance, importance = random_tensor(0, 4, 6), covariance_of(1, 6, 50), random_tensor(2, 4).square()
     before = [t.clone() for t in (weight, covariance, importance)]
@@ -184,7 +247,7 @@ def test_low_precision_weights_are_worked_on_in_float64():
 
 def test_removal_trace_is_in_units_of_one_image(monkeypatch):
     """Half the weighted squared change of the outputs, the mean taken out, summed over an image's tokens."""
-    monkeypatch.setattr(saliency, "ROUNDING", 0.0)  # these moments are exact
+    monkeypatch.setattr(layer_statistics, "ROUNDING", 0.0)  # these moments are exact
     images, tokens = 6, 5
     x = random_tensor(0, images * tokens, 7) @ random_tensor(1, 7, 7) + 3
     weight, importance = random_tensor(2, 4, 7), random_tensor(3, 4).square()
@@ -211,7 +274,7 @@ def test_removal_trace_is_in_units_of_one_image(monkeypatch):
 
 
 def test_removal_trace_passes_the_damping_on(monkeypatch):
-    monkeypatch.setattr(saliency, "ROUNDING", 0.0)
+    monkeypatch.setattr(layer_statistics, "ROUNDING", 0.0)
     weight, covariance = random_tensor(0, 4, 6), covariance_of(1, 6, 50)
     statistics = LayerStatistics(
         mean=torch.zeros(6, dtype=torch.float64),

@@ -308,3 +308,15 @@ def test_the_report_prints_as_tables(processor, images, method):
         assert layer["seconds"] > 0 or method == "magnitude"  # which takes less than a millisecond
     assert "FLOPs kept, whole model" in text
     assert f"{pruner.report()['evaluation']['top1']:.2%}" in text
+
+
+def test_fewer_tokens_than_inputs_work_and_are_reported(processor, images):
+    """2 images of 17 tokens; fc2 has 96 inputs, the others 48."""
+    pruner = BlockPruner(tiny_model(), processor, config("obs", block_shape=(8, 8), calibration={"samples": 2}))
+    model = pruner.prune(images)
+    assert len(pruner.report()["calibration"]["fewer_tokens_than_inputs"]) == 12
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    again = BlockPruner(tiny_model(), processor, config("obs", block_shape=(8, 8), calibration={"samples": 4}))
+    again.prune(images)
+    few = again.report()["calibration"]["fewer_tokens_than_inputs"]
+    assert [name.rpartition(".")[2] for name in few] == ["fc2", "fc2"]

@@ -52,7 +52,7 @@ def test_a_group_is_pruned_alone_with_adapted_weights(statistics, pixels, accele
             other = tiny_model().double()
             for name in group:
                 linear, s = other.get_submodule(name), statistics[name]
-                damped = s.covariance + torch.diag(DAMPING * s.covariance.diagonal())
+                damped = s.safe_covariance + torch.diag(DAMPING * s.safe_covariance.diagonal())
                 keep = expand_mask(masks[name], tuple(linear.weight.shape), SHAPE)
                 pruned = best_survivors(linear.weight, keep, damped)
                 linear.bias += (linear.weight - pruned) @ s.mean
