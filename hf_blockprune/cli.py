@@ -88,6 +88,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars or 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an older checkpoint once the new one is complete.")
 ]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the layer at which the same command was interrupted.")
+]
 BlockShape = Annotated[
     Any, typer.Option("--block-shape", parser=parse_block_shape, metavar="ROWSxCOLS", help="Block, out x in features.")
 ]
@@ -135,6 +138,7 @@ def prune_from_options(
     batch_size: int | None,
     seed: int | None,
     overwrite: bool,
+    resume: bool,
     **settings: Any,
 ) -> dict[str, Any]:
     """Run a job from a recipe and the options that `blockprune prune` and `recipes/prune.py` share."""
@@ -145,7 +149,7 @@ def prune_from_options(
     budget = settings.pop("budget")
     if budget is not None:
         settings["budget"] = {"metric": budget.metric, "ratio": budget.ratio}
-    return run_prune(PruneJob.read(recipe, calibration=calibration, **settings), overwrite=overwrite)
+    return run_prune(PruneJob.read(recipe, calibration=calibration, **settings), overwrite=overwrite, resume=resume)
 
 
 @app.command()
@@ -169,6 +173,7 @@ def prune(
     seed: Seed = None,
     ignore: Patterns = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -191,6 +196,7 @@ def prune(
         seed=seed,
         ignore=ignore or None,
         overwrite=overwrite,
+        resume=resume,
     )
     emit(report, summary_table(report), as_json=json_)
     if not quiet and report["calibration"] is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from .checkpoint import check_output
 from .config import BlockPruneConfig, read_settings
 from .errors import ConfigError
+from .progress import discard
 from .pruner import BlockPruner
 
 CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(BlockPruneConfig))
@@ -60,15 +61,25 @@ class PruneJob:
 _JOB_KEYS = tuple(f.name for f in dataclasses.fields(PruneJob) if f.name != "config")
 
 
-def run_prune(job: PruneJob, *, overwrite: bool = False) -> dict[str, Any]:
+def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Prune, recover where the config says so, evaluate after both where the job names labelled images, and save.
+
+    Args:
+        job: what to do.
+        overwrite: replace an older checkpoint.
+        resume: go on with what an interrupted run left beside the output; without, that is thrown away.
 
     Returns:
         The report, with `output` added.
     """
     check_output(job.output, overwrite=overwrite)
     pruner = BlockPruner.from_pretrained(job.model, job.config)
-    pruner.prune(job.dataset, split=job.split)
+    output = Path(job.output).expanduser().resolve()
+    work_dir = output.with_name(f".{output.name}.unfinished")
+    if not resume and pruner.accelerator.is_main_process:
+        discard(work_dir)
+    pruner.accelerator.wait_for_everyone()
+    pruner.prune(job.dataset, split=job.split, work_dir=work_dir)
     if job.evaluation is not None:
         pruner.evaluate(job.evaluation, against=job.model)
     if job.config.recovery is not None:
@@ -76,4 +87,6 @@ def run_prune(job: PruneJob, *, overwrite: bool = False) -> dict[str, Any]:
         if job.evaluation is not None:
             pruner.evaluate(job.evaluation, against=job.model)
     pruner.save_pretrained(job.output, overwrite=overwrite)
+    if pruner.accelerator.is_main_process:
+        discard(work_dir)
     return {"output": job.output, **pruner.report()}

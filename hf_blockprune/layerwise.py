@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from .blocks import expand_mask
 from .boundary import BoundaryBatch, StopForward, advance, first_inputs, layer_list
 from .data import ImageSet
 from .errors import ModelError
+from .progress import Progress
 from .reconstruction import RIDGES, Moments, Refit, refit
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def refit_layers(
     batch_size: int = 16,
     token_weights: dict[str, Tensor] | None = None,
     residual_targets: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, LayerRefit]:
     """Refit every masked Linear in forward order, in place; removed blocks end as zeros.
 
@@ -85,6 +87,7 @@ def refit_layers(
         batch_size: images in one pass on each process.
         token_weights: weight of each token position by module name, [tokens]; all tokens weigh the same without.
         residual_targets: whether errors of the residual stream are made good.
+        progress: keeps each layer that is done, and gives back those of an interrupted run.
 
     Returns:
         How it went, by module name.
@@ -99,26 +102,69 @@ def refit_layers(
     done: dict[str, LayerRefit] = {}
     for index in logging.tqdm(range(len(layers)), desc="Refit", disable=not accelerator.is_main_process):
         layer, dense = layers[index], copy.deepcopy(layers[index])
-        here = {n.removeprefix(f"{prefix}.{index}."): n for n in masks if n.startswith(f"{prefix}.{index}.")}
-        stages = _shared_stages(dense, list(here), kept, accelerator) if here else []
-        for position, stage in enumerate(stages):
-            start = perf_counter()
-            stage.residual = stage.residual and residual_targets
-            weights = {name: (token_weights or {}).get(here[name]) for name in stage.names}
-            inputs = {
-                name: _inputs_used(layer.get_submodule(name), masks[here[name]], block_shape) for name in stage.names
-            }
-            sums = _StageSums(stage, stages[:position], layer, weights, inputs)
-            for batch in kept:
-                sums.add(dense, batch)
-            for name in stage.names:
-                linear = _Linear(here[name], layer.get_submodule(name), masks[here[name]], block_shape, inputs[name])
-                result = linear.refit(*sums.moments(name, accelerator), accelerator)
-                done[here[name]] = LayerRefit(result.ridge, result.error, perf_counter() - start)
-                start = perf_counter()
+        part = f"layer-{index}"
+        refits = _restore(layer, progress, part)
+        if refits is None:
+            here = {n.removeprefix(f"{prefix}.{index}."): n for n in masks if n.startswith(f"{prefix}.{index}.")}
+            job = _LayerJob(layer, dense, here, masks, block_shape, token_weights or {}, residual_targets)
+            refits = job.run(kept, accelerator)
+            if progress is not None:
+                progress.write(part, dict(layer.named_parameters()), {n: asdict(r) for n, r in refits.items()})
+        done |= refits
         advance(dense, layer, kept)
     model.train(training)
     return done
+
+
+def _restore(layer: nn.Module, progress: Progress | None, part: str) -> dict[str, LayerRefit] | None:
+    """Give a layer the weights that an interrupted run left of it."""
+    stored = progress.read(part) if progress is not None else None
+    if stored is None:
+        return None
+    tensors, values = stored
+    for name, tensor in tensors.items():
+        module, _, parameter = name.rpartition(".")
+        owner = layer.get_submodule(module)
+        before = next(owner.parameters())
+        setattr(owner, parameter, nn.Parameter(tensor.to(before), requires_grad=before.requires_grad))
+    return {name: LayerRefit(**value) for name, value in values.items()}
+
+
+@dataclass
+class _LayerJob:
+    """The refit of one layer's Linears; `names` gives their names in the model by those in the layer."""
+
+    layer: nn.Module
+    dense: nn.Module
+    names: dict[str, str]
+    masks: dict[str, Tensor]
+    block_shape: tuple[int, int]
+    token_weights: dict[str, Tensor]
+    residual_targets: bool
+
+    def run(self, kept: list[BoundaryBatch], accelerator: "Accelerator") -> dict[str, LayerRefit]:
+        """Refit stage by stage; how it went, by name in the model."""
+        done: dict[str, LayerRefit] = {}
+        stages = _shared_stages(self.dense, list(self.names), kept, accelerator) if self.names else []
+        for position, stage in enumerate(stages):
+            start = perf_counter()
+            stage.residual = stage.residual and self.residual_targets
+            linears = {name: self._linear(name) for name in stage.names}
+            weights = {name: self.token_weights.get(self.names[name]) for name in stage.names}
+            inputs = {name: linear.inputs for name, linear in linears.items()}
+            sums = _StageSums(stage, stages[:position], self.layer, weights, inputs)
+            for batch in kept:
+                sums.add(self.dense, batch)
+            for name, linear in linears.items():
+                result = linear.refit(*sums.moments(name, accelerator), accelerator)
+                done[linear.name] = LayerRefit(result.ridge, result.error, perf_counter() - start)
+                start = perf_counter()
+        return done
+
+    def _linear(self, name: str) -> "_Linear":
+        module, mask = self.layer.get_submodule(name), self.masks[self.names[name]]
+        inputs = _inputs_used(module, mask, self.block_shape)
+        return _Linear(self.names[name], module, mask, self.block_shape, inputs)
 
 
 def _inputs_used(linear: Any, mask: Tensor, block_shape: tuple[int, int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,12 @@ from .hub.blockprune_quantizer import block_sparse_layers, sparsify
 from .layer_statistics import LayerStatistics
 from .layerwise import LayerRefit, refit_layers
 from .loading import load_classifier
+from .progress import SELECTION, Progress, weights_fingerprint
 from .recovery import Recovery, recover
-from .report import PruneReport, describe_masks
+from .report import PruneReport, add_refits, describe_masks
 from .selection import Selection, timed
 from .targets import find_targets
+from .version import __version__
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,13 +120,17 @@ class BlockPruner:
 
         return self._accelerator or Accelerator()
 
-    def prune(self, dataset: Any = None, *, split: str | None = None) -> "PreTrainedModel":
+    def prune(
+        self, dataset: Any = None, *, split: str | None = None, work_dir: str | Path | None = None
+    ) -> "PreTrainedModel":
         """Remove blocks until the budget is met, and store the rest block-sparse.
 
         Args:
             dataset: calibration images: a folder, a Hub name, or a `datasets` object. `taylor` uses labels where there
                 are any, `magnitude` without refit needs no images.
             split: split of the data set; "train" by default.
+            work_dir: a folder that keeps the chosen masks and every layer that is refitted. A run that was interrupted
+                goes on from there when it is started again with the same folder, with the same result.
 
         Returns:
             The pruned transformers model, which is `self.model`.
@@ -134,35 +140,83 @@ class BlockPruner:
             ConfigError: the config does not fit the model.
             DataError: the images cannot be used.
             BudgetError: no mask meets the budget.
+            CheckpointError: `work_dir` holds the state of another run, or cannot be written.
         """
         if next(block_sparse_layers(self.model), None):
             raise ModelError(f"{self.name} is block-sparse already; prune the dense model it was made from")
-        seconds: dict[str, float] = {}
-        targets = find_targets(self.model, self.config)
-        flops = count_flops(type(self.model), self.model.config)
-        with timed(seconds, "calibration"):
-            statistics, calibration, images = self._calibrate(dataset, split, targets)
-        pixels = self._judging_pixels(images)
-        selection = Selection(self.model, targets, statistics, flops, self.config, self.accelerator, pixels, seconds)
-        allocation = selection.run()
-        refits: dict[str, LayerRefit] = {}
+        images, found = self._calibration_images(dataset, split)
+        progress = None if work_dir is None else self._progress(Path(work_dir), images)
+        selected = self._restore_selection(progress) or self._select(images, found, progress)
         if self.config.refits:
-            with timed(seconds, "refit"):
-                refits = self._refit(allocation.masks, selection.statistics, images)
-        self._report = PruneReport(self._describe(selection, allocation, calibration, refits))
-        return sparsify(self.model, allocation.masks, self.config.block_shape)
+            assert images is not None  # _calibration_images saw to it
+            with timed(selected.report["seconds"], "refit"):
+                add_refits(selected.report, self._refit(selected, images, progress))
+        self._report = selected.report
+        return sparsify(self.model, selected.masks, self.config.block_shape)
 
-    def _calibrate(
-        self, dataset: Any, split: str | None, targets: dict[str, Any]
-    ) -> tuple[dict[str, LayerStatistics], dict[str, Any] | None, ImageSet | None]:
+    def _calibration_images(self, dataset: Any, split: str | None) -> tuple[ImageSet | None, int | None]:
+        """(the images that were drawn, how many there are), both None where the method needs none."""
         if self.config.method == "magnitude" and not self.config.refits:
-            return {}, None, None
+            return None, None
         if dataset is None:
             what = "refit" if self.config.method == "magnitude" else f"method {self.config.method!r}"
             raise ModelError(f"{what} needs calibration images; pass a data set to prune()")
-        settings = self.config.calibration
         found = load_images(dataset, split=split)
-        images = found.sample(settings.samples, settings.seed)
+        count = None if found.streaming else len(found.dataset)
+        return found.sample(self.config.calibration.samples, self.config.calibration.seed), count
+
+    def _progress(self, folder: Path, images: ImageSet | None) -> Progress:
+        job = {
+            "weights": weights_fingerprint(self.model),
+            "config": self.config.replace(recovery=None).to_dict(),
+            "images": None if images is None else _public_name(images.name),
+            "version": __version__,
+        }
+        return Progress(folder, job, self.accelerator)
+
+    def _restore_selection(self, progress: Progress | None) -> "_Selected | None":
+        """What an interrupted run chose; the model's hidden units change places as they had then."""
+        stored = progress.read(SELECTION) if progress is not None else None
+        if stored is None:
+            return None
+        tensors, report = stored
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "mask": {}, "token_weight": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.model.to(self.accelerator.device)
+        return _Selected(parts["mask"], parts["token_weight"], PruneReport(report))
+
+    def _select(self, images: ImageSet | None, found: int | None, progress: Progress | None) -> "_Selected":
+        """Choose the masks, permuting the model where the config says so."""
+        seconds: dict[str, float] = {}
+        targets = find_targets(self.model, self.config)
+        flops = count_flops(type(self.model), self.model.config)
+        statistics, calibration = {}, None
+        if images is not None:
+            with timed(seconds, "calibration"):
+                statistics, calibration = self._calibrate(images, found, targets)
+        pixels = self._judging_pixels(images)
+        selection = Selection(self.model, targets, statistics, flops, self.config, self.accelerator, pixels, seconds)
+        allocation = selection.run()
+        share = self.config.token_weights
+        token_weights = {
+            name: share * s.token_weight + 1 - share
+            for name, s in selection.statistics.items()
+            if s.token_weight is not None
+        }
+        report = PruneReport(self._describe(selection, allocation, calibration))
+        if progress is not None:
+            parts = {"model": self.model.state_dict(), "mask": allocation.masks, "token_weight": token_weights}
+            tensors = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
+            progress.write(SELECTION, tensors, report)
+        return _Selected(allocation.masks, token_weights, report)
+
+    def _calibrate(
+        self, images: ImageSet, found: int | None, targets: dict[str, Any]
+    ) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
+        settings = self.config.calibration
         statistics, corrupt = collect(
             self.model,
             images,
@@ -177,12 +231,12 @@ class BlockPruner:
         )
         calibration = {
             "dataset": _public_name(images.name),
-            "found_images": None if found.streaming else len(found.dataset),
+            "found_images": found,
             "num_images": next(iter(statistics.values())).num_images,
             "skipped": [Path(file).name for file in corrupt.files],
             "fewer_tokens_than_inputs": _underdetermined(statistics, targets),
         }
-        return statistics, calibration, images
+        return statistics, calibration
 
     def _judging_pixels(self, images: ImageSet | None) -> Tensor | None:
         """Some held-back calibration images, to measure true losses on."""
@@ -192,24 +246,18 @@ class BlockPruner:
         pixels, _ = load_pixels(few, self.processor, accelerator=self.accelerator, model_config=self.model.config)
         return pixels.to(self.accelerator.device)
 
-    def _refit(
-        self, masks: dict[str, Tensor], statistics: dict[str, LayerStatistics], images: ImageSet | None
-    ) -> dict[str, LayerRefit]:
-        assert images is not None  # _calibrate saw to it
-        share = self.config.token_weights
-        token_weights = {
-            name: share * s.token_weight + 1 - share for name, s in statistics.items() if s.token_weight is not None
-        }
+    def _refit(self, selected: "_Selected", images: ImageSet, progress: Progress | None) -> dict[str, LayerRefit]:
         return refit_layers(
             self.model,
-            masks,
+            selected.masks,
             self.config.block_shape,
             images,
             self.processor,
             accelerator=self.accelerator,
             batch_size=self.config.calibration.batch_size,
-            token_weights=token_weights,
+            token_weights=selected.token_weights,
             residual_targets=self.config.residual_targets,
+            progress=progress,
         )
 
     def recover(
@@ -272,14 +320,12 @@ class BlockPruner:
         selection: Selection,
         allocation: Allocation,
         calibration: dict[str, Any] | None,
-        refits: dict[str, LayerRefit],
     ) -> dict[str, Any]:
         layers = describe_masks(
             selection.targets,
             selection.flops,
             allocation,
             self.config.block_shape,
-            refits,
             selection.loss_factors,
             selection.trace_seconds,
         )
@@ -390,6 +436,15 @@ class BlockPruner:
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+
+@dataclass
+class _Selected:
+    """The chosen masks and the refit's token weights by module name, with the report so far."""
+
+    masks: dict[str, Tensor]
+    token_weights: dict[str, Tensor]
+    report: PruneReport
 
 
 def _underdetermined(statistics: dict[str, LayerStatistics], targets: dict[str, Any]) -> list[str]:

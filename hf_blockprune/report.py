@@ -27,7 +27,6 @@ def describe_masks(
     flops: ModelFlops,
     allocation: Allocation,
     block_shape: tuple[int, int],
-    refits: dict[str, LayerRefit],
     loss_factors: dict[str, float],
     trace_seconds: dict[str, float],
 ) -> dict[str, Any]:
@@ -38,7 +37,6 @@ def describe_masks(
         flops: FLOPs of the dense model.
         allocation: the chosen masks and their predicted losses.
         block_shape: (rows, cols).
-        refits: what the refit came to by name, empty without one.
         loss_factors: true over predicted loss by name, empty where it was not measured; predicted losses hold it.
         trace_seconds: time that each layer's removal traces took, by name.
 
@@ -63,9 +61,9 @@ def describe_masks(
                 "density": float(mask.float().mean()),
                 "predicted_loss": allocation.loss[name],
                 "loss_factor": loss_factors.get(name),
-                "ridge": refits[name].ridge if name in refits else None,
-                "error_after_refit": refits[name].error if name in refits else None,
-                "seconds": round(trace_seconds[name] + (refits[name].seconds if name in refits else 0.0), 3),
+                "ridge": None,
+                "error_after_refit": None,
+                "seconds": round(trace_seconds[name], 3),
             }
         )
     return {
@@ -76,3 +74,12 @@ def describe_masks(
         "density": sum(layer["kept_blocks"] for layer in layers) / sum(layer["blocks"] for layer in layers),
         "layers": layers,
     }
+
+
+def add_refits(report: dict[str, Any], refits: dict[str, LayerRefit]) -> None:
+    """Write into a report's layers what the refit came to, by name."""
+    for layer in report["layers"]:
+        refit = refits.get(layer["name"])
+        if refit is not None:
+            layer["ridge"], layer["error_after_refit"] = refit.ridge, refit.error
+            layer["seconds"] = round(layer["seconds"] + refit.seconds, 3)

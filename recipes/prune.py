@@ -33,6 +33,7 @@ def main(
     batch_size: cli.BatchSize = None,
     seed: cli.Seed = None,
     overwrite: cli.Overwrite = False,
+    resume: cli.Resume = False,
     json_: cli.Json = False,
     quiet: cli.Quiet = False,
 ) -> None:
@@ -55,6 +56,7 @@ def main(
         batch_size=batch_size,
         seed=seed,
         overwrite=overwrite,
+        resume=resume,
     )
     if accelerator.is_main_process:
         cli.emit(report, cli.summary_table(report), as_json=json_)

@@ -275,4 +275,5 @@ def test_an_interrupted_recovery_leaves_nothing(vit_folder, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "recipe.json"]
+    state = ".out.unfinished"  # what --resume goes on with
+    assert sorted(path.name for path in tmp_path.iterdir()) == [state, "many", "recipe.json"]
