@@ -43,11 +43,13 @@ class ImageSet:
         return not hasattr(self.dataset, "__len__")
 
     def sample(self, samples: int, seed: int) -> "ImageSet":
-        """At most `samples` images, drawn without replacement; of a stream, the first ones."""
+        """At most `samples` images, drawn without replacement; of a stream, the first ones.
+
+        A smaller sample of the same seed is the beginning of a larger one, so that an image at a position that is held
+        back is held back from every step.
+        """
         if self.streaming:
             return replace(self, dataset=self.dataset.take(samples))
-        if samples >= len(self.dataset):
-            return self
         chosen = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:samples]
         return replace(self, dataset=self.dataset.select(chosen.tolist()))
 
