@@ -3,6 +3,7 @@
 Every file is written under a temporary name and moved into place: what is there is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -89,7 +90,10 @@ class Progress:
             save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"values": stored})
             partial.replace(path)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be written ({error}); free some space") from error
+            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # It stays where other parts are in it.
+                self.folder.rmdir()
+            raise CheckpointError(f"{path}: could not be written ({error}); free some space") from error
 
     def _path(self, part: str) -> Path:
         return self.folder / f"{part}.safetensors"

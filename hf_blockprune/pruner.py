@@ -145,7 +145,8 @@ class BlockPruner:
         if next(block_sparse_layers(self.model), None):
             raise ModelError(f"{self.name} is block-sparse already; prune the dense model it was made from")
         images, found = self._calibration_images(dataset, split)
-        progress = None if work_dir is None else self._progress(Path(work_dir), images)
+        # Without a refit the masks are the end of the run, and nothing would be resumed.
+        progress = self._progress(Path(work_dir), images) if work_dir is not None and self.config.refits else None
         selected = self._restore_selection(progress) or self._select(images, found, progress)
         if self.config.refits:
             assert images is not None  # _calibration_images saw to it
