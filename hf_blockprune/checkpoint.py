@@ -1,6 +1,7 @@
 """Saved checkpoints as folders: written whole or not at all, and read without running their code."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -183,10 +184,10 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
         linear = architecture.get_submodule(module)
         layer, mask = _inspect_layer(name, linear, config.layers[name], config, tensors)
         layers.append({"name": name, "module": module, **layer})
-        sizes = block_sizes((linear.out_features, linear.in_features), _pair(config.block_shape))
-        tokens = flops.linear_tokens[module]
-        removed_flops += linear_flops(tokens, float(sizes[~mask].sum()))
-        target_flops += linear_flops(tokens, float(sizes.sum()))
+        kept = block_sizes(_pair(layer["stored_shape"]), _pair(config.block_shape))[mask].sum()
+        tokens, weights = flops.linear_tokens[module], linear.out_features * linear.in_features
+        removed_flops += linear_flops(tokens, weights - float(kept))
+        target_flops += linear_flops(tokens, weights)
     return {
         "flops_ratio": 1 - removed_flops / flops.total,
         "linear_flops_ratio": 1 - removed_flops / target_flops if target_flops else 1.0,
@@ -256,24 +257,26 @@ def _inspect_layer(
     name: str, linear: nn.Linear, nnz_blocks: int, config: BlockPruneQuantizationConfig, tensors: _Tensors
 ) -> tuple[dict[str, Any], Tensor]:
     block_shape = _pair(config.block_shape)
-    shape = (linear.out_features, linear.in_features)
+    dense = (linear.out_features, linear.in_features)
+    shape = config.shape_of(name, dense)
     keys = {tensor: f"{name}.{tensor}" for tensor in TENSOR_NAMES}
     shapes = {tensor: tensors.shapes[key] for tensor, key in keys.items() if key in tensors.shapes}
     check_shapes(
         name, shapes, nnz_blocks=nnz_blocks, out_features=shape[0], in_features=shape[1], block_shape=block_shape
     )
     crow, col = tensors.indices[keys["crow_indices"]], tensors.indices[keys["col_indices"]]
-    block_rows, block_cols = grid_shape(*shape, block_shape)
+    block_cols = grid_shape(*shape, block_shape)[1]
     check_indices(name, crow, col, block_cols)
-    blocks = block_rows * block_cols
+    blocks = math.prod(grid_shape(*dense, block_shape))
     layer = {
-        "shape": list(shape),
+        "shape": list(dense),
+        "stored_shape": list(shape),
         "block_shape": list(block_shape),
         "kept_blocks": nnz_blocks,
         "blocks": blocks,
         "density": nnz_blocks / blocks,
         "size_bytes": sum(tensors.size_bytes[key] for key in keys.values()),
-        "dense_size_bytes": shape[0] * shape[1] * _element_bytes(tensors, keys["weight"], config),
+        "dense_size_bytes": dense[0] * dense[1] * _element_bytes(tensors, keys["weight"], config),
     }
     empty = linear.weight.new_empty(nnz_blocks, 0, 0, device="cpu")
     return layer, block_mask(PackedWeight(empty, crow, col), block_cols)

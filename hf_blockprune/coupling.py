@@ -64,6 +64,40 @@ def correct(
     return corrected
 
 
+def drop_unused(
+    layers: list[TransformerLayer],
+    masks: dict[str, Tensor],
+    linears: dict[str, nn.Linear],
+    block_shape: tuple[int, int],
+) -> dict[str, Tensor]:
+    """The masks without blocks that are worth nothing, their neighbour being what it is.
+
+    Those are rows of fc1 and value that nobody reads; columns of fc2 and out whose inputs are constant, which a bias can
+    hold; and rows of query whose key is constant, which adds the same to all scores of a token.
+    """
+    used = {name: mask.clone() for name, mask in masks.items()}
+    rows, cols = block_shape
+    for layer in layers:
+        for producer, consumer in ((layer.fc1, layer.fc2), (layer.value, layer.out)):
+            features = linears[producer].out_features
+            made = _of_features(masks[producer].any(dim=1), rows, features)
+            read = _of_features(masks[consumer].any(dim=0), cols, features)
+            used[producer] &= _of_blocks(read, rows)[:, None]
+            used[consumer] &= _of_blocks(made, cols)
+        used[layer.query] &= masks[layer.key].any(dim=1)[:, None]
+    return used
+
+
+def _of_features(blocks: Tensor, size: int, features: int) -> Tensor:
+    """Each block's value for each of its features."""
+    return blocks.repeat_interleave(size)[:features]
+
+
+def _of_blocks(features: Tensor, size: int) -> Tensor:
+    """Whether any feature of each block is true."""
+    return torch.nn.functional.pad(features, (0, -len(features) % size)).view(-1, size).any(dim=1)
+
+
 def _shape(linear: nn.Linear) -> tuple[int, int]:
     return linear.out_features, linear.in_features
 

@@ -1,12 +1,12 @@
 """Free permutations: hidden units change places so that those worth little share blocks; the function stays the same.
 
 Units of the MLP move together in fc1's rows and fc2's columns. Within a head, features of value move with columns of
-out, and features of query with those of key. Units are sorted by what the loss would be without them, so that whole
-blocks of nearly useless units form at the end, which `coupling` can then remove from both sides.
+out, and features of query with those of key; heads move whole. Units are sorted by what the loss would be without them,
+so that whole blocks of nearly useless units form at the end, which `coupling` can then remove from both sides.
+`residual` does the same for the features between layers.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +32,18 @@ class Move:
 def choose_moves(
     layers: list[TransformerLayer], linears: dict[str, nn.Linear], statistics: dict[str, LayerStatistics]
 ) -> list[Move]:
-    """The moves that sort each layer's hidden units by falling saliency, heads staying where they are."""
+    """The moves that sort each layer's hidden units, its heads, and the features of each head by falling saliency."""
     moves = []
     for layer in layers:
         units = _column_saliency(linears[layer.fc2], statistics[layer.fc2])
-        moves.append(Move((layer.fc1,), layer.fc2, _falling(units, 1)))
+        moves.append(Move((layer.fc1,), layer.fc2, units.argsort(descending=True, stable=True)))
         features = _column_saliency(linears[layer.out], statistics[layer.out])
-        moves.append(Move((layer.value,), layer.out, _falling(features, layer.heads)))
-        products = sum(_row_saliency(linears[name], statistics[name]) for name in (layer.query, layer.key))
-        assert isinstance(products, Tensor)
-        moves.append(Move((layer.query, layer.key), None, _falling(products, layer.heads)))
+        products = _row_saliency(linears[layer.query], statistics[layer.query])
+        products = products + _row_saliency(linears[layer.key], statistics[layer.key])
+        worth = (features + products).view(layer.heads, -1).sum(dim=1)
+        heads = worth.argsort(descending=True, stable=True)
+        moves.append(Move((layer.value,), layer.out, _falling(features, heads)))
+        moves.append(Move((layer.query, layer.key), None, _falling(products, heads)))
     return moves
 
 
@@ -104,8 +106,8 @@ def output_variance(linear: nn.Linear, s: LayerStatistics) -> Tensor:
     return ((weight @ s.covariance) * weight).sum(dim=1).clamp(min=0)
 
 
-def _falling(values: Tensor, groups: int) -> Tensor:
-    """Order of falling values within each of so many equal groups."""
-    grouped: Any = values.view(groups, -1)
-    first = torch.arange(groups, device=values.device)[:, None] * grouped.shape[1]
-    return (grouped.argsort(dim=1, descending=True, stable=True) + first).flatten()
+def _falling(values: Tensor, heads: Tensor) -> Tensor:
+    """Features head by head in the given order of heads, those of each by falling values."""
+    grouped = values.view(len(heads), -1)
+    order = grouped.argsort(dim=1, descending=True, stable=True)
+    return (order + torch.arange(len(heads), device=values.device)[:, None] * grouped.shape[1])[heads].flatten()

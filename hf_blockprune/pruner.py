@@ -1,5 +1,6 @@
 """`BlockPruner`: load a dense vision transformer, prune it, measure it, save it."""
 
+import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -7,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.utils import logging
 
@@ -16,6 +18,7 @@ from .boundary import HELD_BACK_EVERY
 from .calibration import collect
 from .card import model_card
 from .config import BlockPruneConfig, RecoveryConfig
+from .cutting import cut_hidden_units
 from .data import ImageSet, load_images, load_pixels
 from .environment import environment
 from .errors import ModelError
@@ -27,8 +30,10 @@ from .layerwise import LayerRefit, refit_layers
 from .loading import load_classifier
 from .progress import SELECTION, Progress, weights_fingerprint
 from .recovery import Recovery, recover
-from .report import PruneReport, add_refits, describe_masks
+from .report import PruneReport, add_cuts, add_refits, describe_masks
+from .residual import permute_stream
 from .selection import Selection, timed
+from .structure import find_residual_stream, find_transformer_layers
 from .targets import find_targets
 from .version import __version__
 
@@ -152,8 +157,11 @@ class BlockPruner:
             assert images is not None  # _calibration_images saw to it
             with timed(selected.report["seconds"], "refit"):
                 add_refits(selected.report, self._refit(selected, images, progress))
+        layers = find_transformer_layers(self.model, find_targets(self.model, self.config))
+        model = sparsify(self.model, selected.masks, self.config.block_shape)
+        add_cuts(selected.report, cut_hidden_units(model, layers))
         self._report = selected.report
-        return sparsify(self.model, selected.masks, self.config.block_shape)
+        return model
 
     def _calibration_images(self, dataset: Any, split: str | None) -> tuple[ImageSet | None, int | None]:
         """(the images that were drawn, how many there are), both None where the method needs none."""
@@ -200,7 +208,12 @@ class BlockPruner:
                 statistics, calibration = self._calibrate(images, found, targets)
         pixels = self._judging_pixels(images)
         selection = Selection(self.model, targets, statistics, flops, self.config, self.accelerator, pixels, seconds)
-        allocation = selection.run()
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        try:
+            allocation = selection.run()
+        except BaseException:
+            self.model.load_state_dict(before)  # Its features may have changed places.
+            raise
         share = self.config.token_weights
         token_weights = {
             name: share * s.token_weight + 1 - share
@@ -289,7 +302,13 @@ class BlockPruner:
         images = load_images(dataset, split=split).sample(settings.samples, seed)
         self.model.to(self.accelerator.device)
         result = recover(
-            self.model, dense.model, images, self.processor, settings, accelerator=self.accelerator, seed=seed
+            self.model,
+            self._in_same_order(dense.model),
+            images,
+            self.processor,
+            settings,
+            accelerator=self.accelerator,
+            seed=seed,
         )
         if self._report is not None:
             self._describe_recovery(result, settings, _public_name(images.name))
@@ -303,6 +322,16 @@ class BlockPruner:
         if self._reload_dense is None:
             raise ModelError(f"{self.name}: name the dense model it was pruned from as teacher")
         return self._reload_dense()
+
+    def _in_same_order(self, dense: "PreTrainedModel") -> "PreTrainedModel":
+        """The dense model with its residual stream in the order of this one's, so that layers' outputs compare."""
+        order = ((self._report or {}).get("permutation") or {}).get("residual_order")
+        stream = find_residual_stream(dense) if order is not None else None
+        if order is None or stream is None:
+            return dense
+        dense = copy.deepcopy(dense)
+        permute_stream(dense, stream, torch.tensor(order))
+        return dense
 
     def _describe_recovery(self, result: Recovery, settings: RecoveryConfig, dataset: str) -> None:
         """The accuracy measured so far was that of the model before."""

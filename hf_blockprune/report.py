@@ -63,6 +63,7 @@ def describe_masks(
                 "loss_factor": loss_factors.get(name),
                 "ridge": None,
                 "error_after_refit": None,
+                "cut_units": 0,
                 "seconds": round(trace_seconds[name], 3),
             }
         )
@@ -83,3 +84,9 @@ def add_refits(report: dict[str, Any], refits: dict[str, LayerRefit]) -> None:
         if refit is not None:
             layer["ridge"], layer["error_after_refit"] = refit.ridge, refit.error
             layer["seconds"] = round(layer["seconds"] + refit.seconds, 3)
+
+
+def add_cuts(report: dict[str, Any], cuts: dict[str, int]) -> None:
+    """Write into a report's layers how many of an fc1's outputs were cut, with fc2's inputs, by its name."""
+    for layer in report["layers"]:
+        layer["cut_units"] = cuts.get(layer["name"], 0)

@@ -16,18 +16,22 @@ from torch import Tensor, nn
 from .allocation import Allocation, CostBudget, allocate
 from .blocks import block_sizes
 from .config import BlockPruneConfig, Budget
-from .coupling import correct
+from .coupling import correct, drop_unused
 from .errors import ModelError
 from .hardware.flops import ModelFlops
 from .hub.blockprune_cost import linear_flops, weights_energy_mj
 from .layer_statistics import LayerStatistics
 from .permutation import apply_moves, block_saliency_kept, choose_moves
+from .residual import choose_order, permute_statistics, permute_stream
 from .saliency import RemovalTrace, removal_trace
-from .structure import TransformerLayer, find_transformer_layers
+from .structure import TransformerLayer, find_residual_stream, find_transformer_layers
 from .true_loss import loss_factors, true_losses
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# How often blocks beside dead features are given up and what they cost is spent elsewhere.
+SETTLING_ROUNDS = 3
 
 
 @dataclass
@@ -35,7 +39,7 @@ class Selection:
     """Chooses the masks of one model.
 
     Args:
-        model: the dense model; hidden units change places in it where the config permutes.
+        model: the dense model; features change places in it where the config permutes.
         targets: the Linears by name.
         statistics: theirs, as the config's method needs them.
         flops: of the dense model.
@@ -46,7 +50,8 @@ class Selection:
 
     Attributes:
         seconds: time of each stage.
-        permutation: how well saliency is packed into blocks before and after, or None.
+        permutation: how well saliency is packed into blocks before and after, and the residual stream's new order; or
+            None.
         trace_seconds: time that each layer's traces took, on the process that made them.
         loss_factors: true over predicted loss by layer, 1 where it was not measured.
     """
@@ -59,7 +64,7 @@ class Selection:
     accelerator: "Accelerator"
     pixels: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    permutation: dict[str, float] | None = None
+    permutation: dict[str, Any] | None = None
     trace_seconds: dict[str, float] = field(default_factory=dict)
     loss_factors: dict[str, float] = field(default_factory=dict)
 
@@ -99,8 +104,24 @@ class Selection:
         before = block_saliency_kept(coupled, self.statistics, shape, share)
         moves = self._first_process_says(choose_moves(layers, self.targets, self.statistics))
         self.statistics = apply_moves(moves, self.targets, self.statistics)
+        order = self._permute_stream(coupled)
         after = block_saliency_kept(coupled, self.statistics, shape, share)
-        self.permutation = {"block_share": share, "saliency_kept_before": before, "saliency_kept_after": after}
+        self.permutation = {
+            "block_share": share,
+            "saliency_kept_before": before,
+            "saliency_kept_after": after,
+            "residual_order": order,
+        }
+
+    def _permute_stream(self, linears: dict[str, nn.Linear]) -> list[int] | None:
+        """The new order of the residual stream, None for models in which it was not found."""
+        stream = find_residual_stream(self.model)
+        if stream is None:
+            return None
+        order = self._first_process_says(choose_order(stream, linears, self.statistics, self.config.block_shape))
+        permute_stream(self.model, stream, order)
+        self.statistics = permute_statistics(stream, self.statistics, order)
+        return order.tolist()
 
     def _first_process_says(self, value: Any) -> Any:
         """The same object on every process: rounding may let ties fall differently."""
@@ -154,12 +175,24 @@ class Selection:
         """Allocate, then again with traces that know what the last allocation left of the neighbours."""
         allocation = self._allocate(traces)
         for _ in range(self.config.coupling_rounds if layers else 0):
-            corrected = correct(layers, self.targets, self.statistics, allocation.masks, self.config.block_shape)
-            traces = {**traces, **self._traces(corrected)}
-            before, allocation = allocation, self._allocate(traces)
-            if all(torch.equal(mask, before.masks[name]) for name, mask in allocation.masks.items()):
+            before, allocation = allocation, self._corrected(layers, traces, allocation.masks)
+            if _equal(before.masks, allocation.masks):
                 break
+        # Balanced rows cannot do without blocks that others have, used or not.
+        settles = self.config.coupling_rounds and layers and not self.config.balance
+        for _ in range(SETTLING_ROUNDS if settles else 0):
+            used = drop_unused(layers, allocation.masks, self.targets, self.config.block_shape)
+            if _equal(used, allocation.masks):
+                break
+            allocation = self._corrected(layers, traces, used)
         return allocation
+
+    def _corrected(
+        self, layers: list[TransformerLayer], traces: dict[str, RemovalTrace], masks: dict[str, Tensor]
+    ) -> Allocation:
+        """Allocate as if the other Linears had these masks."""
+        corrected = correct(layers, self.targets, self.statistics, masks, self.config.block_shape)
+        return self._allocate({**traces, **self._traces(corrected)})
 
     def _measure(self, layers: list[TransformerLayer], allocation: Allocation) -> None:
         """Correct the factors of all Linears by the true losses of this allocation, group by group."""
@@ -181,6 +214,10 @@ class Selection:
         for group, factor in zip(groups, loss_factors(losses, predicted), strict=True):
             for name in group:
                 self.loss_factors[name] = self.loss_factors.get(name, 1.0) * factor
+
+
+def _equal(masks: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return all(torch.equal(mask, others[name]) for name, mask in masks.items())
 
 
 def cost_budget(budget: Budget, targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]) -> CostBudget:

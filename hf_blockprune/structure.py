@@ -1,6 +1,7 @@
-"""Which Linears of a transformer layer feed each other: outputs of one are, one by one, what the other reads."""
+"""How the parts of a vision transformer feed each other, one feature to one feature."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,18 @@ _PARTS = {
     "fc1": ("mlp.fc1", "intermediate.dense"),
     "fc2": ("mlp.fc2", "output.dense"),
 }
+
+# Parameters outside the layers that the stream's features index, with the axis.
+_STREAM_AXES = {
+    "*embeddings.*_token": 2,
+    "*embeddings.position_embeddings": 2,
+    "*patch_embeddings.projection.weight": 0,
+    "*patch_embeddings.projection.bias": 0,
+    "*pooler.dense.weight": 1,
+    "*classifier.weight": 1,
+}
+# Parameters that they do not index.
+_OTHER = ("*pooler.dense.bias", "*classifier.bias")
 
 
 @dataclass(frozen=True)
@@ -64,3 +77,44 @@ def _fits(names: dict[str, Any], targets: dict[str, nn.Linear], heads: int) -> b
         and width == linear["key"].out_features == linear["value"].out_features == linear["out"].in_features
         and linear["fc1"].out_features == linear["fc2"].in_features
     )
+
+
+@dataclass(frozen=True)
+class ResidualStream:
+    """The features that all layers read, and add to.
+
+    Attributes:
+        axes: which axis of a parameter they index, by the parameter's name.
+        readers: Linears of the layers that have them as inputs.
+        writers: Linears of the layers that have them as outputs.
+    """
+
+    axes: dict[str, int]
+    readers: tuple[str, ...]
+    writers: tuple[str, ...]
+
+
+def find_residual_stream(model: nn.Module) -> ResidualStream | None:
+    """Where the residual stream's features are met; None unless every parameter of the model is of a known kind."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = find_transformer_layers(model, linears)
+    if not layers:
+        return None
+    readers = tuple(name for layer in layers for name in (layer.query, layer.key, layer.value, layer.fc1))
+    writers = tuple(name for layer in layers for name in (layer.out, layer.fc2))
+    axes = {f"{name}.weight": 1 for name in readers}
+    axes |= {f"{name}.{parameter}": 0 for name in writers for parameter in ("weight", "bias")}
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    axes |= {f"{name}.{parameter}": 0 for name in norms for parameter in ("weight", "bias")}
+    apart = {f"{name}.bias" for name in readers}
+    found = {}
+    width = linears[layers[0].query].in_features
+    for name, parameter in model.named_parameters():
+        if name in apart or any(fnmatchcase(name, pattern) for pattern in _OTHER):
+            continue
+        matches = (axis for pattern, axis in _STREAM_AXES.items() if fnmatchcase(name, pattern))
+        axis = axes.get(name, next(matches, None))
+        if axis is None or axis >= parameter.dim() or parameter.shape[axis] != width:
+            return None
+        found[name] = axis
+    return ResidualStream(found, readers, writers)

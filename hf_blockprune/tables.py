@@ -16,6 +16,9 @@ def summary_table(report: dict[str, Any]) -> Table:
         table.add_row("calibration images", f"{c['num_images']} of {of} in {c['dataset']}")
     table.add_row("FLOPs kept, whole model", f"{report['flops_ratio']:.2%}")
     table.add_row("FLOPs kept, pruned layers", f"{report['linear_flops_ratio']:.2%}")
+    cut = sum(layer["cut_units"] for layer in report["layers"])
+    if cut:
+        table.add_row("hidden units cut out", str(cut))
     if "size_bytes" in report:
         table.add_row("weights on disk", bytes_text(report))
     recovery = report["recovery"]

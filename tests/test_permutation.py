@@ -52,11 +52,27 @@ def test_logits_stay_and_weights_move(setting):
         assert sorted(move.order.tolist()) == list(range(len(move.order)))
 
 
-def test_heads_keep_their_features(setting):
+def test_heads_move_whole_and_keep_their_features(setting):
     _, targets, statistics, layers = setting
+    orders = {}
     for move in choose_moves(layers, targets, statistics):
-        if len(move.order) == 48:
-            assert (move.order // 16).tolist() == [i // 16 for i in range(48)]
+        for name in move.producers:
+            orders[name] = (move.order // 16).view(-1, 16) if len(move.order) == 48 else None
+    for layer in layers:
+        heads = orders[layer.value]
+        assert (heads == heads[:, :1]).all()
+        assert torch.equal(heads, orders[layer.query])
+        assert torch.equal(heads, orders[layer.key])
+
+
+def test_the_head_worth_most_comes_first(setting):
+    _, targets, statistics, layers = setting
+    layer = layers[0]
+    for name in (layer.query, layer.key, layer.value):
+        targets[name].weight.data[32:] *= 100  # the last of three heads
+    moves = choose_moves(layers, targets, statistics)
+    assert all((move.order[:16] >= 32).all() for move in moves if layer.query in move.producers)
+    assert all((move.order[:16] >= 32).all() for move in moves if layer.value in move.producers)
 
 
 def test_statistics_move_with_the_weights(setting):

@@ -1,6 +1,7 @@
 """`BlockSparseLinear`: a drop-in for `torch.nn.Linear` that stores and multiplies kept blocks only."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blockprune_layout import (
@@ -30,6 +31,9 @@ class BlockSparseLinear(nn.Module):
         nnz_blocks: number of kept blocks.
         bias: whether b exists.
 
+    Attributes:
+        dense_shape: (out_features, in_features) of the dense Linear that this was cut from, None for one not cut.
+
     The pattern starts out invalid; fill the module with `from_dense`, or with `load_state_dict`, which checks what it
     loads and raises `BlockSparseFormatError` where the indices break the format's rules.
 
@@ -54,6 +58,7 @@ class BlockSparseLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.dense_shape: tuple[int, int] | None = None
         self.block_shape = (int(block_shape[0]), int(block_shape[1]))
         self.grid_shape = grid_shape(out_features, in_features, self.block_shape)
         if not 0 <= nnz_blocks <= self.grid_shape[0] * self.grid_shape[1]:
@@ -104,13 +109,51 @@ class BlockSparseLinear(nn.Module):
         """Bool [block_rows, block_cols], True where a block is kept."""
         return block_mask(self._packed(), self.grid_shape[1])
 
-    def to_dense(self) -> nn.Linear:
-        """A Linear with the same output: zeros where blocks were removed."""
-        dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(unpack(self._packed(), self.out_features, self.in_features))
+    def to_dense(self, shape: tuple[int, int] | None = None) -> nn.Linear:
+        """A Linear with the same output: zeros where blocks were removed.
+
+        Args:
+            shape: (out_features, in_features) to fill up to with zeros, at the end of each.
+        """
+        out_features, in_features = shape or (self.out_features, self.in_features)
+        more = out_features - self.out_features
+        dense = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
+        weight = unpack(self._packed(), self.out_features, self.in_features)
+        dense.weight = nn.Parameter(F.pad(weight, (0, in_features - self.in_features, 0, more)))
         if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
+            dense.bias = nn.Parameter(F.pad(self.bias.detach(), (0, more)))
         return dense.train(self.training)
+
+    def cut(self, rows: Tensor | None = None, cols: Tensor | None = None) -> "BlockSparseLinear":
+        """The layer without some block rows, and so fewer outputs, and without some block columns, and so fewer inputs.
+
+        Args:
+            rows: bool [block_rows], True for those that stay; all by default.
+            cols: bool [block_cols], likewise.
+
+        Raises:
+            BlockSparseFormatError: a row or column that goes holds kept blocks.
+
+        Example:
+            >>> layer = BlockSparseLinear.from_dense(nn.Linear(4, 6), torch.eye(3, 2, dtype=torch.bool), (2, 2))
+            >>> layer.cut(rows=torch.tensor([True, True, False]))(torch.ones(4)).shape
+            torch.Size([4])
+        """
+        mask = self.mask()
+        rows = mask.new_ones(mask.shape[0]) if rows is None else rows
+        cols = mask.new_ones(mask.shape[1]) if cols is None else cols
+        if mask[~rows].any() or mask[:, ~cols].any():
+            raise BlockSparseFormatError("cut: a block row or column that goes holds kept blocks")
+        outputs = rows.repeat_interleave(self.block_shape[0])[: self.out_features]
+        inputs = cols.repeat_interleave(self.block_shape[1])[: self.in_features]
+        dense = self.to_dense()
+        dense.weight = nn.Parameter(dense.weight.detach()[outputs][:, inputs])
+        if dense.bias is not None:
+            dense.bias = nn.Parameter(dense.bias.detach()[outputs])
+        dense.out_features, dense.in_features = dense.weight.shape
+        small = type(self).from_dense(dense, mask[rows][:, cols], self.block_shape)
+        small.dense_shape = self.dense_shape or (self.out_features, self.in_features)
+        return small
 
     def check(self, name: str = "BlockSparseLinear") -> None:
         """Raise `BlockSparseFormatError` where the indices break the format's rules. Meta tensors are passed over."""

@@ -26,7 +26,7 @@ from .blockprune_layout import BlockSparseFormatError, check_shapes
 from .blockprune_linear import BlockSparseLinear
 
 QUANT_METHOD = "blockprune"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that this code reads; files that need no more than 1 say 1
 TENSOR_NAMES = ("weight", "crow_indices", "col_indices")
 INDEX_SUFFIXES = (".crow_indices", ".col_indices")
 
@@ -37,7 +37,8 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
     Args:
         block_shape: (rows, cols), in (out_features, in_features) order.
         layers: kept blocks by layer, under the layer's name in the checkpoint's safetensors file.
-        format_version: version of the stored format.
+        format_version: version of the stored format; by default the oldest that can store this.
+        cut: (out_features, in_features) of each layer that is smaller than the architecture's; from format 2.
 
     Raises:
         BlockSparseFormatError: a value is impossible, a key unknown, or the format newer than this code.
@@ -47,10 +48,13 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
         self,
         block_shape: tuple[int, ...] | list[int] = (),
         layers: dict[str, int] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
+        cut: dict[str, list[int]] | None = None,
         **unknown: Any,
     ) -> None:
+        if format_version is None:
+            format_version = 2 if cut else 1
         if quant_method != QUANT_METHOD:
             raise BlockSparseFormatError(f"quantization_config.quant_method: {QUANT_METHOD!r}, not {quant_method!r}")
         if not _is_count(format_version) or not 1 <= format_version <= FORMAT_VERSION:
@@ -58,18 +62,44 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
                 f"quantization_config.format_version: this code reads 1 to {FORMAT_VERSION}, "
                 f"got {format_version!r}; a newer hf_blockprune may read it"
             )
+        if cut is not None and format_version < 2:
+            unknown["cut"] = cut
         if unknown:
-            raise BlockSparseFormatError(f"quantization_config: unknown keys {sorted(unknown)} in format 1")
-        if not (isinstance(block_shape, (list, tuple)) and len(block_shape) == 2 and all(map(_is_size, block_shape))):
+            raise BlockSparseFormatError(
+                f"quantization_config: unknown keys {sorted(unknown)} in format {format_version}"
+            )
+        if not _is_pair(block_shape):
             raise BlockSparseFormatError(
                 f"quantization_config.block_shape: two whole numbers from 1, got {block_shape!r}"
             )
         if not isinstance(layers, dict) or not all(isinstance(k, str) and _is_count(v) for k, v in layers.items()):
             raise BlockSparseFormatError("quantization_config.layers: must map layer names to numbers of kept blocks")
+        if cut is not None and not (
+            isinstance(cut, dict) and all(map(_is_pair, cut.values())) and set(cut) <= set(layers)
+        ):
+            raise BlockSparseFormatError(
+                "quantization_config.cut: must map names of layers to their [out_features, in_features]"
+            )
         self.quant_method: Any = QUANT_METHOD  # transformers declares its own enum, and takes names too
         self.format_version = format_version
         self.block_shape = [int(size) for size in block_shape]
         self.layers = dict(layers)
+        if cut:
+            self.cut = {name: [int(size) for size in shape] for name, shape in cut.items()}
+
+    def shape_of(self, stored_name: str, dense_shape: tuple[int, int]) -> tuple[int, int]:
+        """(out_features, in_features) of a layer as it is stored.
+
+        Raises:
+            BlockSparseFormatError: larger than in the dense architecture.
+        """
+        shape = getattr(self, "cut", {}).get(stored_name, dense_shape)
+        if shape[0] > dense_shape[0] or shape[1] > dense_shape[1]:
+            raise BlockSparseFormatError(
+                f"quantization_config.cut: {stored_name} of {shape[0]}x{shape[1]} is larger than the architecture's "
+                f"{dense_shape[0]}x{dense_shape[1]}"
+            )
+        return shape[0], shape[1]
 
 
 def _is_count(value: Any) -> bool:
@@ -78,6 +108,10 @@ def _is_count(value: Any) -> bool:
 
 def _is_size(value: Any) -> bool:
     return _is_count(value) and value >= 1
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_size, value))
 
 
 class BlockPruneHfQuantizer(HfQuantizer):
@@ -92,18 +126,20 @@ class BlockPruneHfQuantizer(HfQuantizer):
         shapes = _stored_shapes(checkpoint_files) if checkpoint_files else None
         for stored_name, nnz_blocks in config.layers.items():
             name, linear = find_linear(model, stored_name)
+            dense_shape = (linear.out_features, linear.in_features)
+            out_features, in_features = config.shape_of(stored_name, dense_shape)
             if shapes is not None:
                 check_shapes(
                     stored_name,
                     {t: shapes[f"{stored_name}.{t}"] for t in TENSOR_NAMES if f"{stored_name}.{t}" in shapes},
                     nnz_blocks=nnz_blocks,
-                    out_features=linear.out_features,
-                    in_features=linear.in_features,
+                    out_features=out_features,
+                    in_features=in_features,
                     block_shape=block_shape,
                 )
             sparse = BlockSparseLinear(
-                linear.in_features,
-                linear.out_features,
+                in_features,
+                out_features,
                 block_shape,
                 nnz_blocks,
                 # Refitting gives a bias to a Linear that had none; only the file tells.
@@ -111,6 +147,8 @@ class BlockPruneHfQuantizer(HfQuantizer):
                 device=linear.weight.device,
                 dtype=linear.weight.dtype,
             )
+            if (out_features, in_features) != dense_shape:
+                sparse.dense_shape = dense_shape
             model.set_submodule(name, sparse)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -120,13 +158,13 @@ class BlockPruneHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model):
         """Called by `save_pretrained` before the config is written: it must describe the model as it is now."""
-        config = stored_config(model)
-        self.quantization_config = model.config.quantization_config = config
+        update_config(model)
         return None, {}
 
     def _dequantize(self, model, dtype=None):
         for name, module in list(block_sparse_layers(model)):
-            model.set_submodule(name, module.to_dense().to(dtype))
+            # Cut features come back as zeros: the config says how wide the architecture is.
+            model.set_submodule(name, module.to_dense(module.dense_shape).to(dtype))
         return model
 
     def is_serializable(self):
@@ -172,27 +210,36 @@ def sparsify(model: Any, masks: dict[str, Tensor], block_shape: tuple[int, int])
     """
     for name, mask in masks.items():
         model.set_submodule(name, BlockSparseLinear.from_dense(model.get_submodule(name), mask, block_shape))
-    config = stored_config(model)
-    model.hf_quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](config, pre_quantized=True)
-    model.config.quantization_config = config
+    model.hf_quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](stored_config(model), pre_quantized=True)
+    update_config(model)
     model.config._is_quantized = True
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     return model
 
 
+def update_config(model: Any) -> None:
+    """Make a model's config describe its block-sparse layers as they are now."""
+    model.hf_quantizer.quantization_config = model.config.quantization_config = stored_config(model)
+
+
 def stored_config(model: Any) -> BlockPruneQuantizationConfig:
     """The config that describes a model's block-sparse layers as they will be stored.
 
     Raises:
-        BlockSparseFormatError: the layers differ in block shape, which format 1 cannot store.
+        BlockSparseFormatError: the layers differ in block shape, which cannot be stored.
     """
-    layers = dict(block_sparse_layers(model))
+    layers = {stored_layer_name(model, name): module for name, module in block_sparse_layers(model)}
     shapes = {module.block_shape for module in layers.values()}
     if len(shapes) != 1:
-        raise BlockSparseFormatError(f"block_shape: format 1 stores one for all layers, the model has {sorted(shapes)}")
-    counts = {stored_layer_name(model, name): module.nnz_blocks for name, module in layers.items()}
-    return BlockPruneQuantizationConfig(block_shape=shapes.pop(), layers=counts)
+        raise BlockSparseFormatError(
+            f"block_shape: the format stores one for all layers, the model has {sorted(shapes)}"
+        )
+    return BlockPruneQuantizationConfig(
+        block_shape=shapes.pop(),
+        layers={name: module.nnz_blocks for name, module in layers.items()},
+        cut={n: [m.out_features, m.in_features] for n, m in layers.items() if m.dense_shape is not None} or None,
+    )
 
 
 def _stored_shapes(checkpoint_files: list[str]) -> dict[str, tuple[int, ...]]:

@@ -107,7 +107,7 @@ def test_config_round_trip_through_json():
     ("change", "message"),
     [
         ({"bits": 4}, r"unknown keys \['bits'\]"),
-        ({"format_version": 2}, "newer hf_blockprune"),
+        ({"format_version": 3}, "newer hf_blockprune"),
         ({"format_version": 0}, "format_version"),
         ({"format_version": "1"}, "format_version"),
         ({"format_version": True}, "format_version"),
@@ -128,6 +128,11 @@ def test_config_round_trip_through_json():
         ({"layers": {"a": "1"}}, "layers"),
         ({"layers": {"a": True}}, "layers"),
         ({"layers": {1: 1}}, "layers"),
+        ({"cut": {"a": [8, 8]}}, r"unknown keys \['cut'\] in format 1"),
+        ({"format_version": 2, "cut": {"c": [8, 8]}}, "cut"),
+        ({"format_version": 2, "cut": {"a": [8, 0]}}, "cut"),
+        ({"format_version": 2, "cut": {"a": [8]}}, "cut"),
+        ({"format_version": 2, "cut": ["a"]}, "cut"),
     ],
     ids=lambda value: None if isinstance(value, str) else json.dumps(value),
 )
@@ -307,7 +312,7 @@ def add_blocks(count):
         (add_blocks(-1), rf"{FC1}\.weight: shape"),
         (add_blocks(1000), rf"{FC1}: \d+ kept blocks declared"),
         (lambda config: config.update(block_shape=[8, 32]), r"\.weight: shape"),
-        (lambda config: config.update(format_version=2), "newer hf_blockprune"),
+        (lambda config: config.update(format_version=3), "newer hf_blockprune"),
         (lambda config: config.update(bits=4), "unknown keys"),
         (lambda config: config["layers"].update({"vit.encoder.layer.9.intermediate.dense": 1}), "no such Linear"),
         (lambda config: config["layers"].update({"vit.layernorm": 1}), "vit.layernorm: .*no such Linear"),
@@ -315,6 +320,8 @@ def add_blocks(count):
         (lambda config: config["layers"].update({"": 1}), "no such Linear"),
         (lambda config: config["layers"].update({"vit.layers.0.mlp.fc1": config["layers"][FC1]}), "no such Linear"),
         (lambda config: config["layers"].update({"classifier": 1}), r"classifier\.weight: shape"),
+        (lambda config: config.update(format_version=2, cut={FC1: [32, 48]}), rf"{FC1}.*(shape|declared)"),
+        (lambda config: config.update(format_version=2, cut={FC1: [960, 48]}), rf"{FC1} of 960x48 is larger"),
     ],
     ids=[
         "one block more",
@@ -329,6 +336,8 @@ def add_blocks(count):
         "layer without a name",
         "layer named twice",
         "layer that is stored dense",
+        "cut to another size",
+        "cut larger than the architecture",
     ],
 )
 def test_a_config_that_disagrees_with_the_tensors_is_refused(tampered, change, message):

@@ -1,0 +1,149 @@
+"""The residual stream's order: the function stays, saliency is packed better, and recovery compares like with like."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset, Image
+from torch import nn
+from transformers import Dinov2Config, Dinov2ForImageClassification, ViTModel
+
+from hf_blockprune import BlockPruneConfig, BlockPruner, BudgetError
+from hf_blockprune.data import load_images
+from hf_blockprune.permutation import block_saliency_kept
+from hf_blockprune.residual import _group_sums, choose_order, pack, permute_statistics, permute_stream
+from hf_blockprune.structure import find_residual_stream
+from hf_blockprune.targets import find_targets
+
+from .conftest import TINY_MODELS, tiny_model, tiny_settings
+from .test_permutation import statistics_of
+
+PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def roots(order, profiles):
+    return sum(float(_group_sums(profile[order], size).double().sqrt().sum()) for profile, size in profiles)
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_logits_stay_and_hidden_states_change_places(family):
+    model = tiny_model(family)
+    moved, order = copy.deepcopy(model), torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    permute_stream(moved, find_residual_stream(moved), order)
+    with torch.no_grad():
+        before = model(pixel_values=PIXELS, output_hidden_states=True)
+        after = moved(pixel_values=PIXELS, output_hidden_states=True)
+    torch.testing.assert_close(after.logits, before.logits, atol=1e-5, rtol=1e-5)
+    for x, y in zip(before.hidden_states, after.hidden_states, strict=True):
+        torch.testing.assert_close(y, x[..., order], atol=1e-5, rtol=1e-5)
+
+
+def test_a_pooler_and_a_mask_token_follow():
+    model = ViTModel(TINY_MODELS["vit"][1](**tiny_settings()), use_mask_token=True).eval()
+    moved, order = copy.deepcopy(model), torch.arange(48).flip(0)
+    stream = find_residual_stream(moved)
+    assert stream.axes["embeddings.mask_token"] == 2
+    permute_stream(moved, stream, order)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            moved(pixel_values=PIXELS).pooler_output, model(pixel_values=PIXELS).pooler_output, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_models_with_parameters_of_an_unknown_kind_are_left_alone():
+    model = tiny_model()
+    model.vit.scale = nn.Parameter(torch.ones(48))
+    assert find_residual_stream(model) is None
+    settings = tiny_settings(hidden_size=48)
+    assert find_residual_stream(Dinov2ForImageClassification(Dinov2Config(**settings))) is None
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_statistics_are_those_of_the_permuted_model(family):
+    """Each Linear's saliency moves with its weights."""
+    model = tiny_model(family)
+    targets = find_targets(model, BlockPruneConfig(block_shape=(8, 8)))
+    statistics, stream = statistics_of(targets), find_residual_stream(model)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    whole = {
+        name: statistics[name].output_weight @ (linear.weight.detach().double() @ statistics[name].covariance)
+        for name, linear in targets.items()
+    }
+    permute_stream(model, stream, order)
+    moved = permute_statistics(stream, statistics, order)
+    for name, linear in targets.items():
+        now = moved[name].output_weight @ (linear.weight.detach().double() @ moved[name].covariance)
+        before = whole[name][order] if name in stream.readers else whole[name]
+        torch.testing.assert_close(now, before)
+
+
+def test_interleaved_kinds_of_features_are_parted():
+    """Six kinds of features, each of worth in lines of its own: groups of one kind are the best there is."""
+    kinds = torch.arange(48) % 6
+    profile = torch.eye(6)[kinds] * torch.rand(48, 1, generator=torch.Generator().manual_seed(0))
+    order = pack(torch.arange(48), [(profile, 8)])
+    assert sorted(order.tolist()) == list(range(48))
+    assert all(len(set(group.tolist())) == 1 for group in kinds[order].split(8))
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (7, 5), (1, 16), (48, 3), (64, 1)])
+def test_no_exchange_packs_better_than_the_result(sizes):
+    generator = torch.Generator().manual_seed(2)
+    profiles = [(torch.rand(48, 12, generator=generator) ** 6, size) for size in sizes]
+    start = torch.randperm(48, generator=generator)
+    order = pack(start, profiles, sweeps=50)
+    assert sorted(order.tolist()) == list(range(48))
+    best = roots(order, profiles)
+    assert best <= roots(start, profiles)
+    for i in range(48):
+        for j in range(i):
+            other = order.clone()
+            other[[i, j]] = order[[j, i]]
+            assert roots(other, profiles) > best - 1e-5 * best
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 4), (48, 1)])
+def test_the_order_packs_saliency_into_blocks(shape):
+    model = tiny_model()
+    targets = find_targets(model, BlockPruneConfig(block_shape=shape))
+    statistics, stream = statistics_of(targets), find_residual_stream(model)
+    before = block_saliency_kept(targets, statistics, shape, 0.5)
+    order = choose_order(stream, targets, statistics, shape)
+    permute_stream(model, stream, order)
+    after = block_saliency_kept(targets, permute_statistics(stream, statistics, order), shape, 0.5)
+    assert after > before if shape != (48, 1) else after == pytest.approx(before)
+
+
+def settings(**changes):
+    config = {"block_shape": (8, 8), "budget": {"metric": "flops", "ratio": 0.8}, "calibration": {"samples": 24}}
+    return BlockPruneConfig(**{**config, **changes})
+
+
+def test_recovery_sees_a_dense_model_in_the_same_order(processor, images, tmp_path):
+    """Nothing is removed, so that nothing is to be learned, unless features are compared with others."""
+    config = settings(
+        budget={"metric": "flops", "ratio": 1.0},
+        refit=False,
+        recovery={"samples": 24, "batch_size": 8, "reconstruction_epochs": 4, "epochs": 0},
+    )
+    dense = BlockPruner(tiny_model(), processor)
+    pruner = BlockPruner(tiny_model(), processor, config)
+    before = pruner.prune(images)(pixel_values=PIXELS).logits
+    assert pruner.report()["permutation"]["residual_order"] != list(range(48))
+    pruner.save_pretrained(tmp_path / "out")
+    loaded = BlockPruner.from_pretrained(tmp_path / "out")
+    for each in (pruner, loaded):
+        each.recover(images, teacher=dense)
+        torch.testing.assert_close(each.model(pixel_values=PIXELS).logits, before, atol=1e-3, rtol=1e-3)
+        assert max(each.report()["recovery"]["divergence"].values()) < 1e-4
+    with torch.no_grad():
+        torch.testing.assert_close(dense.model(pixel_values=PIXELS).logits, before, atol=1e-5, rtol=1e-5)
+
+
+def test_a_budget_that_no_mask_meets_leaves_the_model_as_it_was(processor, images):
+    pruner = BlockPruner(tiny_model(), processor, settings(min_kept_per_layer=0.9))
+    before = {name: value.clone() for name, value in pruner.model.state_dict().items()}
+    with pytest.raises(BudgetError):
+        pruner.prune(images)
+    for name, value in pruner.model.state_dict().items():
+        assert torch.equal(value, before[name])
