@@ -72,8 +72,8 @@ def drop_unused(
 ) -> dict[str, Tensor]:
     """The masks without blocks that are worth nothing, their neighbour being what it is.
 
-    Those are rows of fc1 and value that nobody reads; columns of fc2 and out whose inputs are constant, which a bias can
-    hold; and rows of query whose key is constant, which adds the same to all scores of a token.
+    Those are rows of fc1 and value that nobody reads; columns of fc2 and out whose inputs are constant, which a bias
+    can hold; and rows of query whose key is constant, which adds the same to all scores of a token.
     """
     used = {name: mask.clone() for name, mask in masks.items()}
     rows, cols = block_shape

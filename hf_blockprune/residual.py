@@ -1,7 +1,7 @@
 """The residual stream's features change places so that columns and rows that matter alike share blocks.
 
-One order serves every layer, so sorting alone does little. Features are sorted, then exchanged between groups as long as
-that lowers the sum of the square roots of all blocks' saliencies, which is low where saliency is packed into few.
+One order serves every layer, so sorting alone does little. Features are sorted, then exchanged between groups as long
+as that lowers the sum of the square roots of all blocks' saliencies, which is low where saliency is packed into few.
 """
 
 from dataclasses import replace

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, RecoveryConfig, sparsify
@@ -143,7 +144,7 @@ def test_a_cut_model_recovers(found, processor, accelerator):
 
 
 def test_rows_with_blocks_are_not_cut():
-    layer = BlockSparseLinear.from_dense(torch.nn.Linear(8, 8), torch.eye(2, dtype=torch.bool), (4, 4))
+    layer = BlockSparseLinear.from_dense(nn.Linear(8, 8), torch.eye(2, dtype=torch.bool), (4, 4))
     with pytest.raises(BlockSparseFormatError, match="cut"):
         layer.cut(rows=torch.tensor([True, False]))
 

@@ -4,12 +4,10 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset, Image
 from torch import nn
 from transformers import Dinov2Config, Dinov2ForImageClassification, ViTModel
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, BudgetError
-from hf_blockprune.data import load_images
 from hf_blockprune.permutation import block_saliency_kept
 from hf_blockprune.residual import _group_sums, choose_order, pack, permute_statistics, permute_stream
 from hf_blockprune.structure import find_residual_stream
