@@ -146,8 +146,9 @@ class BlockPruneConfig:
         method: "obs" (block Optimal Brain Surgeon), "taylor" (LPViT, arXiv 2407.02068) or "magnitude".
         refit: solve for the surviving weights after pruning, with the inputs that the pruned model sees; by default
             with "obs" alone, since the other two are published without it.
-        permute: let hidden units and features within a head change places first, so that those worth little share
-            blocks; the dense model's function stays the same. By default with "obs", which it needs.
+        permute: let hidden units, heads and their features, and the residual stream's features change places first,
+            so that those worth little share blocks; predictions stay the same, hidden states come in another order. By
+            default with "obs", which it needs.
         coupling_rounds: how often "obs" chooses blocks anew, knowing what the last choice left of each Linear's
             neighbours; 0 leaves their dependence out of account.
         true_loss_rounds: how often "obs" measures what the chosen blocks really cost the model's predictions, layer by
