@@ -2,8 +2,8 @@
 
 Units of the MLP move together in fc1's rows and fc2's columns. Within a head, features of value move with columns of
 out, and features of query with those of key; heads move whole. Units are sorted by what the loss would be without them,
-so that whole blocks of nearly useless units form at the end, which `coupling` can then remove from both sides.
-`residual` does the same for the features between layers.
+so that whole blocks of nearly useless units form at the end, which `coupling` can then remove from both sides, and then
+packed. `residual` does the same for the features between layers.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .blocks import block_sums
 from .layer_statistics import LayerStatistics
+from .packing import Profile, pack
 from .structure import TransformerLayer
 
 
@@ -29,7 +30,7 @@ class Move:
     order: Tensor
 
 
-def choose_moves(
+def sorting_moves(
     layers: list[TransformerLayer], linears: dict[str, nn.Linear], statistics: dict[str, LayerStatistics]
 ) -> list[Move]:
     """The moves that sort each layer's hidden units, its heads, and the features of each head by falling saliency."""
@@ -45,6 +46,38 @@ def choose_moves(
         moves.append(Move((layer.value,), layer.out, _falling(features, heads)))
         moves.append(Move((layer.query, layer.key), None, _falling(products, heads)))
     return moves
+
+
+def packing_moves(
+    layers: list[TransformerLayer],
+    linears: dict[str, nn.Linear],
+    statistics: dict[str, LayerStatistics],
+    block_shape: tuple[int, int],
+) -> list[Move]:
+    """The moves that pack the saliency of hidden units, and of the features of each head, into blocks."""
+    saliency = {name: entry_saliency(linears[name], statistics[name]).float() for name in _names(layers)}
+    moves = []
+    for layer in layers:
+        for producer, consumer, heads in ((layer.fc1, layer.fc2, 1), (layer.value, layer.out, layer.heads)):
+            sides = [Profile.of_rows(saliency[producer], block_shape), Profile.of_cols(saliency[consumer], block_shape)]
+            moves.append(Move((producer,), consumer, _packed(sides, heads)))
+        both = torch.cat([saliency[layer.query], saliency[layer.key]], dim=1)
+        moves.append(Move((layer.query, layer.key), None, _packed([Profile.of_rows(both, block_shape)], layer.heads)))
+    return moves
+
+
+def _names(layers: list[TransformerLayer]) -> list[str]:
+    return [name for layer in layers for pair in layer.pairs() for name in pair]
+
+
+def _packed(profiles: list[Profile], heads: int) -> Tensor:
+    """An order that packs the features of each head."""
+    features = torch.arange(len(profiles[0].saliency), device=profiles[0].saliency.device)
+    parts = []
+    for head in features.split(len(features) // heads):
+        order = torch.arange(len(head), device=head.device)
+        parts.append(head[pack(order, [profile.part(head) for profile in profiles])])
+    return torch.cat(parts)
 
 
 @torch.no_grad()

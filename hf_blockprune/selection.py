@@ -21,7 +21,7 @@ from .errors import ModelError
 from .hardware.flops import ModelFlops
 from .hub.blockprune_cost import linear_flops, weights_energy_mj
 from .layer_statistics import LayerStatistics
-from .permutation import apply_moves, block_saliency_kept, choose_moves
+from .permutation import apply_moves, block_saliency_kept, packing_moves, sorting_moves
 from .residual import choose_order, permute_statistics, permute_stream
 from .saliency import RemovalTrace, removal_trace
 from .structure import TransformerLayer, find_residual_stream, find_transformer_layers
@@ -102,9 +102,11 @@ class Selection:
         coupled = {n: self.targets[n] for n in self.targets if any(n in vars(layer).values() for layer in layers)}
         shape = self.config.block_shape
         before = block_saliency_kept(coupled, self.statistics, shape, share)
-        moves = self._first_process_says(choose_moves(layers, self.targets, self.statistics))
+        moves = self._first_process_says(sorting_moves(layers, self.targets, self.statistics))
         self.statistics = apply_moves(moves, self.targets, self.statistics)
         order = self._permute_stream(coupled)
+        moves = self._first_process_says(packing_moves(layers, self.targets, self.statistics, shape))
+        self.statistics = apply_moves(moves, self.targets, self.statistics)
         after = block_saliency_kept(coupled, self.statistics, shape, share)
         self.permutation = {
             "block_share": share,

@@ -12,7 +12,7 @@ import hf_blockprune
 
 PACKAGE = Path(hf_blockprune.__file__).parent
 NAME = "hf_blockprune"
-PURE = ("saliency", "allocation", "blocks", "reconstruction", "permutation")
+PURE = ("saliency", "allocation", "blocks", "reconstruction", "permutation", "packing", "residual")
 NOT_IN_PURE = ("transformers", "datasets", "accelerate", f"{NAME}.calibration", f"{NAME}.pruner", f"{NAME}.hub")
 MAY_USE_CLI = ("cli", "demo", "__main__")
 

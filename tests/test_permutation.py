@@ -7,7 +7,7 @@ from hf_blockprune.config import BlockPruneConfig
 from hf_blockprune.coupling import correct
 from hf_blockprune.errors import ConfigError
 from hf_blockprune.layer_statistics import LayerStatistics
-from hf_blockprune.permutation import apply_moves, block_saliency_kept, choose_moves
+from hf_blockprune.permutation import apply_moves, block_saliency_kept, packing_moves, sorting_moves
 from hf_blockprune.structure import find_transformer_layers
 from hf_blockprune.targets import find_targets
 
@@ -44,7 +44,7 @@ def test_logits_stay_and_weights_move(setting):
     before = {name: linear.weight.detach().clone() for name, linear in targets.items()}
     with torch.no_grad():
         dense = model(pixel_values=pixels).logits
-        moves = choose_moves(layers, targets, statistics)
+        moves = sorting_moves(layers, targets, statistics)
         apply_moves(moves, targets, statistics)
         torch.testing.assert_close(model(pixel_values=pixels).logits, dense, atol=1e-5, rtol=1e-5)
     assert not any(torch.equal(before[name], linear.weight) for name, linear in targets.items())
@@ -55,7 +55,7 @@ def test_logits_stay_and_weights_move(setting):
 def test_heads_move_whole_and_keep_their_features(setting):
     _, targets, statistics, layers = setting
     orders = {}
-    for move in choose_moves(layers, targets, statistics):
+    for move in sorting_moves(layers, targets, statistics):
         for name in move.producers:
             orders[name] = (move.order // 16).view(-1, 16) if len(move.order) == 48 else None
     for layer in layers:
@@ -70,7 +70,7 @@ def test_the_head_worth_most_comes_first(setting):
     layer = layers[0]
     for name in (layer.query, layer.key, layer.value):
         targets[name].weight.data[32:] *= 100  # the last of three heads
-    moves = choose_moves(layers, targets, statistics)
+    moves = sorting_moves(layers, targets, statistics)
     assert all((move.order[:16] >= 32).all() for move in moves if layer.query in move.producers)
     assert all((move.order[:16] >= 32).all() for move in moves if layer.value in move.producers)
 
@@ -85,7 +85,7 @@ def test_statistics_move_with_the_weights(setting):
         return float((s.output_weight * ((weight @ covariance) * weight).sum(1)).sum())
 
     before = {name: loss(name, linear, statistics[name]) for name, linear in targets.items()}
-    moved = apply_moves(choose_moves(layers, targets, statistics), targets, statistics)
+    moved = apply_moves(sorting_moves(layers, targets, statistics), targets, statistics)
     for name, linear in targets.items():
         assert loss(name, linear, moved[name]) == pytest.approx(before[name], rel=1e-6)
 
@@ -93,8 +93,25 @@ def test_statistics_move_with_the_weights(setting):
 def test_sorting_packs_saliency_into_blocks(setting):
     _, targets, statistics, layers = setting
     before = block_saliency_kept(targets, statistics, (8, 8), 0.5)
-    moved = apply_moves(choose_moves(layers, targets, statistics), targets, statistics)
+    moved = apply_moves(sorting_moves(layers, targets, statistics), targets, statistics)
     assert block_saliency_kept(targets, moved, (8, 8), 0.5) > before
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 4), (16, 1)])
+def test_packing_leaves_the_function_and_the_heads(setting, shape):
+    model, targets, statistics, layers = setting
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = block_saliency_kept(targets, statistics, shape, 0.5)
+    with torch.no_grad():
+        dense = model(pixel_values=pixels).logits
+        moves = packing_moves(layers, targets, statistics, shape)
+        moved = apply_moves(moves, targets, statistics)
+        torch.testing.assert_close(model(pixel_values=pixels).logits, dense, atol=1e-5, rtol=1e-5)
+    assert block_saliency_kept(targets, moved, shape, 0.5) > before
+    for move in moves:
+        assert sorted(move.order.tolist()) == list(range(len(move.order)))
+        if len(move.order) == 48:
+            assert (move.order // 16).tolist() == [i // 16 for i in range(48)]
 
 
 def test_nothing_removed_corrects_nothing(setting):

@@ -9,7 +9,7 @@ from transformers import Dinov2Config, Dinov2ForImageClassification, ViTModel
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, BudgetError
 from hf_blockprune.permutation import block_saliency_kept
-from hf_blockprune.residual import _group_sums, choose_order, pack, permute_statistics, permute_stream
+from hf_blockprune.residual import choose_order, permute_statistics, permute_stream
 from hf_blockprune.structure import find_residual_stream
 from hf_blockprune.targets import find_targets
 
@@ -17,10 +17,6 @@ from .conftest import TINY_MODELS, tiny_model, tiny_settings
 from .test_permutation import statistics_of
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def roots(order, profiles):
-    return sum(float(_group_sums(profile[order], size).double().sqrt().sum()) for profile, size in profiles)
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)
@@ -73,31 +69,6 @@ def test_statistics_are_those_of_the_permuted_model(family):
         now = moved[name].output_weight @ (linear.weight.detach().double() @ moved[name].covariance)
         before = whole[name][order] if name in stream.readers else whole[name]
         torch.testing.assert_close(now, before)
-
-
-def test_interleaved_kinds_of_features_are_parted():
-    """Six kinds of features, each of worth in lines of its own: groups of one kind are the best there is."""
-    kinds = torch.arange(48) % 6
-    profile = torch.eye(6)[kinds] * torch.rand(48, 1, generator=torch.Generator().manual_seed(0))
-    order = pack(torch.arange(48), [(profile, 8)])
-    assert sorted(order.tolist()) == list(range(48))
-    assert all(len(set(group.tolist())) == 1 for group in kinds[order].split(8))
-
-
-@pytest.mark.parametrize("sizes", [(8, 8), (7, 5), (1, 16), (48, 3), (64, 1)])
-def test_no_exchange_packs_better_than_the_result(sizes):
-    generator = torch.Generator().manual_seed(2)
-    profiles = [(torch.rand(48, 12, generator=generator) ** 6, size) for size in sizes]
-    start = torch.randperm(48, generator=generator)
-    order = pack(start, profiles, sweeps=50)
-    assert sorted(order.tolist()) == list(range(48))
-    best = roots(order, profiles)
-    assert best <= roots(start, profiles)
-    for i in range(48):
-        for j in range(i):
-            other = order.clone()
-            other[[i, j]] = order[[j, i]]
-            assert roots(other, profiles) > best - 1e-5 * best
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 4), (48, 1)])
