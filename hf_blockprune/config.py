@@ -167,7 +167,8 @@ class BlockPruneConfig:
             whole range from dense to empty, 0 leaves power out.
         targets: glob patterns of module names to prune; "*" is every Linear of the repeated layers.
         ignore: glob patterns of module names to leave dense.
-        min_kept_per_layer: share of its blocks that every target layer keeps, whatever its score.
+        min_kept_per_layer: share of its blocks that every target layer keeps, whatever its score,
+            but for blocks that nothing reads.
         calibration: see `CalibrationConfig`.
         recovery: see `RecoveryConfig`; nothing leaves the model as pruning left it.
         format_version: version of this schema.

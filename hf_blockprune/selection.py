@@ -30,8 +30,7 @@ from .true_loss import loss_factors, true_losses
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# How often blocks beside dead features are given up and what they cost is spent elsewhere.
-SETTLING_ROUNDS = 3
+SPENDING_ROUNDS = 8
 
 
 @dataclass
@@ -88,12 +87,16 @@ class Selection:
         with timed(self.seconds, "saliency"):
             traces = self._traces(self.statistics)
         with timed(self.seconds, "allocation"):
-            allocation = self._coupled(layers, traces)
+            allocation, coupled = self._coupled(layers, traces)
         for _ in range(self.config.true_loss_rounds if self.config.method == "obs" else 0):
             with timed(self.seconds, "true losses"):
                 self._measure(layers, allocation)
             with timed(self.seconds, "allocation"):
-                allocation = self._coupled(layers, traces)
+                allocation, coupled = self._coupled(layers, traces)
+        # Balanced rows cannot do without blocks that other rows have, used or not.
+        if layers and self.config.coupling_rounds and not self.config.balance:
+            with timed(self.seconds, "allocation"):
+                allocation = self._without_unused(layers, allocation, coupled)
         return allocation
 
     def _permute(self, layers: list[TransformerLayer]) -> None:
@@ -162,39 +165,63 @@ class Selection:
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ModelError(f"{name}: too little memory for even one block row at a time ({error})") from error
 
-    def _allocate(self, traces: dict[str, RemovalTrace]) -> Allocation:
+    def _allocate(self, traces: dict[str, RemovalTrace], budgets: list[CostBudget]) -> Allocation:
         factors = self.loss_factors
         return allocate(
             {name: replace(trace, loss=trace.loss * factors.get(name, 1.0)) for name, trace in traces.items()},
-            self.budgets,
+            budgets,
             power=block_power(self.targets, self.flops, self.config.block_shape),
             min_kept=self.config.min_kept_per_layer,
             power_weight=0.0 if self.config.method == "magnitude" else self.config.power_weight,
             balance=self.config.balance,
         )
 
-    def _coupled(self, layers: list[TransformerLayer], traces: dict[str, RemovalTrace]) -> Allocation:
-        """Allocate, then again with traces that know what the last allocation left of the neighbours."""
-        allocation = self._allocate(traces)
-        for _ in range(self.config.coupling_rounds if layers else 0):
-            before, allocation = allocation, self._corrected(layers, traces, allocation.masks)
-            if _equal(before.masks, allocation.masks):
-                break
-        # Balanced rows cannot do without blocks that others have, used or not.
-        settles = self.config.coupling_rounds and layers and not self.config.balance
-        for _ in range(SETTLING_ROUNDS if settles else 0):
-            used = drop_unused(layers, allocation.masks, self.targets, self.config.block_shape)
-            if _equal(used, allocation.masks):
-                break
-            allocation = self._corrected(layers, traces, used)
-        return allocation
+    def _coupled(
+        self, layers: list[TransformerLayer], traces: dict[str, RemovalTrace]
+    ) -> tuple[Allocation, dict[str, RemovalTrace]]:
+        """Allocate, then again with traces that know what the last allocation left of the neighbours.
 
-    def _corrected(
-        self, layers: list[TransformerLayer], traces: dict[str, RemovalTrace], masks: dict[str, Tensor]
+        Returns:
+            The allocation, and the traces that it was made from.
+        """
+        allocation = self._allocate(traces, self.budgets)
+        for _ in range(self.config.coupling_rounds if layers else 0):
+            corrected = correct(layers, self.targets, self.statistics, allocation.masks, self.config.block_shape)
+            traces = {**traces, **self._traces(corrected)}
+            before, allocation = allocation, self._allocate(traces, self.budgets)
+            if all(torch.equal(mask, before.masks[name]) for name, mask in allocation.masks.items()):
+                break
+        return allocation, traces
+
+    def _without_unused(
+        self, layers: list[TransformerLayer], allocation: Allocation, traces: dict[str, RemovalTrace]
     ) -> Allocation:
-        """Allocate as if the other Linears had these masks."""
-        corrected = correct(layers, self.targets, self.statistics, masks, self.config.block_shape)
-        return self._allocate({**traces, **self._traces(corrected)})
+        """Give up blocks that neighbours made useless, and spend what they cost on others.
+
+        More to spend keeps other features alive, so how much more is found by bisection.
+        """
+        best = self._used_part(layers, allocation)
+        spare = [b.blocks - b.needed - kept for b, kept in zip(self.budgets, best.kept_cost, strict=True)]
+        low, share, high = 0.0, 1.0, 1.0
+        for _ in range(SPENDING_ROUNDS):
+            loose = [
+                replace(b, ratio=min(1.0, b.ratio + share * more / (b.blocks + b.fixed)))
+                for b, more in zip(self.budgets, spare, strict=True)
+            ]
+            current = self._used_part(layers, self._allocate(traces, loose))
+            if all(k <= b.blocks - b.needed for b, k in zip(self.budgets, current.kept_cost, strict=True)):
+                low, best = share, max(best, current, key=lambda a: a.kept_cost[0])
+            else:
+                high = share
+            if low == high:
+                break
+            share = (low + high) / 2
+        return best
+
+    def _used_part(self, layers: list[TransformerLayer], allocation: Allocation) -> Allocation:
+        masks = drop_unused(layers, allocation.masks, self.targets, self.config.block_shape)
+        costs = tuple(sum(float(b.costs[name][mask].sum()) for name, mask in masks.items()) for b in self.budgets)
+        return replace(allocation, masks=masks, kept_cost=costs)
 
     def _measure(self, layers: list[TransformerLayer], allocation: Allocation) -> None:
         """Correct the factors of all Linears by the true losses of this allocation, group by group."""
@@ -216,10 +243,6 @@ class Selection:
         for group, factor in zip(groups, loss_factors(losses, predicted), strict=True):
             for name in group:
                 self.loss_factors[name] = self.loss_factors.get(name, 1.0) * factor
-
-
-def _equal(masks: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
-    return all(torch.equal(mask, others[name]) for name, mask in masks.items())
 
 
 def cost_budget(budget: Budget, targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]) -> CostBudget:

@@ -17,12 +17,15 @@ from hf_blockprune.checkpoint import inspect_checkpoint
 from hf_blockprune.coupling import drop_unused
 from hf_blockprune.cutting import cut_hidden_units
 from hf_blockprune.errors import BlockSparseFormatError
+from hf_blockprune.hardware.flops import count_flops
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.recovery import recover
+from hf_blockprune.selection import Selection
 from hf_blockprune.structure import find_transformer_layers
 from hf_blockprune.targets import find_targets
 
 from .conftest import tiny_model
+from .test_permutation import statistics_of
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SHAPES = [(8, 8), (16, 4), (4, 16), (48, 1), (12, 8), (40, 8)]
@@ -177,7 +180,30 @@ def test_unused_blocks_do_nothing_that_a_bias_cannot(shape, seed):
     before, after = sparsify(model, masks, shape), sparsify(folded, used, shape)
     torch.testing.assert_close(logits(after), logits(before), atol=1e-4, rtol=1e-4)
     again = drop_unused(layers, used, targets, shape)
-    assert all(torch.equal(again[name], used[name]) for name in (layer.fc2 for layer in layers))
+    assert all(torch.equal(again[name], mask) for name, mask in used.items())
+
+
+@pytest.mark.parametrize("ratio", [0.45, 0.6, 0.8])
+def test_no_chosen_block_is_unused_and_the_budget_is_spent(accelerator, ratio):
+    """Half of the units are worth little, so that their blocks go on one side at least."""
+    model = tiny_model()
+    targets, layers = parts(model, (8, 8))
+    statistics = statistics_of(targets)
+    for layer in layers:
+        targets[layer.fc2].weight.data[:, ::2] *= 0.05
+    config = BlockPruneConfig(
+        block_shape=(8, 8), budget={"metric": "flops", "ratio": ratio}, min_kept_per_layer=0, true_loss_rounds=0
+    )
+    flops = count_flops(type(model), model.config)
+    selection = Selection(model, targets, statistics, flops, config, accelerator)
+    allocation = selection.run()
+    used = drop_unused(layers, allocation.masks, targets, (8, 8))
+    assert all(torch.equal(used[name], mask) for name, mask in allocation.masks.items())
+    budget = selection.budgets[0]
+    spare = budget.blocks - budget.needed - allocation.kept_cost[0]
+    assert 0 <= spare < 0.02 * budget.blocks
+    kept = sum(float(budget.costs[name][mask].sum()) for name, mask in allocation.masks.items())
+    assert kept == pytest.approx(allocation.kept_cost[0])
 
 
 @pytest.mark.parametrize("method", ["magnitude", "obs"])
