@@ -185,7 +185,7 @@ class BlockPruneConfig:
     method: Literal["magnitude", "taylor", "obs"] = "obs"
     refit: bool | None = None
     permute: bool | None = None
-    coupling_rounds: int = 4
+    coupling_rounds: int = 2
     true_loss_rounds: int = 1
     token_weights: float = 0.95
     residual_targets: bool = True
