@@ -20,7 +20,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_blockprune.blocks import grid_shape
 from hf_blockprune.data import load_images
+from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_LABELS = 7
@@ -134,3 +136,19 @@ def _own_caches(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets-cache")
     yield
     datasets.config.HF_DATASETS_CACHE = saved
+
+
+def whole_masks(model, dense):
+    """Block masks of a pruned model in the dense one's shapes; its biases, left as they were, tell what was cut."""
+    masks = {}
+    for name, module in block_sparse_layers(model):
+        mask = torch.zeros(grid_shape(tuple(dense.get_submodule(name).weight.shape), module.block_shape)).bool()
+        stays = [torch.ones(size, dtype=torch.bool) for size in mask.shape]
+        for axis, side in enumerate(("fc1", "fc2")):
+            if name.endswith(side):
+                fc1 = name.replace("fc2", "fc1")
+                units = torch.isin(dense.get_submodule(fc1).bias, model.get_submodule(fc1).bias)
+                stays[axis] = units[:: module.block_shape[axis]]
+        mask[torch.outer(*stays)] = module.mask().flatten()
+        masks[name] = mask
+    return masks

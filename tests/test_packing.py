@@ -24,7 +24,7 @@ def test_interleaved_kinds_of_features_are_parted():
     """Six kinds of features, each of worth in lines of its own: groups of one kind are the best there is."""
     kinds = torch.arange(48) % 6
     saliency = torch.eye(6)[kinds] * torch.rand(48, 1, generator=torch.Generator().manual_seed(0))
-    order = pack(torch.arange(48), [Profile(saliency, 8)])
+    order = pack(torch.arange(48), [Profile(saliency, 8)], sweeps=8)
     assert sorted(order.tolist()) == list(range(48))
     assert all(len(set(group.tolist())) == 1 for group in kinds[order].split(8))
 

@@ -9,7 +9,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.checkpoint import inspect_checkpoint
-from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+
+from .conftest import whole_masks
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -60,9 +61,8 @@ def test_budget_and_file_size(pruned):
 def test_loaded_model_equals_the_masked_dense_one(pruned, model_path, photographs):
     loaded = AutoModelForImageClassification.from_pretrained(pruned)
     dense = AutoModelForImageClassification.from_pretrained(model_path)
-    for name, module in block_sparse_layers(loaded):
-        mask = module.mask().repeat_interleave(16, 0).repeat_interleave(16, 1)
-        dense.get_submodule(name).weight.data *= mask
+    for name, mask in whole_masks(loaded, dense).items():
+        dense.get_submodule(name).weight.data *= mask.repeat_interleave(16, 0).repeat_interleave(16, 1)
     processor = AutoImageProcessor.from_pretrained(pruned)
     pictures = [Image.open(path).convert("RGB") for path in sorted(photographs.glob("*.jpg"))[:4]]
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
