@@ -266,7 +266,15 @@ def test_an_interrupted_recovery_leaves_nothing(vit_folder, tmp_path):
     recipe.write_text(json.dumps(quick_config(epochs=100_000).to_dict()))
     command = [sys.executable, "-m", "hf_blockprune.cli", "prune", str(vit_folder), "--config", str(recipe)]
     command += ["--dataset", str(folder), "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=os.environ,
+        text=True,
+        # Whoever runs the tests in the background may have had it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     seen = ""
     deadline = time.monotonic() + 120

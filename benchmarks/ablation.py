@@ -1,0 +1,112 @@
+"""What each part of `obs` brings: one part switched off at a time, judged on calibration images that were not drawn.
+
+    python benchmarks/ablation.py --model MODEL --calibration IMAGES --output benchmarks/results/ablation-deit-tiny.json
+
+Divergence is KL(dense || pruned) of the predictions in nats, agreement the share of images on which both name the same
+class. Rows that the output file already holds are kept.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accuracy import load, save
+from torch import Tensor
+
+from hf_blockprune import BlockPruneConfig, BlockPruner
+from hf_blockprune.data import load_images, load_pixels
+from hf_blockprune.environment import environment
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"},
+    "magnitude + refit": {"method": "magnitude", "refit": True},
+    "taylor": {"method": "taylor"},
+    "taylor + refit": {"method": "taylor", "refit": True},
+    "obs": {},
+    "obs without permutations": {"permute": False},
+    "obs without coupling": {"coupling_rounds": 0},
+    "obs without true losses": {"true_loss_rounds": 0},
+    "obs without refit": {"refit": False},
+    "obs without residual-stream targets": {"residual_targets": False},
+    "obs without token weights": {"token_weights": 0.0},
+    "obs with ten times the damping": {"damping": 0.1},
+    "obs with a tenth of the damping": {"damping": 0.001},
+}
+IMAGES_AT_ONCE = 32
+
+
+def main() -> None:
+    """Measure every variant that is not in the output file yet."""
+    options = parse_options()
+    results = load(options.output)
+    accelerator = Accelerator()
+    dense = BlockPruner.from_pretrained(options.model, accelerator=accelerator)
+    images = load_images(options.calibration).sample(options.samples + options.judges, options.seed)
+    pixels, _ = load_pixels(images, dense.processor, accelerator=accelerator, model_config=dense.model.config)
+    pixels = pixels[options.samples :]
+    wanted = logits(dense, pixels)
+    for name, changes in VARIANTS.items():
+        point = {"variant": name, "block_shape": options.block_shape, "budget": f"flops={options.budget}"}
+        if any(point.items() <= row.items() for row in results["rows"]):
+            continue
+        config = BlockPruneConfig(
+            block_shape=tuple(int(size) for size in options.block_shape.split("x")),  # type: ignore[arg-type]
+            budget={"metric": "flops", "ratio": options.budget},  # type: ignore[arg-type]
+            calibration={"samples": options.samples, "seed": options.seed},  # type: ignore[arg-type]
+            **changes,
+        )
+        row = {**point, "changes": changes, **measure(options, config, accelerator, pixels, wanted)}
+        results["rows"].append(row)
+        results["environment"] = environment()
+        save(options.output, results)
+        print(f"{name}: divergence {row['divergence']:.4f}, agreement {row['agreement']:.3f}", flush=True)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="dense model: a Hub name or a folder")
+    parser.add_argument("--calibration", required=True, help="calibration images, more than are drawn")
+    parser.add_argument("--block-shape", default="16x16")
+    parser.add_argument("--budget", type=float, default=0.75, help="FLOPs kept")
+    parser.add_argument("--samples", type=int, default=512, help="images to calibrate on")
+    parser.add_argument("--judges", type=int, default=488, help="other images to judge on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write or go on with")
+    return parser.parse_args()
+
+
+def measure(
+    options: argparse.Namespace, config: BlockPruneConfig, accelerator: Accelerator, pixels: Tensor, wanted: Tensor
+) -> dict[str, Any]:
+    pruner = BlockPruner.from_pretrained(options.model, config, accelerator=accelerator)
+    start = time.perf_counter()
+    pruner.prune(options.calibration)
+    seconds = time.perf_counter() - start
+    have = logits(pruner, pixels)
+    each = F.kl_div(have.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    report = pruner.report()
+    return {
+        "divergence": float(each.mean()),
+        "standard_error": float(each.std() / len(each) ** 0.5),
+        "agreement": float((have.argmax(-1) == wanted.argmax(-1)).float().mean()),
+        "num_images": len(each),
+        "flops_ratio": report["flops_ratio"],
+        "seconds": {**report["seconds"], "all": round(seconds, 1)},
+    }
+
+
+@torch.no_grad()
+def logits(pruner: BlockPruner, pixels: Tensor) -> Tensor:
+    """Of all images, in double precision [images, classes]."""
+    device = pruner.accelerator.device
+    pruner.model.to(device).eval()
+    parts = [pruner.model(pixel_values=p.to(device).float()).logits.cpu() for p in pixels.split(IMAGES_AT_ONCE)]
+    return torch.cat(parts).double()
+
+
+if __name__ == "__main__":
+    main()
