@@ -42,6 +42,12 @@ class ImageSet:
     def streaming(self) -> bool:
         return not hasattr(self.dataset, "__len__")
 
+    @property
+    def public_name(self) -> str:
+        """The name without the folders of this machine, for reports that may be published."""
+        path = Path(self.name).expanduser()
+        return "/".join(path.resolve().parts[-2:]) if path.exists() else self.name
+
     def sample(self, samples: int, seed: int) -> "ImageSet":
         """At most `samples` images, drawn without replacement; of a stream, the first ones.
 

@@ -1,6 +1,6 @@
 """What calibration learns of a layer, for the modules that decide what goes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -64,3 +64,17 @@ class LayerStatistics:
     def variance(self) -> Tensor:
         """Of each input, float64 [in]; never negative."""
         return self.covariance.diagonal().clamp(min=0)
+
+    def permuted(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> "LayerStatistics":
+        """The statistics of the Linear whose feature i is this one's feature order[i], on either side.
+
+        Only what second-order pruning reads moves with it: the mean and the second moment of inputs, and the weight of
+        outputs.
+        """
+        moved = self
+        if inputs is not None:
+            mean, second_moment = self.need("mean")[inputs], self.need("second_moment")[inputs][:, inputs]
+            moved = replace(moved, mean=mean, second_moment=second_moment)
+        if outputs is not None:
+            moved = replace(moved, output_weight=self.need("output_weight")[outputs])
+        return moved

@@ -6,7 +6,7 @@ so that whole blocks of nearly useless units form at the end, which `coupling` c
 packed. `residual` does the same for the features between layers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -96,13 +96,11 @@ def apply_moves(
             linear.weight.copy_(linear.weight[order])
             if linear.bias is not None:
                 linear.bias.copy_(linear.bias[order])
-            moved[name] = replace(moved[name], output_weight=moved[name].need("output_weight")[order])
+            moved[name] = moved[name].permuted(outputs=order)
         if move.consumer is not None:
             linear, order = linears[move.consumer], move.order.to(linears[move.consumer].weight.device)
             linear.weight.copy_(linear.weight[:, order])
-            s = moved[move.consumer]
-            mean, second_moment = s.need("mean")[order], s.need("second_moment")[order][:, order]
-            moved[move.consumer] = replace(s, mean=mean, second_moment=second_moment)
+            moved[move.consumer] = moved[move.consumer].permuted(inputs=order)
     return moved
 
 

@@ -3,39 +3,27 @@
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers.utils import logging
 
 from . import checkpoint
-from .allocation import Allocation
-from .boundary import HELD_BACK_EVERY
-from .calibration import collect
 from .card import model_card
 from .config import BlockPruneConfig, RecoveryConfig
-from .cutting import cut_hidden_units
-from .data import ImageSet, load_images, load_pixels
-from .environment import environment
+from .data import load_images
 from .errors import ModelError
 from .evaluation import Evaluation, predict, summarise
-from .hardware.flops import count_flops
-from .hub.blockprune_quantizer import block_sparse_layers, sparsify
-from .layer_statistics import LayerStatistics
-from .layerwise import LayerRefit, refit_layers
+from .hub.blockprune_quantizer import block_sparse_layers
 from .loading import load_classifier
-from .progress import SELECTION, Progress, weights_fingerprint
+from .pruning import Pruning
 from .recovery import Recovery, recover
-from .report import PruneReport, add_cuts, add_refits, describe_masks
+from .report import PruneReport
 from .residual import permute_stream
-from .selection import Selection, timed
-from .structure import find_residual_stream, find_transformer_layers
-from .targets import find_targets
-from .version import __version__
+from .structure import find_residual_stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -149,130 +137,10 @@ class BlockPruner:
         """
         if next(block_sparse_layers(self.model), None):
             raise ModelError(f"{self.name} is block-sparse already; prune the dense model it was made from")
-        images, found = self._calibration_images(dataset, split)
-        # Without a refit the masks are the end of the run, and nothing would be resumed.
-        progress = self._progress(Path(work_dir), images) if work_dir is not None and self.config.refits else None
-        selected = self._restore_selection(progress) or self._select(images, found, progress)
-        if self.config.refits:
-            assert images is not None  # _calibration_images saw to it
-            with timed(selected.report["seconds"], "refit"):
-                add_refits(selected.report, self._refit(selected, images, progress))
-        layers = find_transformer_layers(self.model, find_targets(self.model, self.config))
-        model = sparsify(self.model, selected.masks, self.config.block_shape)
-        add_cuts(selected.report, cut_hidden_units(model, layers))
-        self._report = selected.report
-        return model
-
-    def _calibration_images(self, dataset: Any, split: str | None) -> tuple[ImageSet | None, int | None]:
-        """(the images that were drawn, how many there are), both None where the method needs none."""
-        if self.config.method == "magnitude" and not self.config.refits:
-            return None, None
-        if dataset is None:
-            what = "refit" if self.config.method == "magnitude" else f"method {self.config.method!r}"
-            raise ModelError(f"{what} needs calibration images; pass a data set to prune()")
-        found = load_images(dataset, split=split)
-        count = None if found.streaming else len(found.dataset)
-        return found.sample(self.config.calibration.samples, self.config.calibration.seed), count
-
-    def _progress(self, folder: Path, images: ImageSet | None) -> Progress:
-        job = {
-            "weights": weights_fingerprint(self.model),
-            "config": self.config.replace(recovery=None).to_dict(),
-            "images": None if images is None else _public_name(images.name),
-            "version": __version__,
-        }
-        return Progress(folder, job, self.accelerator)
-
-    def _restore_selection(self, progress: Progress | None) -> "_Selected | None":
-        """What an interrupted run chose; the model's hidden units change places as they had then."""
-        stored = progress.read(SELECTION) if progress is not None else None
-        if stored is None:
-            return None
-        tensors, report = stored
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "mask": {}, "token_weight": {}}
-        for key, tensor in tensors.items():
-            part, _, name = key.partition("/")
-            parts[part][name] = tensor
-        self.model.load_state_dict(parts["model"])
-        self.model.to(self.accelerator.device)
-        return _Selected(parts["mask"], parts["token_weight"], PruneReport(report))
-
-    def _select(self, images: ImageSet | None, found: int | None, progress: Progress | None) -> "_Selected":
-        """Choose the masks, permuting the model where the config says so."""
-        seconds: dict[str, float] = {}
-        targets = find_targets(self.model, self.config)
-        flops = count_flops(type(self.model), self.model.config)
-        statistics, calibration = {}, None
-        if images is not None:
-            with timed(seconds, "calibration"):
-                statistics, calibration = self._calibrate(images, found, targets)
-        pixels = self._judging_pixels(images)
-        selection = Selection(self.model, targets, statistics, flops, self.config, self.accelerator, pixels, seconds)
-        before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        try:
-            allocation = selection.run()
-        except BaseException:
-            self.model.load_state_dict(before)  # Its features may have changed places.
-            raise
-        share = self.config.token_weights
-        token_weights = {
-            name: share * s.token_weight + 1 - share
-            for name, s in selection.statistics.items()
-            if s.token_weight is not None
-        }
-        report = PruneReport(self._describe(selection, allocation, calibration))
-        if progress is not None:
-            parts = {"model": self.model.state_dict(), "mask": allocation.masks, "token_weight": token_weights}
-            tensors = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
-            progress.write(SELECTION, tensors, report)
-        return _Selected(allocation.masks, token_weights, report)
-
-    def _calibrate(
-        self, images: ImageSet, found: int | None, targets: dict[str, Any]
-    ) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
-        settings = self.config.calibration
-        statistics, corrupt = collect(
-            self.model,
-            images,
-            self.processor,
-            targets,
-            accelerator=self.accelerator,
-            batch_size=settings.batch_size,
-            gradients=self.config.method == "taylor",
-            fisher=self.config.method != "taylor",
-            block_shape=self.config.block_shape,
-            seed=settings.seed,
+        self._report = Pruning(self.model, self.processor, self.config, self.name, self.accelerator).run(
+            dataset, split, work_dir
         )
-        calibration = {
-            "dataset": _public_name(images.name),
-            "found_images": found,
-            "num_images": next(iter(statistics.values())).num_images,
-            "skipped": [Path(file).name for file in corrupt.files],
-            "fewer_tokens_than_inputs": _underdetermined(statistics, targets),
-        }
-        return statistics, calibration
-
-    def _judging_pixels(self, images: ImageSet | None) -> Tensor | None:
-        """Some held-back calibration images, to measure true losses on."""
-        if images is None or self.config.method != "obs" or not self.config.true_loss_rounds:
-            return None
-        few = images.every(HELD_BACK_EVERY, TRUE_LOSS_IMAGES)
-        pixels, _ = load_pixels(few, self.processor, accelerator=self.accelerator, model_config=self.model.config)
-        return pixels.to(self.accelerator.device)
-
-    def _refit(self, selected: "_Selected", images: ImageSet, progress: Progress | None) -> dict[str, LayerRefit]:
-        return refit_layers(
-            self.model,
-            selected.masks,
-            self.config.block_shape,
-            images,
-            self.processor,
-            accelerator=self.accelerator,
-            batch_size=self.config.calibration.batch_size,
-            token_weights=selected.token_weights,
-            residual_targets=self.config.residual_targets,
-            progress=progress,
-        )
+        return self.model
 
     def recover(
         self, dataset: Any, *, teacher: "str | Path | BlockPruner | None" = None, split: str | None = None
@@ -311,7 +179,7 @@ class BlockPruner:
             seed=seed,
         )
         if self._report is not None:
-            self._describe_recovery(result, settings, _public_name(images.name))
+            self._describe_recovery(result, settings, images.public_name)
         return self.model
 
     def _teacher(self, teacher: "str | Path | BlockPruner | None") -> "BlockPruner":
@@ -344,34 +212,6 @@ class BlockPruner:
         }
         report["evaluation"] = None
         report["seconds"] = {**report["seconds"], "recovery": round(sum(result.seconds.values()), 3)}
-
-    def _describe(
-        self,
-        selection: Selection,
-        allocation: Allocation,
-        calibration: dict[str, Any] | None,
-    ) -> dict[str, Any]:
-        layers = describe_masks(
-            selection.targets,
-            selection.flops,
-            allocation,
-            self.config.block_shape,
-            selection.loss_factors,
-            selection.trace_seconds,
-        )
-        return {
-            "base_model": self.name,
-            "model_class": type(self.model).__name__,
-            "config": self.config.to_dict(),
-            **layers,
-            "permutation": selection.permutation,
-            "power_weight": allocation.power_weight,
-            "calibration": calibration,
-            "recovery": None,
-            "evaluation": None,
-            "seconds": selection.seconds,
-            "environment": environment(),
-        }
 
     def report(self) -> PruneReport:
         """What was removed, layer by layer, with the settings, timings and accuracy so far.
@@ -413,7 +253,7 @@ class BlockPruner:
             baseline = predict(other.model, images, other.processor, **options)
         result = summarise(predict(self.model, images, self.processor, **options), baseline)
         if self._report is not None:
-            self._report["evaluation"] = {"dataset": _public_name(images.name), **result.to_dict()}
+            self._report["evaluation"] = {"dataset": images.public_name, **result.to_dict()}
         return result
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False, repo_id: str | None = None) -> None:
@@ -466,29 +306,3 @@ class BlockPruner:
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-
-
-@dataclass
-class _Selected:
-    """The chosen masks and the refit's token weights by module name, with the report so far."""
-
-    masks: dict[str, Tensor]
-    token_weights: dict[str, Tensor]
-    report: PruneReport
-
-
-def _underdetermined(statistics: dict[str, LayerStatistics], targets: dict[str, Any]) -> list[str]:
-    """Names of the layers with fewer tokens than inputs, which only damping makes solvable; says so."""
-    few = [name for name, s in statistics.items() if s.num_tokens < targets[name].in_features]
-    if few:
-        logger.warning(
-            f"{len(few)} layers saw fewer tokens than they have inputs (first: {few[0]}): their scores and refit lean "
-            "on damping. Use more calibration images."
-        )
-    return few
-
-
-def _public_name(name: str) -> str:
-    """A data set's name without the folders of this machine."""
-    path = Path(name).expanduser()
-    return "/".join(path.resolve().parts[-2:]) if path.exists() else name

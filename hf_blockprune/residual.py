@@ -1,7 +1,5 @@
 """The residual stream's features change places, in all layers at once, so that those that matter alike share blocks."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -52,12 +50,9 @@ def permute_statistics(
     stream: ResidualStream, statistics: dict[str, LayerStatistics], order: Tensor
 ) -> dict[str, LayerStatistics]:
     """The statistics that the permuted model would have."""
-    moved = dict(statistics)
-    for name in set(statistics).intersection(stream.readers):
-        s = statistics[name]
-        mean, second_moment = s.need("mean")[order], s.need("second_moment")[order][:, order]
-        moved[name] = replace(s, mean=mean, second_moment=second_moment)
-    for name in set(statistics).intersection(stream.writers):
-        s = statistics[name]
-        moved[name] = replace(s, output_weight=s.need("output_weight")[order])
-    return moved
+    return {
+        name: s.permuted(
+            inputs=order if name in stream.readers else None, outputs=order if name in stream.writers else None
+        )
+        for name, s in statistics.items()
+    }
