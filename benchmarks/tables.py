@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the result files: `python benchmarks/tables.py`, `--check` to compare only."""
+"""Write the tables of README.md and docs/method.md from the result files; `--check` only compares."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results"
 
 
 def accuracy_table(results: dict[str, Any]) -> str:
@@ -45,26 +44,69 @@ def recovered(row: dict[str, Any]) -> str:
     return f"{after['top1']:.1%}, {100 * after['delta']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-TABLES = {"accuracy": ("accuracy-deit-tiny.json", accuracy_table)}
+def ablation_table(results: dict[str, Any]) -> str:
+    """What the predictions lose with each part switched off."""
+    first = results["rows"][0]
+    lines = [
+        f"DeiT-Ti, {first['block_shape']} blocks, {float(first['budget'].partition('=')[2]):.0%} of the FLOPs, 512 "
+        f"calibration images, no recovery; judged on {first['num_images']} calibration images that were not drawn.",
+        "",
+        "| variant | KL(dense \\|\\| pruned), nats | same class as the dense model | seconds |",
+        "|---|---|---|---|",
+    ]
+    for row in sorted(results["rows"], key=lambda row: -row["divergence"]):
+        lines.append(
+            f"| {row['variant']} | {row['divergence']:.3f} ± {row['standard_error']:.3f} | {row['agreement']:.1%} | "
+            f"{row['seconds']['all']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def scale_table(results: dict[str, Any]) -> str:
+    """Time and memory of larger models."""
+    stages = list(dict.fromkeys(stage for row in results["rows"] for stage in row["seconds"]))
+    lines = [
+        f"| model | images | {' | '.join(stages)} | all | peak memory |",
+        "|---|---|" + "---|" * (len(stages) + 2),
+    ]
+    for row in results["rows"]:
+        parts = " | ".join(f"{row['seconds'].get(stage, 0):.0f} s" for stage in stages)
+        lines.append(
+            f"| {row['arch']}, {row['block_shape']} | {row['images']} | {parts} | {row['all_seconds'] / 60:.1f} min | "
+            f"{row['peak_memory_bytes'] / 1e9:.1f} GB |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "accuracy": accuracy_table,
+    "ablation": ablation_table,
+    "scale": scale_table,
+}
+PAGES = (ROOT / "README.md", ROOT / "docs/method.md")
 
 
 def fill(text: str) -> str:
-    """Replace what stands between `<!-- name: ... -->` and `<!-- /name -->`."""
-    for name, (file, table) in TABLES.items():
-        content = table(json.loads((RESULTS / file).read_text(encoding="utf-8")))
-        pattern = re.compile(rf"(<!-- {name}: [^>]* -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
-    return text
+    """Replace what stands between `<!-- name: path of a result file -->` and `<!-- /name -->`."""
+
+    def table(match: re.Match[str]) -> str:
+        results = json.loads((ROOT / match["file"]).read_text(encoding="utf-8"))
+        return f"{match['start']}{TABLES[match['name']](results)}\n{match['end']}"
+
+    pattern = r"(?P<start><!-- (?P<name>\w+): (?P<file>\S+) -->\n).*?(?P<end><!-- /(?P=name) -->)"
+    return re.sub(pattern, table, text, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Rewrite the README, or fail where it is out of date."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    filled = fill(text)
-    if "--check" in sys.argv:
-        sys.exit(0 if filled == text else "README.md is out of date; run python benchmarks/tables.py")
-    readme.write_text(filled, encoding="utf-8")
+    """Rewrite the pages, or fail where one is out of date."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        filled = fill(text)
+        if filled == text:
+            continue
+        if "--check" in sys.argv:
+            sys.exit(f"{page.name} is out of date; run python benchmarks/tables.py")
+        page.write_text(filled, encoding="utf-8")
 
 
 if __name__ == "__main__":

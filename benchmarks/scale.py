@@ -1,0 +1,108 @@
+"""What `obs` takes on a larger model: its own pipeline on one, two and three layers of it, extrapolated to all.
+
+    python benchmarks/scale.py --model MODEL --calibration IMAGES --output benchmarks/results/scale-cpu.json
+
+Layers have random weights and the full width; the work hardly depends on their values. Every stage takes a constant and
+so much for each layer, but for true losses, which run the whole model for each pair of Linears and so grow with the
+square as well. `benchmarks/accuracy.py` measures the whole of DeiT-Ti, which tells how well this extrapolates.
+"""
+
+import argparse
+import multiprocessing
+import resource
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accuracy import load, save
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from hf_blockprune import BlockPruneConfig, BlockPruner
+from hf_blockprune.environment import environment
+
+WIDTHS = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}
+MEASURED_LAYERS = (1, 2, 3)
+LAYERS = 12
+
+
+def main() -> None:
+    """Measure the architectures that are not in the output file yet."""
+    options = parse_options()
+    results = load(options.output)
+    for arch in options.archs:
+        point = {"arch": arch, "block_shape": options.block_shape, "images": options.samples}
+        if any(point.items() <= row.items() for row in results["rows"]):
+            continue
+        measured = [measure(options, arch, layers) for layers in MEASURED_LAYERS]
+        row = {**point, "measured": measured, **extrapolate(measured)}
+        results["rows"].append(row)
+        results["environment"] = environment()
+        save(options.output, results)
+        print(f"{arch}: {row['all_seconds']:.0f} s, {row['peak_memory_bytes'] / 1e9:.1f} GB", flush=True)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a ViT or DeiT, for its config and image processor")
+    parser.add_argument("--calibration", required=True, help="calibration images")
+    parser.add_argument("--archs", nargs="+", choices=WIDTHS, default=["deit-tiny", "deit-base"])
+    parser.add_argument("--block-shape", default="16x16")
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write or go on with")
+    return parser.parse_args()
+
+
+def measure(options: argparse.Namespace, arch: str, layers: int) -> dict[str, Any]:
+    """Prune so many layers of an architecture, in a process of its own for its peak memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(prune, options, arch, layers).result()
+
+
+def prune(options: argparse.Namespace, arch: str, layers: int) -> dict[str, Any]:
+    width, heads = WIDTHS[arch]
+    config = AutoConfig.from_pretrained(
+        options.model,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+    )
+    model = AutoModelForImageClassification.from_config(config).eval()
+    rows, cols = (int(size) for size in options.block_shape.split("x"))
+    settings = BlockPruneConfig.from_dict(
+        {
+            "block_shape": [rows, cols],
+            "budget": {"metric": "sparsity", "ratio": 0.7},
+            "calibration": {"samples": options.samples},
+        }
+    )
+    pruner = BlockPruner(model, AutoImageProcessor.from_pretrained(options.model), settings, name=arch)
+    pruner.prune(options.calibration)
+    return {
+        "layers": layers,
+        "seconds": pruner.report()["seconds"],
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def extrapolate(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Least squares through what was measured, at all layers."""
+    layers = [row["layers"] for row in measured]
+    seconds = {}
+    for stage in measured[0]["seconds"]:
+        powers = (1, 2) if stage == "true losses" else (0, 1)
+        seconds[stage] = round(fit(layers, [row["seconds"][stage] for row in measured], powers), 1)
+    memory = fit(layers, [row["peak_memory_bytes"] for row in measured], (0, 1))
+    return {"seconds": seconds, "all_seconds": round(sum(seconds.values()), 1), "peak_memory_bytes": round(memory)}
+
+
+def fit(layers: list[int], values: list[float], powers: tuple[int, int]) -> float:
+    """The value at `LAYERS` of the sum of two powers that fits best."""
+    terms = np.array([[float(n) ** power for power in powers] for n in layers])
+    weights = np.linalg.lstsq(terms, np.array(values), rcond=None)[0]
+    return float(weights @ [float(LAYERS) ** power for power in powers])
+
+
+if __name__ == "__main__":
+    main()
