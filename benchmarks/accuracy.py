@@ -21,7 +21,7 @@ from typing import Any
 
 from hf_blockprune.environment import environment
 
-KEYS = ("method", "block_shape", "budget", "seed")
+KEYS = ("method", "block_shape", "budget", "seed", "samples")
 
 
 def main() -> None:
@@ -29,7 +29,9 @@ def main() -> None:
     options = parse_options()
     results = load(options.output)
     for method, shape, budget in product(options.methods, options.block_shapes, options.budgets):
-        point = {"method": method, "block_shape": shape, "budget": f"flops={budget}", "seed": options.seed}
+        point: dict[str, Any] = dict(
+            zip(KEYS, (method, shape, f"flops={budget}", options.seed, options.samples), strict=True)
+        )
         same = [row for row in results["rows"] if all(row[key] == point[key] for key in KEYS)]
         if any(row.get("recovered") or not options.recover for row in same):
             continue
@@ -74,10 +76,10 @@ def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
     """Prune and evaluate in a new process; its time and peak memory are those of the whole command."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["prune", options.model, "--dataset", options.calibration, "--evaluate-on", options.evaluation]
-        for name in ("method", "block_shape", "budget", "seed"):
+        for name in KEYS:
             arguments += [f"--{name.replace('_', '-')}", str(point[name])]
         arguments += ["--recover"] * options.recover
-        arguments += ["--samples", str(options.samples), "--quiet", "--json", "--output", "OUT"]
+        arguments += ["--quiet", "--json", "--output", "OUT"]
         log = Path(folder) / "report.json"
         start = time.perf_counter()
         with log.open("w") as out:
@@ -102,7 +104,9 @@ def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
         },
         **{key: report[key] for key in ("flops_ratio", "linear_flops_ratio", "density", "size_bytes", "seconds")},
         "wall_seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_memory_bytes": usage.ru_maxrss * 1024,
+        "cpu": environment()["cpu"],
         "command": command,
     }
 
