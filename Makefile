@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-wheel lint clean
 
-$(VENV)/.installed: pyproject.toml scripts/setup.sh
+$(VENV)/.installed: pyproject.toml setup.py scripts/setup.sh $(wildcard hf_blockprune/_cpu/*.cpp hf_blockprune/_cpu/*.h)
 	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
 	touch $@
 
@@ -14,6 +14,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Builds a wheel, installs it in an empty environment, and runs the kernels' tests against it.
+test-wheel:
+	PYTHON="$(PYTHON)" sh scripts/test-wheel.sh
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,98 @@ def scale_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def machine(results: dict[str, Any]) -> str:
+    """The processor and what ran on it."""
+    e = results["environment"]
+    return f"{e['cpu']} ({e['cpu_capability']}), {e['threads']} threads, torch {e['versions']['torch']}"
+
+
+def shape_text(shape: list[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def kernels_table(results: dict[str, Any]) -> str:
+    """How many times faster than a dense Linear, over the Linears of each architecture."""
+    rows = [row for row in results["kernels"] if row["dtype"] == "float32"]
+    sparsities = sorted({row["sparsity"] for row in rows})
+    lines = [
+        "Times as fast as `F.linear`, float32: the mean (lowest to highest) over q, fc1 and fc2 with 197 and 1576 "
+        f"tokens. {machine(results)}.",
+        "",
+        f"| model | blocks | {' | '.join(f'{s:.0%} removed' for s in sparsities)} |",
+        "|---|---|" + "---|" * len(sparsities),
+    ]
+    for arch, shape in dict.fromkeys((row["arch"], shape_text(row["block_shape"])) for row in rows):
+        cells = []
+        for sparsity in sparsities:
+            ratios = [
+                row["ratio_to_dense"]
+                for row in rows
+                if (row["arch"], shape_text(row["block_shape"]), row["sparsity"]) == (arch, shape, sparsity)
+            ]
+            cells.append(f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        lines.append(f"| {arch} | {shape} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cases_table(results: dict[str, Any]) -> str:
+    """Every case of the widest architecture, torch's own BSR beside."""
+    lines = [
+        f"Times as fast as `F.linear` with quartiles over rounds. {machine(results)}.",
+        "",
+        "| dtype | tokens | out x in | blocks | removed | dense | ratio | torch BSR |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["kernels"]:
+        if row["arch"] != "deit-base":
+            continue
+        low, high = row["ratio_spread"]
+        bsr = row.get("torch_bsr_ratio_to_dense")
+        lines.append(
+            f"| {row['dtype']} | {row['m']} | {row['n']}x{row['k']} | {shape_text(row['block_shape'])} | "
+            f"{row['sparsity']:.0%} | {row['dense_ms']:.2f} ms | {row['ratio_to_dense']:.2f} ({low:.2f} to "
+            f"{high:.2f}) | {'-' if bsr is None else f'{bsr:.2f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def end_to_end_table(results: dict[str, Any]) -> str:
+    """Whole models."""
+    others = {
+        "onnxruntime_ms": "dense in onnxruntime",
+        "openvino_ms": "in OpenVINO",
+        "torch_bsr_ms": "pruned, torch BSR",
+    }
+    lines = [
+        f"Milliseconds a batch, ratios with quartiles. {machine(results)}.",
+        "",
+        "| model | batch | blocks | removed | dense | pruned | ratio | ratio, both compiled | "
+        f"{' | '.join(others.values())} |",
+        "|---|---|---|---|---|---|---|---|" + "---|" * len(others),
+    ]
+    for row in results["end_to_end"]:
+        more = " | ".join(f"{row[key]:.0f}" if key in row else "-" for key in others)
+        lines.append(
+            f"| {row['arch']} | {row['batch']} | {shape_text(row['block_shape'])} | {row['sparsity']:.0%} | "
+            f"{row['dense_ms']:.1f} | {row['sparse_ms']:.1f} | {ratio_text(row, 'ratio_to_dense', 'ratio_spread')} | "
+            f"{ratio_text(row, 'ratio_to_compiled', 'ratio_to_compiled_spread')} | {more} |"
+        )
+    return "\n".join(lines)
+
+
+def ratio_text(row: dict[str, Any], key: str, spread: str) -> str:
+    return f"{row[key]:.2f} ({row[spread][0]:.2f} to {row[spread][1]:.2f})" if key in row else "-"
+
+
 TABLES = {
     "accuracy": accuracy_table,
     "ablation": ablation_table,
     "scale": scale_table,
+    "kernels": kernels_table,
+    "cases": cases_table,
+    "end_to_end": end_to_end_table,
 }
-PAGES = (ROOT / "README.md", ROOT / "docs/method.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/method.md", ROOT / "docs/kernels.md")
 
 
 def fill(text: str) -> str:

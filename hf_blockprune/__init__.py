@@ -1,8 +1,9 @@
 """Block-structured pruning of vision transformers, with checkpoints that load with `from_pretrained`.
 
-Importing the package registers the "blockprune" format with transformers.
+Importing the package registers the "blockprune" format with transformers, and its kernels with the op.
 """
 
+from ._cpu.backend import register as _register_cpu_kernels
 from .config import BlockPruneConfig, Budget, CalibrationConfig, RecoveryConfig
 from .errors import (
     BlockPruneError,
@@ -18,6 +19,8 @@ from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_quantizer import BlockPruneQuantizationConfig, sparsify
 from .pruner import BlockPruner
 from .version import __version__
+
+_register_cpu_kernels()
 
 __all__ = [
     "BlockPruneConfig",

@@ -22,6 +22,7 @@ from .hardware.flops import count_flops
 from .hub import modeling_blockprune
 from .hub.blockprune_cost import linear_flops
 from .hub.blockprune_layout import PackedWeight, block_mask, check_indices, check_shapes, grid_shape
+from .hub.blockprune_ops import choose_backend
 from .hub.blockprune_quantizer import QUANT_METHOD, TENSOR_NAMES, BlockPruneQuantizationConfig, find_linear
 from .loading import HUB_OPTIONS
 
@@ -30,6 +31,7 @@ RECIPE_FILE = "blockprune_config.json"
 REPORT_FILE = "blockprune_report.json"
 # Bytes of an element by safetensors' name of its dtype; any other counts as one byte.
 ELEMENT_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 HUB_CODE = Path(modeling_blockprune.__file__).parent
 
 
@@ -161,7 +163,8 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
     Returns:
         JSON-ready values: `flops_ratio` (whole model), `linear_flops_ratio` (pruned layers alone), `density`,
         `size_bytes` and `dense_size_bytes` (weights on disk, and what they would be dense), and `layers`, a list of
-        {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes}.
+        {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes, cpu_backend}, the
+        last being what would multiply with it on this machine's CPU ("dense" where kernels would not pay).
 
     Raises:
         CheckpointError: the folder is no block-sparse checkpoint, or is damaged.
@@ -215,6 +218,7 @@ class _Tensors:
     def __init__(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.size_bytes: dict[str, int] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self.indices: dict[str, Tensor] = {}
 
 
@@ -227,10 +231,8 @@ def _read_headers(files: list[Path], config: BlockPruneQuantizationConfig) -> _T
                 for key in file.keys():  # noqa: SIM118 (a file handle, not a dict)
                     entry = file.get_slice(key)
                     found.shapes[key] = tuple(entry.get_shape())
-                    count = 1
-                    for size in found.shapes[key]:
-                        count *= size
-                    found.size_bytes[key] = count * ELEMENT_BYTES.get(entry.get_dtype(), 1)
+                    found.size_bytes[key] = math.prod(found.shapes[key]) * ELEMENT_BYTES.get(entry.get_dtype(), 1)
+                    found.dtypes[key] = DTYPES.get(entry.get_dtype(), torch.float32)
                     if key in wanted:
                         found.indices[key] = file.get_tensor(key)
         except (SafetensorError, OSError) as error:
@@ -277,9 +279,18 @@ def _inspect_layer(
         "density": nnz_blocks / blocks,
         "size_bytes": sum(tensors.size_bytes[key] for key in keys.values()),
         "dense_size_bytes": dense[0] * dense[1] * _element_bytes(tensors, keys["weight"], config),
+        "cpu_backend": _cpu_backend(tensors.dtypes[keys["weight"]], shape, block_shape, crow, col),
     }
     empty = linear.weight.new_empty(nnz_blocks, 0, 0, device="cpu")
     return layer, block_mask(PackedWeight(empty, crow, col), block_cols)
+
+
+def _cpu_backend(
+    dtype: torch.dtype, shape: tuple[int, int], block_shape: tuple[int, int], crow: Tensor, col: Tensor
+) -> str:
+    """Name of the backend that would multiply with a layer on this machine's CPU."""
+    zero = torch.zeros((), dtype=dtype)  # which blocks there are decides, not what is in them
+    return choose_backend(zero.expand(1, shape[1]), zero.expand(len(col), *block_shape), crow, col, shape[0])
 
 
 def _element_bytes(tensors: _Tensors, key: str, config: BlockPruneQuantizationConfig) -> int:

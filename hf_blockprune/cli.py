@@ -242,6 +242,21 @@ def inspect(
 
 @app.command()
 @one_line_errors
+def env(json_: Json = False, quiet: Quiet = False) -> None:
+    """Show the machine, the versions, and what multiplies with block-sparse weights here."""
+    set_quiet(quiet)
+    from .environment import backends, environment
+
+    values = {**environment(), "backends": backends()}
+    table = Table(show_header=False)
+    for name, value in values.items():
+        for key, part in value.items() if isinstance(value, dict) else [("", value)]:
+            table.add_row(f"{name} {key}".strip(), "-" if part is None else str(part))
+    emit(values, table, as_json=json_)
+
+
+@app.command()
+@one_line_errors
 def demo(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the models here.")] = None,
     budget: BudgetOption = None,
@@ -280,11 +295,17 @@ def inspect_table(values: dict[str, Any]) -> Table:
     table.add_column("kept blocks", justify="right")
     table.add_column("density", justify="right", footer=f"{values['density']:.2%}")
     table.add_column("bytes", justify="right", footer=f"{values['size_bytes']:,}")
+    table.add_column("CPU", no_wrap=True)
     table.caption = f"weights on disk: {bytes_text(values)}"
     for layer in values["layers"]:
         kept = f"{layer['kept_blocks']}/{layer['blocks']}"
         table.add_row(
-            layer["module"], shape_text(layer["shape"]), kept, f"{layer['density']:.2%}", f"{layer['size_bytes']:,}"
+            layer["module"],
+            shape_text(layer["shape"]),
+            kept,
+            f"{layer['density']:.2%}",
+            f"{layer['size_bytes']:,}",
+            layer["cpu_backend"],
         )
     return table
 

@@ -30,6 +30,27 @@ def environment() -> dict[str, Any]:
     }
 
 
+def backends() -> dict[str, Any]:
+    """What can multiply with block-sparse weights here, as JSON-ready values.
+
+    Returns:
+        `registered` (names, most preferred first), `cpu` (which compiled kernels run, or why there are none) and
+        `cpu_break_even` (by dtype, the share of multiplications left up to which they are preferred to `dense`).
+    """
+    from ._cpu.backend import BREAK_EVEN
+    from ._cpu.library import find_library
+    from .hub.blockprune_ops import available_backends
+
+    library, description = find_library()
+    return {
+        "registered": ", ".join(available_backends()),
+        "cpu": description,
+        "cpu_break_even": None
+        if library is None
+        else {str(k).removeprefix("torch."): v for k, v in BREAK_EVEN.items()},
+    }
+
+
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:

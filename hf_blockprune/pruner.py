@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
-TRUE_LOSS_IMAGES = 64
 
 
 class BlockPruner:

@@ -27,6 +27,7 @@ from .boundary import at_boundary, held_back, layer_list
 from .config import RecoveryConfig
 from .data import ImageSet, load_pixels
 from .errors import ModelError
+from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_layout import pack
 from .hub.blockprune_quantizer import block_sparse_layers
 from .selection import timed
@@ -126,6 +127,7 @@ class _Scaled(nn.Module):
 def _dense_copy(model: nn.Module) -> nn.Module:
     """The model in single precision, with removed blocks as zeros that get no gradient, and factors that learn."""
     student = nn.Module.float(copy.deepcopy(model))  # transformers refuses to cast what it takes for quantised
+    unfuse(student)
     for name, module in list(block_sparse_layers(student)):
         linear = module.to_dense()
         removed = ~expand_mask(module.mask(), tuple(linear.weight.shape), module.block_shape)

@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from hf_blockprune._cpu.library import find_library
 from hf_blockprune.cli import app
+from hf_blockprune.hub.blockprune_ops import available_backends
 
 from .conftest import write_images
 
@@ -58,6 +61,26 @@ def test_inspect_table_shows_every_layer(pruned):
     shown = run("inspect", pruned).stdout
     for layer in json.loads(run("inspect", pruned, "--json").stdout)["layers"]:
         assert layer["module"] in shown
+
+
+def test_inspect_says_what_multiplies_with_each_layer(pruned):
+    layers = json.loads(run("inspect", pruned, "--json").stdout)["layers"]
+    backends = {layer["cpu_backend"] for layer in layers}
+    assert backends <= {"cpu", "dense"}
+    if find_library()[0] is None:
+        assert backends == {"dense"}
+    else:  # half of the blocks are left
+        assert "cpu" in backends
+
+
+def test_env_names_machine_versions_and_backends():
+    values = json.loads(run("env", "--json").stdout)
+    assert values["versions"]["torch"] == torch.__version__
+    assert values["backends"]["registered"].split(", ") == available_backends()
+    assert values["backends"]["cpu"] == find_library()[1]
+    shown = run("env").stdout
+    assert values["cpu"] in shown
+    assert "backends cpu" in shown
 
 
 def test_evaluate_json_with_and_without_baseline(pruned, vit_folder, images):
@@ -142,5 +165,5 @@ def test_corrupt_images_past_one_percent(vit_folder, tmp_path):
 def test_installed_command_shows_help():
     done = subprocess.run([sys.executable, "-m", "hf_blockprune.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for command in ("prune", "evaluate", "inspect", "demo"):
+    for command in ("prune", "evaluate", "inspect", "env", "demo"):
         assert command in done.stdout

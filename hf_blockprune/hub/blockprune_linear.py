@@ -13,7 +13,58 @@ from .blockprune_layout import (
     pack,
     unpack,
 )
-from .blockprune_ops import block_sparse_linear
+from .blockprune_ops import LayerArguments, block_sparse_linear, block_sparse_linears
+
+
+def feature_major(weight: Tensor) -> Tensor:
+    """The same blocks [nnz_blocks, rows, cols], laid out in memory as [nnz_blocks, cols, rows].
+
+    Kernels for CPUs read one input feature's weights to all of a block's outputs at once.
+    """
+    return weight.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def is_feature_major(weight: Tensor) -> bool:
+    """Whether `feature_major` would change nothing."""
+    return weight.transpose(1, 2).is_contiguous()
+
+
+class SharedInput:
+    """Layers that read the same tensor: whichever is called first computes all of them, the others take their outputs.
+
+    Only in eager inference: a compiled graph keeps nothing from call to call, and training needs each layer's gradient.
+
+    Args:
+        layers: block-sparse layers of one block shape and as many inputs.
+    """
+
+    def __init__(self, layers: "list[BlockSparseLinear]") -> None:
+        self._layers = list(layers)
+        self._last: tuple[Tensor, int, list[Tensor | None]] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and files hold the layers, not what was computed."""
+        return {"_layers": self._layers, "_last": None}
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether outputs may be kept for the other layers."""
+        return not (
+            torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        )
+
+    def output(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor:
+        """The output of one of the layers."""
+        place = next(i for i, other in enumerate(self._layers) if other is layer)
+        last, version = self._last, 0 if x.is_inference() else x._version
+        # Each output is given once, and only for the very tensor that it was computed from.
+        if last is None or last[0] is not x or last[1] != version or last[2][place] is None:
+            outputs = block_sparse_linears(x, [other.arguments() for other in self._layers])
+            last = self._last = (x, version, [*outputs])
+        y, last[2][place] = last[2][place], None
+        if all(other is None for other in last[2]):
+            self._last = None
+        assert y is not None
+        return y
 
 
 def _check_loaded(module: nn.Module, _incompatible_keys: object) -> None:
@@ -33,6 +84,8 @@ class BlockSparseLinear(nn.Module):
 
     Attributes:
         dense_shape: (out_features, in_features) of the dense Linear that this was cut from, None for one not cut.
+        activation: what is applied to the outputs, a name that the op knows; "none" but in fused MLPs.
+        shared_input: the layers that read the same tensor as this one and are computed with it, None for one by itself.
 
     The pattern starts out invalid; fill the module with `from_dense`, or with `load_state_dict`, which checks what it
     loads and raises `BlockSparseFormatError` where the indices break the format's rules.
@@ -59,11 +112,14 @@ class BlockSparseLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.dense_shape: tuple[int, int] | None = None
+        self.activation = "none"
+        self.shared_input: SharedInput | None = None
         self.block_shape = (int(block_shape[0]), int(block_shape[1]))
         self.grid_shape = grid_shape(out_features, in_features, self.block_shape)
         if not 0 <= nnz_blocks <= self.grid_shape[0] * self.grid_shape[1]:
             raise BlockSparseFormatError(f"nnz_blocks: {nnz_blocks} is not between 0 and the {self.grid_shape} grid")
-        self.weight = nn.Parameter(torch.zeros(nnz_blocks, *self.block_shape, device=device, dtype=dtype))
+        rows, cols = self.block_shape
+        self.weight = nn.Parameter(torch.zeros(nnz_blocks, cols, rows, device=device, dtype=dtype).transpose(1, 2))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         crow = torch.zeros(self.grid_shape[0] + 1, dtype=torch.int32, device=device)
         self.register_buffer("crow_indices", crow)
@@ -85,7 +141,7 @@ class BlockSparseLinear(nn.Module):
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
-        module.weight.data = packed.weight
+        module.weight.data = feature_major(packed.weight)
         if linear.bias is not None and module.bias is not None:
             module.bias.data = linear.bias.detach().clone()
         module.crow_indices, module.col_indices = packed.crow_indices, packed.col_indices
@@ -105,12 +161,17 @@ class BlockSparseLinear(nn.Module):
     def _packed(self) -> PackedWeight:
         return PackedWeight(self.weight.detach(), self.crow_indices, self.col_indices)
 
+    def arrange(self) -> None:
+        """Lay the kept blocks out in memory as kernels read them; their values and shape stay."""
+        if not self.weight.is_meta and not is_feature_major(self.weight):
+            self.weight.data = feature_major(self.weight.detach())
+
     def mask(self) -> Tensor:
         """Bool [block_rows, block_cols], True where a block is kept."""
         return block_mask(self._packed(), self.grid_shape[1])
 
     def to_dense(self, shape: tuple[int, int] | None = None) -> nn.Linear:
-        """A Linear with the same output: zeros where blocks were removed.
+        """A Linear with the same output but for the activation: zeros where blocks were removed.
 
         Args:
             shape: (out_features, in_features) to fill up to with zeros, at the end of each.
@@ -153,6 +214,7 @@ class BlockSparseLinear(nn.Module):
         dense.out_features, dense.in_features = dense.weight.shape
         small = type(self).from_dense(dense, mask[rows][:, cols], self.block_shape)
         small.dense_shape = self.dense_shape or (self.out_features, self.in_features)
+        small.activation = self.activation
         return small
 
     def check(self, name: str = "BlockSparseLinear") -> None:
@@ -164,12 +226,27 @@ class BlockSparseLinear(nn.Module):
         """x [..., in_features] -> [..., out_features]."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs with {self.in_features} features, got {tuple(x.shape)}")
+        if self.shared_input is not None and self.shared_input.serves(x):
+            return self.shared_input.output(self, x)
         return block_sparse_linear(
-            x, self.weight, self.crow_indices, self.col_indices, self.bias, out_features=self.out_features
+            x,
+            self.weight,
+            self.crow_indices,
+            self.col_indices,
+            self.bias,
+            out_features=self.out_features,
+            activation=self.activation,
+        )
+
+    def arguments(self) -> LayerArguments:
+        """What the op takes beside x."""
+        return LayerArguments(
+            self.weight, self.crow_indices, self.col_indices, self.bias, self.out_features, self.activation
         )
 
     def extra_repr(self) -> str:
+        activation = "" if self.activation == "none" else f", activation={self.activation}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block_shape={self.block_shape}, density={self.density:.3f}"
+            f"block_shape={self.block_shape}, density={self.density:.3f}{activation}"
         )

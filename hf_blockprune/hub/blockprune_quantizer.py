@@ -22,6 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .blockprune_fusion import fuse, unfuse
 from .blockprune_layout import BlockSparseFormatError, check_shapes
 from .blockprune_linear import BlockSparseLinear
 
@@ -154,6 +155,8 @@ class BlockPruneHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, module in block_sparse_layers(model):
             module.check(name)
+            module.arrange()
+        fuse(model)
         return model
 
     def get_state_dict_and_metadata(self, model):
@@ -162,6 +165,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
         return None, {}
 
     def _dequantize(self, model, dtype=None):
+        unfuse(model)
         for name, module in list(block_sparse_layers(model)):
             # Cut features come back as zeros: the config says how wide the architecture is.
             model.set_submodule(name, module.to_dense(module.dense_shape).to(dtype))
@@ -210,6 +214,7 @@ def sparsify(model: Any, masks: dict[str, Tensor], block_shape: tuple[int, int])
     """
     for name, mask in masks.items():
         model.set_submodule(name, BlockSparseLinear.from_dense(model.get_submodule(name), mask, block_shape))
+    fuse(model)
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](stored_config(model), pre_quantized=True)
     update_config(model)
     model.config._is_quantized = True

@@ -295,8 +295,8 @@ def test_auto_takes_the_latest_backend_that_can_run_the_call(monkeypatch):
     monkeypatch.setattr(ops, "_BACKENDS", dict(ops._BACKENDS))
     monkeypatch.delenv("BLOCKPRUNE_BACKEND", raising=False)
     case = make_case((16, 16), dtype=torch.float64)
-    double = case.x, case.packed.weight
-    single = case.x.float(), case.packed.weight.float()
+    double = case.x, *case.packed, OUT
+    single = case.x.float(), case.packed.weight.float(), *case.packed[1:], OUT
     before = choose_backend(*single)
     ops.register_backend(
         "doubles", lambda *args: ops.reference_forward(*args) + 1, lambda x, w: x.dtype == torch.double
@@ -311,7 +311,7 @@ def test_auto_takes_the_latest_backend_that_can_run_the_call(monkeypatch):
 def test_environment_chooses_where_the_call_does_not(monkeypatch):
     case = make_case((16, 16))
     monkeypatch.setenv("BLOCKPRUNE_BACKEND", "reference")
-    assert choose_backend(case.x, case.packed.weight) == "reference"
+    assert choose_backend(case.x, *case.packed, OUT) == "reference"
     monkeypatch.setenv("BLOCKPRUNE_BACKEND", "abacus")
     with pytest.raises(ValueError, match=r"'abacus'.*'reference'"):
         run(case)

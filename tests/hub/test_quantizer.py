@@ -463,6 +463,12 @@ def test_the_op_works_from_both_copies(second_copy):
         torch.testing.assert_close(module.block_sparse_linear(*arguments, out_features=4), expected)
 
 
+def test_copies_share_one_registry_of_backends(second_copy):
+    other = importlib.import_module(f"{second_copy}.blockprune_ops")
+    assert other.available_backends() == blockprune_ops.available_backends()
+    assert other._BACKENDS is blockprune_ops._BACKENDS
+
+
 def test_layers_of_another_copy_are_saved_too(second_copy, pixels, tmp_path):
     other = importlib.import_module(f"{second_copy}.blockprune_quantizer")
     dense = tiny_model()

@@ -1,0 +1,70 @@
+"""Timing by turns: every contestant once a round, so that what disturbs the machine disturbs all of them."""
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_blockprune.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def by_turns(contestants: dict[str, Callable[[], Any]], *, seconds: float, rounds: int = 5) -> dict[str, list[float]]:
+    """Milliseconds of every call, by contestant.
+
+    Args:
+        contestants: functions by name.
+        seconds: about how long to go on.
+        rounds: at least.
+    """
+    for run in contestants.values():  # caches, packing, compilation
+        run()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    start = time.perf_counter()
+    while min(map(len, times.values())) < rounds or time.perf_counter() - start < seconds:
+        for name, run in contestants.items():
+            before = time.perf_counter()
+            run()
+            times[name].append(1000 * (time.perf_counter() - before))
+    return times
+
+
+def ratio(times: dict[str, list[float]], over: str, under: str) -> tuple[float, list[float]]:
+    """(median, first and third quartile) of how many times faster `under` was than `over`, round by round."""
+    ratios = [a / b for a, b in zip(times[over], times[under], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4)
+    return round(quartiles[1], 3), [round(quartiles[0], 3), round(quartiles[2], 3)]
+
+
+def median(times: list[float]) -> float:
+    """Rounded to a tenth of a microsecond."""
+    return round(statistics.median(times), 4)
+
+
+def device_file(device: str) -> Path:
+    """The result file of this machine's processor or GPU."""
+    found = environment()
+    name = found["gpu"] if device == "cuda" else found["cpu"]
+    return RESULTS / f"{device}-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
+def store(path: Path, part: str, rows: list[dict[str, Any]]) -> None:
+    """Replace one part (`kernels`, `end_to_end`) of a device's result file; the other stays."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results = {**results, "environment": environment(), part: rows}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(path)
+
+
+def random_mask(grid: tuple[int, int], sparsity: float, generator: torch.Generator) -> torch.Tensor:
+    """Bool [block_rows, block_cols] with exactly so many blocks removed, anywhere."""
+    blocks = grid[0] * grid[1]
+    return (torch.randperm(blocks, generator=generator) >= round(sparsity * blocks)).view(grid)

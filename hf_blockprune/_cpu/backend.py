@@ -1,0 +1,212 @@
+"""The op's `cpu` backend: what the kernels need to know of a layer, prepared once, and the call.
+
+The kernels read `weight` where it is, provided that blocks have a multiple of 16 rows and lie feature-major in memory
+(`hub.blockprune_linear.feature_major`), as `BlockSparseLinear` keeps them. Others are copied once into that form.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import logging
+
+from ..hub.blockprune_layout import PackedWeight, check_indices, check_shapes, grid_shape, unpack
+from ..hub.blockprune_linear import feature_major, is_feature_major
+from ..hub.blockprune_ops import LayerArguments, register_backend
+from ..hub.blockprune_prepared import PreparedCache
+from .library import CpuLibrary, find_library
+
+logger = logging.get_logger(__name__)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATION_CODES = {"none": 0, "gelu": 1, "gelu_tanh": 2}
+STRIP = 16  # rows that every instruction set can take at once
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Checked indices of a weight as the kernels want them.
+
+    Attributes:
+        crow_indices, col_indices: int32, on the CPU.
+        block_shape: (rows, cols), rows a multiple of 16.
+        strip_order: int32, every strip once, the longest first, so that threads end together.
+        work: multiplications for each token, padding included.
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    block_shape: tuple[int, int]
+    strip_order: Tensor
+    work: int
+
+
+class CpuBackend:
+    """Block-sparse products with one build of the kernels.
+
+    Args:
+        library: the kernels.
+    """
+
+    def __init__(self, library: CpuLibrary) -> None:
+        self.library = library
+        self._patterns: PreparedCache[Pattern] = PreparedCache()
+        self._regrouped: PreparedCache[tuple[Tensor, Pattern]] = PreparedCache()
+        self._copies: PreparedCache[Tensor] = PreparedCache()
+
+    def supports(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the kernels know this device and dtype."""
+        return x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in DTYPES
+
+    def pays(
+        self, in_features: int, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, out_features: int
+    ) -> bool:
+        """Whether the kernels are expected to beat torch's dense product (see `break_even_density`)."""
+        work = weight.numel()
+        if weight.shape[1] % STRIP:
+            work = self.prepare(in_features, weight, crow_indices, col_indices, out_features)[1].work
+        return work <= BREAK_EVEN[weight.dtype] * in_features * out_features
+
+    def keeps_copy(self, weight: Tensor) -> bool:
+        """Whether the kernels cannot read the weight where it is."""
+        return weight.shape[1] % STRIP != 0 or not is_feature_major(weight)
+
+    def prepare(
+        self, in_features: int, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, out_features: int
+    ) -> tuple[Tensor, Pattern]:
+        """(the kept blocks feature-major, their pattern), from the caches where nothing changed.
+
+        Raises:
+            BlockSparseFormatError: indices that would lead outside the matrix; no kernel sees them.
+        """
+        key = (in_features, out_features, weight.shape)
+        if weight.shape[1] % STRIP:
+            key = (*key, weight.stride(), weight.dtype)
+            tensors = (weight, crow_indices, col_indices)
+            return self._regrouped.get(
+                tensors, key, lambda: self._regroup(in_features, weight, crow_indices, col_indices, out_features)
+            )
+        pattern = self._patterns.get(
+            (crow_indices, col_indices),
+            key,
+            lambda: self._pattern(in_features, weight.shape, crow_indices, col_indices, out_features),
+        )
+        if not is_feature_major(weight):
+            stored = weight
+            weight = self._copies.get((stored,), (stored.shape, stored.dtype), lambda: feature_major(stored))
+        return weight, pattern
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: str,
+    ) -> Tensor:
+        """See `hub.blockprune_ops.Backend`."""
+        return self.forward_all(x, [LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation)])[
+            0
+        ]
+
+    def forward_all(self, x: Tensor, layers: list[LayerArguments]) -> list[Tensor]:
+        """Several layers with the same block shape that read the same x [tokens, in_features]."""
+        tokens, in_features = x.shape
+        x = x if x.stride(1) == 1 else x.contiguous()
+        outputs, fields, kept_alive = [], [], []
+        for layer in layers:
+            blocks, pattern = self.prepare(in_features, *layer[:3], layer.out_features)
+            bias = None if layer.bias is None else _checked_bias(layer.bias, x.dtype, layer.out_features)
+            y = x.new_empty(tokens, layer.out_features)
+            fields += [
+                blocks.data_ptr(),
+                pattern.crow_indices.data_ptr(),
+                pattern.col_indices.data_ptr(),
+                pattern.strip_order.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                y.data_ptr(),
+                layer.out_features,
+                layer.out_features,
+                *pattern.block_shape,
+                ACTIVATION_CODES[layer.activation],
+            ]
+            outputs.append(y)
+            kept_alive.append((blocks, pattern, bias))
+        self.library.linear(
+            x.data_ptr(), x.stride(0), tokens, in_features, DTYPES[x.dtype], fields, torch.get_num_threads()
+        )
+        return outputs
+
+    def _pattern(
+        self, in_features: int, shape: torch.Size, crow_indices: Tensor, col_indices: Tensor, out_features: int
+    ) -> Pattern:
+        _check(in_features, shape, crow_indices, col_indices, out_features)
+        rows, cols = shape[1], shape[2]
+        strips_in_a_row = rows // self.library.strip_rows(rows)
+        length = crow_indices.diff().repeat_interleave(strips_in_a_row)
+        order = length.argsort(descending=True, stable=True).to(torch.int32)
+        return Pattern(crow_indices.contiguous(), col_indices.contiguous(), (rows, cols), order, shape.numel())
+
+    def _regroup(
+        self, in_features: int, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, out_features: int
+    ) -> tuple[Tensor, Pattern]:
+        """The matrix in blocks of 16x1: each strip of 16 outputs keeps the inputs that any of its rows keeps."""
+        _check(in_features, weight.shape, crow_indices, col_indices, out_features)
+        packed = PackedWeight(weight.detach(), crow_indices, col_indices)
+        dense = unpack(packed, out_features, in_features)
+        kept = packed._replace(weight=torch.ones_like(packed.weight, dtype=torch.bool))
+        padding = (0, 0, 0, -out_features % STRIP)
+        strips = F.pad(dense, padding).view(-1, STRIP, in_features).transpose(1, 2)
+        mask = F.pad(unpack(kept, out_features, in_features), padding).view(-1, STRIP, in_features).any(1)
+        crow = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        col = mask.nonzero()[:, 1].to(torch.int32)
+        blocks = strips[mask].unsqueeze(-1)
+        return blocks, self._pattern(in_features, blocks.shape, crow, col, out_features)
+
+
+def _check(in_features: int, shape: torch.Size, crow_indices: Tensor, col_indices: Tensor, out_features: int) -> None:
+    """Kernels read where indices point to, whoever calls the op."""
+    shapes = {"weight": shape, "crow_indices": crow_indices.shape, "col_indices": col_indices.shape}
+    block_shape = (shape[1], shape[2])
+    check_shapes(
+        "block_sparse_linear",
+        {name: tuple(size) for name, size in shapes.items()},
+        nnz_blocks=shape[0],
+        out_features=out_features,
+        in_features=in_features,
+        block_shape=block_shape,
+    )
+    block_cols = grid_shape(out_features, in_features, block_shape)[1]
+    check_indices("block_sparse_linear", crow_indices, col_indices, block_cols)
+
+
+def _checked_bias(bias: Tensor, dtype: torch.dtype, out_features: int) -> Tensor:
+    if bias.shape != (out_features,) or bias.dtype != dtype:
+        raise ValueError(f"bias: expected {dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
+    return bias.contiguous()
+
+
+def _bfloat16_break_even() -> float:
+    """The kernels compute in single precision; torch has instructions for bfloat16 where the processor has some."""
+    if torch.cpu._is_amx_tile_supported():
+        return 0.1
+    return 0.4 if torch.cpu._is_avx512_bf16_supported() else 0.95
+
+
+# Share of multiplications left at which torch's dense product is as fast, from benchmarks/kernels.py.
+BREAK_EVEN = {torch.float32: 0.95, torch.bfloat16: _bfloat16_break_even()}
+
+
+def register() -> str:
+    """Make the compiled kernels the op's preferred backend on CPUs; what runs there, in words."""
+    library, description = find_library()
+    if library is not None:
+        backend = CpuBackend(library)
+        register_backend(
+            "cpu", backend.forward, backend.supports, backend.pays, backend.keeps_copy, backend.forward_all
+        )
+    logger.info(f"block-sparse layers on the CPU: {description}")
+    return description

@@ -1,0 +1,269 @@
+// Packing of x and the register-tiled product of one strip with one panel. Compiled once for each instruction set: the
+// compiler's vector types turn into its registers. BLOCKPRUNE_ISA names the object.
+//
+// A strip's outputs lie along the vector lanes; each kept feature costs one load of its weights and one broadcast of
+// each token's value. x is feature-major in its panel, so which features are kept makes no difference to the speed,
+// and blocks may be as narrow as one column.
+
+#include <cstring>
+#include <utility>
+
+#include "kernels.h"
+
+namespace blockprune {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MAX_TOKENS = 14, STRIDE = 16, WIDEST_STRIP = 32;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, MAX_TOKENS = 6, STRIDE = 8, WIDEST_STRIP = 16;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, MAX_TOKENS = 6, STRIDE = 8, WIDEST_STRIP = 16;
+#else
+constexpr int LANES = 4, MAX_TOKENS = 3, STRIDE = 4, WIDEST_STRIP = 16;
+#endif
+
+constexpr int PREFETCH_FEATURES = 16;  // about what a core multiplies while its second cache answers
+constexpr int PACKED_AT_ONCE = 16;      // features: a cache line of each token
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef float LooseVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t BitVec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2)));
+typedef uint16_t LooseHalfVec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef float Four __attribute__((vector_size(16)));
+typedef float LooseFour __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t FourIndices __attribute__((vector_size(16)));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
+
+inline Vec load(const uint16_t* p) {  // bfloat16 is the upper half of a float
+    HalfVec half = *reinterpret_cast<const LooseHalfVec*>(p);
+    return (Vec)(__builtin_convertvector(half, BitVec) << 16);
+}
+
+inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
+
+inline void store(uint16_t* p, Vec v) {  // to the nearest, ties to even
+    BitVec bits = (BitVec)v;
+    BitVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    BitVec nan = (bits >> 16) | 0x40;
+    rounded = (BitVec)(v != v) ? nan : rounded;
+    *reinterpret_cast<LooseHalfVec*>(p) = __builtin_convertvector(rounded, HalfVec);
+}
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(uint16_t value) {
+    uint32_t bits = uint32_t(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+// Cephes' expf: 2^n times a polynomial in what is left, about 2 ulp.
+inline Vec exponential(Vec x) {
+    const Vec low = Vec{} - 87.3f, high = Vec{} + 88.3f;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves a whole number in the lowest bits
+    Vec shifted = x * 1.44269504f + round;
+    Vec n = shifted - round;
+    Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vec p = Vec{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    IntVec exponent = ((IntVec)shifted - 0x4b400000 + 127) << 23;
+    return p * (Vec)exponent;  // a product, so that NaN stays NaN
+}
+
+// x Phi(x), the error function by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
+inline Vec gelu(Vec x) {
+    Vec z = x * 0.70710678f;
+    Vec size = z < 0.0f ? -z : z;
+    Vec t = 1.0f / (size * 0.3275911f + 1.0f);
+    Vec p = t * 1.061405429f - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = (p * t + 0.254829592f) * t;
+    Vec tail = p * exponential(-z * z) * 0.5f;  // of the normal distribution beyond |x|
+    return x * (z < 0.0f ? tail : 1.0f - tail);
+}
+
+// 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
+inline Vec gelu_tanh(Vec x) {
+    Vec u = x * 0.79788456f * (x * x * 0.044715f + 1.0f);
+    return x / (exponential(u * -2.0f) + 1.0f);
+}
+
+inline Vec activate(Vec x, int64_t activation) {
+    if (activation == GELU) return gelu(x);
+    if (activation == GELU_TANH) return gelu_tanh(x);
+    return x;
+}
+
+template <typename T>
+inline Four load_four(const T* p) {
+    return Four{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+
+template <>
+inline Four load_four(const float* p) {
+    return *reinterpret_cast<const LooseFour*>(p);
+}
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, FourIndices{i, j, k, l})
+#endif
+
+// Four tokens' values of four features, turned feature-major.
+template <typename T>
+inline void transpose_four(const T* const (&x)[4], int64_t k, float* panel) {
+    Four a = load_four(x[0] + k), b = load_four(x[1] + k), c = load_four(x[2] + k), d = load_four(x[3] + k);
+    Four ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
+    Four ab2 = SHUFFLE(a, b, 2, 6, 3, 7), cd2 = SHUFFLE(c, d, 2, 6, 3, 7);
+    *reinterpret_cast<LooseFour*>(panel) = SHUFFLE(ab, cd, 0, 1, 4, 5);
+    *reinterpret_cast<LooseFour*>(panel + STRIDE) = SHUFFLE(ab, cd, 2, 3, 6, 7);
+    *reinterpret_cast<LooseFour*>(panel + 2 * STRIDE) = SHUFFLE(ab2, cd2, 0, 1, 4, 5);
+    *reinterpret_cast<LooseFour*>(panel + 3 * STRIDE) = SHUFFLE(ab2, cd2, 2, 3, 6, 7);
+}
+
+template <typename T>
+void pack_panel(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
+    const int64_t features = input.in_features, whole = features / 4 * 4;
+    const T* rows[STRIDE];  // where tokens end before a multiple of four, the last one stands in for more
+    for (int32_t t = 0; t < STRIDE; ++t) {
+        const int64_t token = first_token + (t < tokens ? t : tokens - 1);
+        rows[t] = static_cast<const T*>(input.x) + token * input.stride;
+    }
+    for (int64_t k = 0; k < whole; k += PACKED_AT_ONCE) {
+        const int64_t end = k + PACKED_AT_ONCE < whole ? k + PACKED_AT_ONCE : whole;
+        for (int32_t t = 0; t < tokens; t += 4) {
+            const T* const four[] = {rows[t], rows[t + 1], rows[t + 2], rows[t + 3]};
+            for (int64_t i = k; i < end; i += 4) transpose_four(four, i, panel + i * STRIDE + t);
+        }
+    }
+    for (int64_t k = whole; k < features; ++k) {
+        for (int32_t t = 0; t < tokens; ++t) panel[k * STRIDE + t] = to_float(rows[t][k]);
+    }
+    std::memset(panel + features * STRIDE, 0, (input.padded_features - features) * STRIDE * sizeof(float));
+}
+
+void pack(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
+    if (input.dtype == BFLOAT16) pack_panel<uint16_t>(input, first_token, tokens, panel);
+    else pack_panel<float>(input, first_token, tokens, panel);
+}
+
+// Where a strip lies: its outputs, its blocks, and its part of them.
+struct Strip {
+    int64_t output;       // the first one
+    int32_t width;        // outputs, of which
+    int64_t valid;        // lie inside the matrix
+    int32_t begin, end;   // blocks
+    int64_t offset;       // rows into each block
+};
+
+Strip locate(const Layer& layer, int64_t number, int32_t width) {
+    const int64_t in_a_row = layer.rows / width, block_row = number / in_a_row;
+    Strip s;
+    s.width = width;
+    s.offset = number % in_a_row * width;
+    s.output = block_row * layer.rows + s.offset;
+    s.valid = layer.out_features - s.output < width ? layer.out_features - s.output : width;
+    s.begin = layer.crow_indices[block_row];
+    s.end = layer.crow_indices[block_row + 1];
+    return s;
+}
+
+template <int VECS>
+inline void multiply_add(Vec (&sums)[VECS], const Vec (&weights)[VECS], float x) {
+    for (int v = 0; v < VECS; ++v) sums[v] += weights[v] * x;
+}
+
+// All sums stay in registers: every index is a constant, so the compiler can take the array apart.
+template <int VECS, typename T, size_t... TOKEN>
+inline void accumulate(const Layer& layer, const Strip& s, const float* panel, float* out, std::index_sequence<TOKEN...>) {
+    Vec sums[sizeof...(TOKEN)][VECS] = {};
+    const int32_t cols = int32_t(layer.cols), ahead = 1 + PREFETCH_FEATURES / cols;
+    const int64_t rows = layer.rows;
+    const T* weight = static_cast<const T*>(layer.weight) + int64_t(s.begin) * cols * rows + s.offset;
+    for (int32_t block = s.begin; block < s.end; ++block) {
+        const float* x = panel + int64_t(layer.col_indices[block]) * cols * STRIDE;
+        const int32_t later = block + ahead < s.end ? block + ahead : block;
+        __builtin_prefetch(panel + int64_t(layer.col_indices[later]) * cols * STRIDE);
+        for (int32_t k = 0; k < cols; ++k, x += STRIDE, weight += rows) {
+            Vec weights[VECS];
+            for (int v = 0; v < VECS; ++v) weights[v] = load(weight + v * LANES);
+            (multiply_add<VECS>(sums[TOKEN], weights, x[TOKEN]), ...);
+        }
+    }
+    const auto keep = [&](size_t token) {
+        for (int v = 0; v < VECS; ++v) store(out + (token * VECS + v) * LANES, sums[token][v]);
+    };
+    (keep(TOKEN), ...);
+}
+
+// Bias, activation and the store of tokens x width sums.
+template <typename T>
+void finish(const Layer& layer, const Strip& s, int64_t first_token, int32_t tokens, const float* sums) {
+    T* y = static_cast<T*>(layer.y) + first_token * layer.y_stride + s.output;
+    T bias[WIDEST_STRIP] = {}, last[WIDEST_STRIP];
+    if (layer.bias) std::memcpy(bias, static_cast<const T*>(layer.bias) + s.output, s.valid * sizeof(T));
+    for (int32_t t = 0; t < tokens; ++t, y += layer.y_stride) {
+        T* to = s.valid == s.width ? y : last;
+        for (int32_t v = 0; v < s.width; v += LANES) {
+            store(to + v, activate(load(sums + t * s.width + v) + load(bias + v), layer.activation));
+        }
+        if (to == last) std::memcpy(y, last, s.valid * sizeof(T));
+    }
+}
+
+using Accumulate = void (*)(const Layer&, const Strip&, const float* panel, float* out);
+
+template <int VECS, typename T, int TOKENS>
+void accumulate_tile(const Layer& layer, const Strip& s, const float* panel, float* out) {
+    accumulate<VECS, T>(layer, s, panel, out, std::make_index_sequence<TOKENS>());
+}
+
+template <int VECS, typename T, size_t... TOKENS>
+Accumulate tile_for(int32_t tokens, std::index_sequence<TOKENS...>) {
+    static const Accumulate tiles[] = {accumulate_tile<VECS, T, TOKENS + 1>...};
+    return tiles[tokens - 1];
+}
+
+template <typename T>
+void multiply_strip(const Layer& layer, const Strip& s, int64_t first_token, int32_t tokens, const float* panel) {
+    constexpr auto counts = std::make_index_sequence<MAX_TOKENS>();
+    alignas(64) float sums[MAX_TOKENS * WIDEST_STRIP];
+    const Accumulate run = s.width == WIDEST_STRIP ? tile_for<WIDEST_STRIP / LANES, T>(tokens, counts)
+                                                   : tile_for<16 / LANES, T>(tokens, counts);
+    run(layer, s, panel, sums);
+    finish<T>(layer, s, first_token, tokens, sums);
+}
+
+int32_t strip_rows(int64_t rows) { return rows % WIDEST_STRIP ? 16 : WIDEST_STRIP; }
+
+void multiply(const Layer& layer, int32_t dtype, int64_t number, int64_t first_token, int32_t tokens, const float* panel) {
+    const Strip s = locate(layer, number, strip_rows(layer.rows));
+    if (s.valid <= 0) return;
+    if (dtype == BFLOAT16) multiply_strip<uint16_t>(layer, s, first_token, tokens, panel);
+    else multiply_strip<float>(layer, s, first_token, tokens, panel);
+}
+
+}  // namespace
+
+#define STRING(name) #name
+#define NAME_OF(name) STRING(name)
+#define OBJECT(name) isa_##name
+#define OBJECT_OF(name) OBJECT(name)
+
+const Isa OBJECT_OF(BLOCKPRUNE_ISA) = {NAME_OF(BLOCKPRUNE_ISA), MAX_TOKENS, STRIDE, strip_rows, pack, multiply};
+
+}  // namespace blockprune
