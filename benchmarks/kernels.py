@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from timing import by_turns, device_file, median, random_mask, ratio, store
 
 from hf_blockprune.environment import environment
+from hf_blockprune.hub.blockprune_backends import available_backends
 from hf_blockprune.hub.blockprune_layout import grid_shape
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
-from hf_blockprune.hub.blockprune_ops import available_backends, block_sparse_linear
+from hf_blockprune.hub.blockprune_ops import block_sparse_linear
 
 WIDTHS = {"deit-tiny": 192, "deit-small": 384, "deit-base": 768}
 BLOCK_SHAPES = ((64, 32), (64, 64), (32, 32), (16, 16), (64, 1), (32, 4))

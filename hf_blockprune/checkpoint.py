@@ -20,9 +20,9 @@ from .blocks import block_sizes
 from .errors import BlockSparseFormatError, CheckpointError, ModelError
 from .hardware.flops import count_flops
 from .hub import modeling_blockprune
+from .hub.blockprune_backends import choose_backend
 from .hub.blockprune_cost import linear_flops
 from .hub.blockprune_layout import PackedWeight, block_mask, check_indices, check_shapes, grid_shape
-from .hub.blockprune_ops import choose_backend
 from .hub.blockprune_quantizer import QUANT_METHOD, TENSOR_NAMES, BlockPruneQuantizationConfig, find_linear
 from .loading import HUB_OPTIONS
 

@@ -39,7 +39,7 @@ def backends() -> dict[str, Any]:
     """
     from ._cpu.backend import BREAK_EVEN
     from ._cpu.library import find_library
-    from .hub.blockprune_ops import available_backends
+    from .hub.blockprune_backends import available_backends
 
     library, description = find_library()
     return {

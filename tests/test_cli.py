@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from hf_blockprune._cpu.library import find_library
 from hf_blockprune.cli import app
-from hf_blockprune.hub.blockprune_ops import available_backends
+from hf_blockprune.hub.blockprune_backends import available_backends
 
 from .conftest import write_images
 

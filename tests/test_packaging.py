@@ -54,7 +54,7 @@ def test_without_kernels_the_package_says_so_once_and_runs(tmp_path):
 import logging, torch
 logging.basicConfig(level=logging.INFO)
 import hf_blockprune
-from hf_blockprune.hub.blockprune_ops import available_backends
+from hf_blockprune.hub.blockprune_backends import available_backends
 layer = hf_blockprune.BlockSparseLinear.from_dense(torch.nn.Linear(32, 32), torch.eye(2).bool(), (16, 16))
 with torch.no_grad():
     x = torch.ones(3, 32)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
+from ..hub.blockprune_backends import LayerArguments, register_backend
 from ..hub.blockprune_layout import PackedWeight, check_indices, check_shapes, grid_shape, unpack
 from ..hub.blockprune_linear import feature_major, is_feature_major
-from ..hub.blockprune_ops import LayerArguments, register_backend
 from ..hub.blockprune_prepared import PreparedCache
 from .library import CpuLibrary, find_library
 

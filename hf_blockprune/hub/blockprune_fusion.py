@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .blockprune_linear import BlockSparseLinear, SharedInput
-from .blockprune_ops import ACTIVATIONS
+from .blockprune_reference import ACTIVATIONS
 
 # Attributes of the MLPs of transformers' vision models: the activation takes the Linear's output and nothing else.
 LINEAR, ACTIVATION = "fc1", "activation_fn"

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blockprune_backends import LayerArguments
 from .blockprune_layout import (
     BlockSparseFormatError,
     PackedWeight,
@@ -13,7 +14,7 @@ from .blockprune_layout import (
     pack,
     unpack,
 )
-from .blockprune_ops import LayerArguments, block_sparse_linear, block_sparse_linears
+from .blockprune_ops import block_sparse_linear, block_sparse_linears
 
 
 def feature_major(weight: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def build(folder, *extra):
         ),
     ]:
         objects.append(folder / f"{name}.o")
-        command = [COMPILER, *COMMON_FLAGS, "-O1", *extra, *flags, "-c", source, "-o", objects[-1]]
+        command = [COMPILER, *COMMON_FLAGS, "-O1", f"-I{SOURCES}", *extra, *flags, "-c", source, "-o", objects[-1]]
         subprocess.run(command, check=True)
     program = folder / "stress"
     subprocess.run([COMPILER, *extra, *objects, "-ldl", "-fopenmp", "-o", program], check=True)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_blockprune.hub import blockprune_ops as ops
+from hf_blockprune.hub import blockprune_backends
+from hf_blockprune.hub.blockprune_backends import available_backends, choose_backend
 from hf_blockprune.hub.blockprune_layout import PackedWeight, pack
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
-from hf_blockprune.hub.blockprune_ops import available_backends, block_sparse_linear, choose_backend
+from hf_blockprune.hub.blockprune_ops import block_sparse_linear
+from hf_blockprune.hub.blockprune_reference import reference_forward
 
 OUT, IN = 96, 80  # 32x32, 64x32, 64x1 and 5x3 blocks do not divide it
 BLOCK_SHAPES = [(16, 16), (32, 32), (64, 32), (32, 4), (64, 1), (1, 1), (5, 3)]
@@ -292,14 +294,14 @@ def test_exported_with_any_number_of_tokens():
 
 
 def test_auto_takes_the_latest_backend_that_can_run_the_call(monkeypatch):
-    monkeypatch.setattr(ops, "_BACKENDS", dict(ops._BACKENDS))
+    monkeypatch.setattr(blockprune_backends, "_BACKENDS", dict(blockprune_backends._BACKENDS))
     monkeypatch.delenv("BLOCKPRUNE_BACKEND", raising=False)
     case = make_case((16, 16), dtype=torch.float64)
     double = case.x, *case.packed, OUT
     single = case.x.float(), case.packed.weight.float(), *case.packed[1:], OUT
     before = choose_backend(*single)
-    ops.register_backend(
-        "doubles", lambda *args: ops.reference_forward(*args) + 1, lambda x, w: x.dtype == torch.double
+    blockprune_backends.register_backend(
+        "doubles", lambda *args: reference_forward(*args) + 1, lambda x, w: x.dtype == torch.double
     )
     assert available_backends()[0] == "doubles"
     assert choose_backend(*double) == "doubles"

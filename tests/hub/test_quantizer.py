@@ -23,7 +23,7 @@ from hf_blockprune import (
     BlockSparseLinear,
     sparsify,
 )
-from hf_blockprune.hub import blockprune_ops, blockprune_quantizer
+from hf_blockprune.hub import blockprune_backends, blockprune_ops, blockprune_quantizer
 from hf_blockprune.hub.blockprune_layout import grid_shape
 from hf_blockprune.hub.blockprune_quantizer import find_linear, stored_layer_name
 from tests.conftest import tiny_model
@@ -464,9 +464,9 @@ def test_the_op_works_from_both_copies(second_copy):
 
 
 def test_copies_share_one_registry_of_backends(second_copy):
-    other = importlib.import_module(f"{second_copy}.blockprune_ops")
-    assert other.available_backends() == blockprune_ops.available_backends()
-    assert other._BACKENDS is blockprune_ops._BACKENDS
+    other = importlib.import_module(f"{second_copy}.blockprune_backends")
+    assert other.available_backends() == blockprune_backends.available_backends()
+    assert other._BACKENDS is blockprune_backends._BACKENDS
 
 
 def test_layers_of_another_copy_are_saved_too(second_copy, pixels, tmp_path):

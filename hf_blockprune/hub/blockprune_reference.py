@@ -1,0 +1,74 @@
+"""The block-sparse product in plain PyTorch, forward and backward: what every kernel must equal."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def _block_columns(x: Tensor, cols: int) -> Tensor:
+    """x [tokens, in_features] as [block columns, cols * tokens], feature-major, zeros filling up the last column."""
+    tokens, features = x.shape
+    block_cols = -(-features // cols)
+    return F.pad(x.t(), (0, 0, 0, block_cols * cols - features)).reshape(block_cols, cols * tokens)
+
+
+def reference_forward(
+    x: Tensor,
+    weight: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+) -> Tensor:
+    """One matrix product for each block row, over the gathered input features that the row keeps.
+
+    x is turned feature-major once, so that gathering a block column copies one contiguous stretch and the product
+    of a block row with all tokens is a single GEMM. Shapes: x [tokens, in_features] -> [tokens, out_features].
+    """
+    rows, cols = weight.shape[1:]
+    tokens = x.shape[0]
+    columns = _block_columns(x, cols)
+    out = x.new_empty(tokens, out_features)
+    starts = crow_indices.tolist()
+    for row, (start, end) in enumerate(pairwise(starts)):
+        out_row = out[:, row * rows : (row + 1) * rows]
+        height = out_row.shape[1]  # the last block row may be cut off
+        gathered = columns.index_select(0, col_indices[start:end]).view((end - start) * cols, tokens)
+        blocks = weight[start:end, :height].transpose(1, 2).reshape(-1, height)
+        if bias is None:
+            torch.mm(gathered.t(), blocks, out=out_row)
+        else:
+            torch.addmm(bias[row * rows : row * rows + height], gathered.t(), blocks, out=out_row)
+    return ACTIVATIONS[activation](out)
+
+
+def reference_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, crow_indices: Tensor, col_indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the kept blocks, given `grad` [tokens, out_features] of the product without activation."""
+    rows, cols = weight.shape[1:]
+    tokens = x.shape[0]
+    columns = _block_columns(x, cols)
+    grad_columns = torch.zeros_like(columns)
+    grad_weight = torch.zeros_like(weight)
+    starts = crow_indices.tolist()
+    for row, (start, end) in enumerate(pairwise(starts)):
+        grad_row = grad[:, row * rows : (row + 1) * rows]
+        height = grad_row.shape[1]
+        chosen = col_indices[start:end]
+        gathered = columns.index_select(0, chosen).view((end - start) * cols, tokens)
+        blocks = weight[start:end, :height].transpose(1, 2).reshape(-1, height)
+        grad_columns.index_add_(0, chosen, (blocks @ grad_row.t()).view(end - start, cols * tokens))
+        grad_weight[start:end, :height] = (gathered @ grad_row).view(-1, cols, height).transpose(1, 2)
+    grad_x = grad_columns.view(len(columns) * cols, tokens)[: x.shape[1]].t().contiguous()
+    return grad_x, grad_weight
