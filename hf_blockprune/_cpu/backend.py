@@ -29,7 +29,7 @@ class Pattern:
     """Checked indices of a weight as the kernels want them.
 
     Attributes:
-        crow_indices, col_indices: int32, on the CPU.
+        crow_indices, col_indices: int32 copies.
         block_shape: (rows, cols), rows a multiple of 16.
         strip_order: int32, every strip once, the longest first, so that threads end together.
         work: multiplications for each token, padding included.
@@ -62,7 +62,7 @@ class CpuBackend:
     def pays(
         self, in_features: int, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, out_features: int
     ) -> bool:
-        """Whether the kernels are expected to beat torch's dense product (see `break_even_density`)."""
+        """Whether the kernels are expected to beat torch's dense product (see `BREAK_EVEN`)."""
         work = weight.numel()
         if weight.shape[1] % STRIP:
             work = self.prepare(in_features, weight, crow_indices, col_indices, out_features)[1].work
@@ -107,10 +107,9 @@ class CpuBackend:
         out_features: int,
         activation: str,
     ) -> Tensor:
-        """See `hub.blockprune_ops.Backend`."""
-        return self.forward_all(x, [LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation)])[
-            0
-        ]
+        """See `hub.blockprune_backends.Backend`."""
+        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation)
+        return self.forward_all(x, [layer])[0]
 
     def forward_all(self, x: Tensor, layers: list[LayerArguments]) -> list[Tensor]:
         """Several layers with the same block shape that read the same x [tokens, in_features]."""
@@ -148,7 +147,8 @@ class CpuBackend:
         strips_in_a_row = rows // self.library.strip_rows(rows)
         length = crow_indices.diff().repeat_interleave(strips_in_a_row)
         order = length.argsort(descending=True, stable=True).to(torch.int32)
-        return Pattern(crow_indices.contiguous(), col_indices.contiguous(), (rows, cols), order, shape.numel())
+        # Copies: what was checked is what kernels read, and a cache of the originals would keep them alive.
+        return Pattern(crow_indices.clone(), col_indices.clone(), (rows, cols), order, shape.numel())
 
     def _regroup(
         self, in_features: int, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, out_features: int
@@ -189,15 +189,20 @@ def _checked_bias(bias: Tensor, dtype: torch.dtype, out_features: int) -> Tensor
     return bias.contiguous()
 
 
+def _has(feature: str) -> bool:
+    return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
+
+
 def _bfloat16_break_even() -> float:
     """The kernels compute in single precision; torch has instructions for bfloat16 where the processor has some."""
-    if torch.cpu._is_amx_tile_supported():
-        return 0.1
-    return 0.4 if torch.cpu._is_avx512_bf16_supported() else 0.95
+    if _has("amx_tile"):
+        return 0.1  # not measured: a guess on the safe side, from the rates that processors with AMX state
+    return 0.4 if _has("avx512_bf16") else FLOAT32_BREAK_EVEN
 
 
 # Share of multiplications left at which torch's dense product is as fast, from benchmarks/kernels.py.
-BREAK_EVEN = {torch.float32: 0.95, torch.bfloat16: _bfloat16_break_even()}
+FLOAT32_BREAK_EVEN = 0.95
+BREAK_EVEN = {torch.float32: FLOAT32_BREAK_EVEN, torch.bfloat16: _bfloat16_break_even()}
 
 
 def register() -> str:

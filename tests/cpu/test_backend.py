@@ -1,6 +1,7 @@
 """The C++ kernels against dense float64 arithmetic, for every instruction set that this processor has."""
 
 import copy
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -255,6 +256,24 @@ def test_changed_weights_are_noticed(backend, block_shape):
     run(backend, case)
     case.packed.weight.mul_(2)
     assert_matches(run(backend, case), reference(case._replace(dense=2 * case.dense)), torch.float32)
+
+
+def test_nothing_is_remembered_of_layers_that_are_gone(backend):
+    for seed in range(5):
+        run(backend, make_case((16, 16), (3,), seed=seed))
+        run(backend, make_case((5, 3), (3,), seed=seed))
+    gc.collect()
+    fresh = make_case((16, 16)), make_case((5, 3))
+    for case in fresh:
+        run(backend, case)
+    assert (len(backend._patterns), len(backend._copies), len(backend._regrouped)) <= (2, 2, 2)
+
+
+def test_indices_that_change_unnoticed_after_the_check_are_not_followed(backend):
+    case = make_case((16, 16))
+    expected = run(backend, case)
+    case.packed.col_indices.data.fill_(2**31 - 1)
+    assert torch.equal(run(backend, case), expected)
 
 
 def test_weights_that_train_may_change_unnoticed_by_torch(monkeypatch):
