@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _root  # noqa: F401
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accuracy import load, save
 from torch import Tensor
 
+from benchmarks.accuracy import load, save
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.data import load_images, load_pixels
 from hf_blockprune.environment import environment

@@ -19,6 +19,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import _root  # noqa: F401
+
 from hf_blockprune.environment import environment
 
 KEYS = ("method", "block_shape", "budget", "seed", "samples")

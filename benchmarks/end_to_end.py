@@ -20,13 +20,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import _root  # noqa: F401
 import torch
-from kernels import torch_bsr
-from timing import by_turns, device_file, median, random_mask, ratio, store
 from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
+from benchmarks.kernels import torch_bsr
+from benchmarks.timing import by_turns, device_file, median, random_mask, ratio, store
 from hf_blockprune import BlockPruneConfig, sparsify
 from hf_blockprune.blocks import grid_shape
 from hf_blockprune.cli import parse_block_shape
@@ -53,8 +54,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({"environment": environment(), "rows": rows}))
     elif not options.quick:
-        path = device_file(options.device)
-        store(path, "end_to_end", merged(path, rows))
+        store(device_file(options.device), "end_to_end", rows)
 
 
 def parse_options() -> argparse.Namespace:
@@ -181,14 +181,6 @@ def with_bsr(sparse: nn.Module, pixels: torch.Tensor) -> dict[str, Callable[[], 
             linear.weight = nn.Parameter(torch_bsr(layer), requires_grad=False)
             model.set_submodule(name, linear)
     return {"torch_bsr": lambda: model(pixel_values=pixels)}
-
-
-def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of earlier runs on this device, but for those measured anew."""
-    keys = ("arch", "batch", "block_shape", "sparsity", "dtype")
-    old = json.loads(path.read_text()).get("end_to_end", []) if path.exists() else []
-    new = [[row[key] for key in keys] for row in rows]
-    return [row for row in old if [row[key] for key in keys] not in new] + rows
 
 
 def line(row: dict[str, Any]) -> str:

@@ -14,10 +14,11 @@ import warnings
 from itertools import product
 from typing import Any
 
+import _root  # noqa: F401
 import torch
 import torch.nn.functional as F
-from timing import by_turns, device_file, median, random_mask, ratio, store
 
+from benchmarks.timing import by_turns, device_file, median, random_mask, ratio, store
 from hf_blockprune.environment import environment
 from hf_blockprune.hub.blockprune_backends import available_backends
 from hf_blockprune.hub.blockprune_layout import grid_shape
@@ -39,7 +40,7 @@ def main() -> None:
     if backend not in available_backends():
         raise SystemExit(f"no {backend!r} kernels here: {available_backends()}")
     rows = []
-    for case in cases(quick=options.quick):
+    for case in cases(options.arch, quick=options.quick):
         rows.append(measure(case, backend, options.device, seconds=0.1 if options.quick else 0.4))
         if not options.json:
             print(line(rows[-1]), flush=True)
@@ -52,14 +53,15 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--arch", nargs="+", choices=WIDTHS, default=list(WIDTHS), help="whose Linears")
     parser.add_argument("--quick", action="store_true", help="few cases, under a minute; writes no file")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output; writes no file")
     return parser.parse_args()
 
 
-def cases(*, quick: bool) -> list[dict[str, Any]]:
+def cases(archs: list[str], *, quick: bool) -> list[dict[str, Any]]:
     """Shapes of each architecture's Linears, block shapes, sparsities and dtypes."""
-    archs = ("deit-base",) if quick else tuple(WIDTHS)
+    archs = archs[-1:] if quick else archs
     tokens = TOKENS[:1] if quick else TOKENS
     shapes = ((32, 32), (16, 16), (64, 1)) if quick else BLOCK_SHAPES
     result = []

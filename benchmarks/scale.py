@@ -14,10 +14,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # the processes that measure inherit the path
+    import _root  # noqa: F401
 import numpy as np
-from accuracy import load, save
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
+from benchmarks.accuracy import load, save
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.environment import environment
 

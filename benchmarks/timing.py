@@ -13,6 +13,8 @@ import torch
 from hf_blockprune.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
+# What tells rows of a result file apart.
+KEYS = ("arch", "op", "batch", "m", "k", "n", "block_shape", "sparsity", "dtype")
 
 
 def by_turns(contestants: dict[str, Callable[[], Any]], *, seconds: float, rounds: int = 5) -> dict[str, list[float]]:
@@ -56,9 +58,11 @@ def device_file(device: str) -> Path:
 
 
 def store(path: Path, part: str, rows: list[dict[str, Any]]) -> None:
-    """Replace one part (`kernels`, `end_to_end`) of a device's result file; the other stays."""
+    """Add rows to one part (`kernels`, `end_to_end`) of a device's file, in place of older ones of the same case."""
     results = json.loads(path.read_text()) if path.exists() else {}
-    results = {**results, "environment": environment(), part: rows}
+    new = [[row.get(key) for key in KEYS] for row in rows]
+    old = [row for row in results.get(part, []) if [row.get(key) for key in KEYS] not in new]
+    results = {**results, "environment": environment(), part: old + rows}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(path)

@@ -1,6 +1,7 @@
 // The C ABI: chooses the instruction set, shares out a product over the threads of the OpenMP runtime that torch runs.
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,8 +14,9 @@
 namespace blockprune {
 namespace {
 
-constexpr int64_t GROUP_BYTES = 768 << 10;  // of panels that stay in a core's cache while all strips pass by
+constexpr int64_t GROUP_BYTES = 512 << 10;  // of panels that stay in a core's cache while all strips pass by
 constexpr int64_t WORKSPACE_BYTES = 3 << 20;
+constexpr size_t HUGE_PAGE = 2 << 20;
 constexpr int64_t ITEMS_A_THREAD = 8;  // enough for the threads to end at about the same time
 
 // libgomp's entry points, which LLVM's runtime has as well. They are looked up at run time, so that the threads are
@@ -69,8 +71,10 @@ float* workspace(int64_t floats) {
     if (floats > size) {
         memory.reset();
         size = 0;
-        memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+        const size_t bytes = (floats * sizeof(float) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        memory.reset(static_cast<float*>(std::aligned_alloc(HUGE_PAGE, bytes)));
         if (!memory) return nullptr;
+        madvise(memory.get(), bytes, MADV_HUGEPAGE);  // a wish: without it panels lie about the cache by chance
         size = floats;
     }
     return memory.get();
