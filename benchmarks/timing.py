@@ -64,8 +64,17 @@ def store(path: Path, part: str, rows: list[dict[str, Any]]) -> None:
     old = [row for row in results.get(part, []) if [row.get(key) for key in KEYS] not in new]
     results = {**results, "environment": environment(), part: old + rows}
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.write_text(
+        "{\n" + ",\n".join(f"{json.dumps(key)}: {_text(value)}" for key, value in results.items()) + "\n}\n"
+    )
     partial.replace(path)
+
+
+def _text(value: Any) -> str:
+    """JSON with one line a row, so that a changed row is a changed line."""
+    if not isinstance(value, list):
+        return json.dumps(value)
+    return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
 
 
 def random_mask(grid: tuple[int, int], sparsity: float, generator: torch.Generator) -> torch.Tensor:
