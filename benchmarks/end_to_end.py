@@ -138,8 +138,8 @@ def measure(dense: nn.Module, sparse: nn.Module, batch: int, options: argparse.N
 def other_runtimes(dense: nn.Module, pixels: torch.Tensor) -> dict[str, Callable[[], Any]]:
     """The dense model in what a user might run it with instead; those that are installed."""
     try:
-        import onnxruntime
-        import openvino
+        import onnxruntime  # pyright: ignore[reportMissingImports]
+        import openvino  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}
     with tempfile.TemporaryDirectory() as folder:
