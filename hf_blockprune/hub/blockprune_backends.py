@@ -1,7 +1,7 @@
 """Who multiplies: a registry of backends, and the choice between them at each call.
 
-Every backend must equal `reference`. Where no kernel can run, or none would pay, `dense` multiplies with the unpacked
-matrix, so a pruned model is nowhere slower than a dense one.
+Every backend must equal `reference`. Where no kernel can run, or none is expected to pay, `dense` multiplies with the
+unpacked matrix. That expectation counts multiplications and not calls: very small layers may still lose a little.
 """
 
 import os
