@@ -20,7 +20,7 @@ from .blocks import block_sizes
 from .errors import BlockSparseFormatError, CheckpointError, ModelError
 from .hardware.flops import count_flops
 from .hub import modeling_blockprune
-from .hub.blockprune_backends import choose_backend
+from .hub.blockprune_backends import LayerArguments, choose_backend
 from .hub.blockprune_cost import linear_flops
 from .hub.blockprune_layout import PackedWeight, block_mask, check_indices, check_shapes, grid_shape
 from .hub.blockprune_quantizer import QUANT_METHOD, TENSOR_NAMES, BlockPruneQuantizationConfig, find_linear
@@ -290,7 +290,8 @@ def _cpu_backend(
 ) -> str:
     """Name of the backend that would multiply with a layer on this machine's CPU."""
     zero = torch.zeros((), dtype=dtype)  # which blocks there are decides, not what is in them
-    return choose_backend(zero.expand(1, shape[1]), zero.expand(len(col), *block_shape), crow, col, shape[0])
+    layer = LayerArguments(zero.expand(len(col), *block_shape), crow, col, None, shape[0])
+    return choose_backend(zero.expand(1, shape[1]), layer)
 
 
 def _element_bytes(tensors: _Tensors, key: str, config: BlockPruneQuantizationConfig) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
-from ..hub.blockprune_backends import LayerArguments, register_backend
+from ..hub.blockprune_backends import Backend, LayerArguments, register_backend
 from ..hub.blockprune_layout import PackedWeight, check_indices, check_shapes, grid_shape, unpack
 from ..hub.blockprune_linear import feature_major, is_feature_major
 from ..hub.blockprune_prepared import PreparedCache
@@ -55,31 +55,29 @@ class CpuBackend:
         self._regrouped: PreparedCache[tuple[Tensor, Pattern]] = PreparedCache()
         self._copies: PreparedCache[Tensor] = PreparedCache()
 
-    def supports(self, x: Tensor, weight: Tensor) -> bool:
+    def supports(self, x: Tensor, layer: LayerArguments) -> bool:
         """Whether the kernels know this device and dtype."""
+        weight = layer.weight
         return x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in DTYPES
 
-    def pays(
-        self, in_features: int, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, out_features: int
-    ) -> bool:
+    def pays(self, x: Tensor, layer: LayerArguments) -> bool:
         """Whether the kernels are expected to beat torch's dense product (see `BREAK_EVEN`)."""
-        work = weight.numel()
-        if weight.shape[1] % STRIP:
-            work = self.prepare(in_features, weight, crow_indices, col_indices, out_features)[1].work
-        return work <= BREAK_EVEN[weight.dtype] * in_features * out_features
+        work, in_features = layer.weight.numel(), x.shape[-1]
+        if layer.weight.shape[1] % STRIP:
+            work = self.prepare(in_features, layer)[1].work
+        return work <= BREAK_EVEN[x.dtype] * in_features * layer.out_features
 
-    def keeps_copy(self, weight: Tensor) -> bool:
+    def keeps_copy(self, layer: LayerArguments) -> bool:
         """Whether the kernels cannot read the weight where it is."""
-        return weight.shape[1] % STRIP != 0 or not is_feature_major(weight)
+        return layer.weight.shape[1] % STRIP != 0 or not is_feature_major(layer.weight)
 
-    def prepare(
-        self, in_features: int, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, out_features: int
-    ) -> tuple[Tensor, Pattern]:
+    def prepare(self, in_features: int, layer: LayerArguments) -> tuple[Tensor, Pattern]:
         """(the kept blocks feature-major, their pattern), from the caches where nothing changed.
 
         Raises:
             BlockSparseFormatError: indices that would lead outside the matrix; no kernel sees them.
         """
+        weight, crow_indices, col_indices, _, out_features = layer[:5]
         key = (in_features, out_features, weight.shape)
         if weight.shape[1] % STRIP:
             key = (*key, weight.stride(), weight.dtype)
@@ -97,19 +95,10 @@ class CpuBackend:
             weight = self._copies.get((stored,), (stored.shape, stored.dtype), lambda: feature_major(stored))
         return weight, pattern
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        crow_indices: Tensor,
-        col_indices: Tensor,
-        bias: Tensor | None,
-        out_features: int,
-        activation: str,
-    ) -> Tensor:
+    def forward(self, x: Tensor, layer: LayerArguments) -> Tensor:
         """See `hub.blockprune_backends.Backend`."""
-        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation)
-        return self.forward_all(x, [layer])[0]
+        out = self.forward_all(x, [layer])[0]
+        return out if layer.residual is None else out.add_(layer.residual)
 
     def forward_all(self, x: Tensor, layers: list[LayerArguments]) -> list[Tensor]:
         """Several layers with the same block shape that read the same x [tokens, in_features]."""
@@ -117,7 +106,7 @@ class CpuBackend:
         x = x if x.stride(1) == 1 else x.contiguous()
         outputs, fields, kept_alive = [], [], []
         for layer in layers:
-            blocks, pattern = self.prepare(in_features, *layer[:3], layer.out_features)
+            blocks, pattern = self.prepare(in_features, layer)
             bias = None if layer.bias is None else _checked_bias(layer.bias, x.dtype, layer.out_features)
             y = x.new_empty(tokens, layer.out_features)
             fields += [
@@ -210,8 +199,7 @@ def register() -> str:
     library, description = find_library()
     if library is not None:
         backend = CpuBackend(library)
-        register_backend(
-            "cpu", backend.forward, backend.supports, backend.pays, backend.keeps_copy, backend.forward_all
-        )
+        functions = backend.forward, backend.supports, backend.pays, backend.keeps_copy, backend.forward_all
+        register_backend("cpu", Backend(*functions))
     logger.info(f"block-sparse layers on the CPU: {description}")
     return description

@@ -14,41 +14,28 @@ from torch import Tensor
 
 from .blockprune_layout import PackedWeight, check_indices, unpack
 from .blockprune_prepared import PreparedCache
-from .blockprune_reference import ACTIVATIONS, reference_forward
+from .blockprune_reference import ACTIVATIONS, LayerArguments, reference_forward
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int, str], Tensor]
-
-
-class LayerArguments(NamedTuple):
-    """The op's arguments but for x."""
-
-    weight: Tensor
-    crow_indices: Tensor
-    col_indices: Tensor
-    bias: Tensor | None
-    out_features: int
-    activation: str
+__all__ = ["Backend", "LayerArguments", "available_backends", "choose_backend", "register_backend", "run", "run_all"]
 
 
 class Backend(NamedTuple):
     """One way to run the op.
 
     Attributes:
-        forward: (x [tokens, in_features], weight, crow_indices, col_indices, bias, out_features, activation) ->
-            [tokens, out_features].
-        supports: (x, weight) -> whether it can run a call.
-        pays: (in_features, weight, crow_indices, col_indices, out_features) -> whether it is expected to be faster
-            than `dense`; asked for "auto" alone.
-        keeps_copy: weight -> whether it works with a copy of the weight from an earlier call.
+        forward: (x [tokens, in_features], layer) -> [tokens, out_features].
+        supports: (x, layer) -> whether it can run a call.
+        pays: (x, layer) -> whether it is expected to be faster than `dense`; asked for "auto" alone.
+        keeps_copy: layer -> whether it works with a copy of the weight from an earlier call.
         forward_all: (x [tokens, in_features], layers that read it, of one block shape) -> their outputs; None where
             one call for several layers is no faster than several.
     """
 
-    forward: Forward
-    supports: Callable[[Tensor, Tensor], bool]
-    pays: Callable[[int, Tensor, Tensor, Tensor, int], bool]
-    keeps_copy: Callable[[Tensor], bool]
-    forward_all: Callable[[Tensor, list[LayerArguments]], list[Tensor]] | None
+    forward: Callable[[Tensor, LayerArguments], Tensor]
+    supports: Callable[[Tensor, LayerArguments], bool]
+    pays: Callable[[Tensor, LayerArguments], bool] = lambda *_: True
+    keeps_copy: Callable[[LayerArguments], bool] = lambda _: False
+    forward_all: Callable[[Tensor, list[LayerArguments]], list[Tensor]] | None = None
 
 
 # One registry for all copies of this file in a process, as there is one op: a checkpoint's own copy may define the op
@@ -56,16 +43,9 @@ class Backend(NamedTuple):
 _BACKENDS: dict[str, Backend] = vars(torch.ops.blockprune).setdefault("backend_registry", {})
 
 
-def register_backend(
-    name: str,
-    forward: Forward,
-    supports: Callable[[Tensor, Tensor], bool],
-    pays: Callable[[int, Tensor, Tensor, Tensor, int], bool] = lambda *_: True,
-    keeps_copy: Callable[[Tensor], bool] = lambda _: False,
-    forward_all: Callable[[Tensor, list[LayerArguments]], list[Tensor]] | None = None,
-) -> None:
-    """Add a backend (see `Backend`). Later registrations are preferred."""
-    _BACKENDS[name] = Backend(forward, supports, pays, keeps_copy, forward_all)
+def register_backend(name: str, backend: Backend) -> None:
+    """Add a backend. Later registrations are preferred."""
+    _BACKENDS[name] = backend
 
 
 def available_backends() -> list[str]:
@@ -73,14 +53,7 @@ def available_backends() -> list[str]:
     return list(reversed(_BACKENDS))
 
 
-def choose_backend(
-    x: Tensor,
-    weight: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    out_features: int,
-    backend: str = "auto",
-) -> str:
+def choose_backend(x: Tensor, layer: LayerArguments, backend: str = "auto") -> str:
     """Name of the backend that runs a call; `BLOCKPRUNE_BACKEND` overrides "auto".
 
     "auto-live" passes over backends that would keep a copy of the weight: it is for training, where weights change all
@@ -95,18 +68,19 @@ def choose_backend(
         for name in available_backends():
             candidate = _BACKENDS[name]
             if (
-                candidate.supports(x, weight)
-                and not (backend == "auto-live" and candidate.keeps_copy(weight))
-                and candidate.pays(x.shape[-1], weight, crow_indices, col_indices, out_features)
+                candidate.supports(x, layer)
+                and not (backend == "auto-live" and candidate.keeps_copy(layer))
+                and candidate.pays(x, layer)
             ):
                 return name
         backend = "reference"
     if backend not in _BACKENDS:
         raise ValueError(f"unknown block-sparse backend {backend!r}; choose one of {available_backends()} or 'auto'")
-    if not _BACKENDS[backend].supports(x, weight):
+    if not _BACKENDS[backend].supports(x, layer):
+        rows, cols = layer.weight.shape[1:]
         raise ValueError(
-            f"block-sparse backend {backend!r} cannot run {x.dtype} inputs with {weight.dtype} weights on {x.device}; "
-            "convert one of them, or leave the backend at 'auto'"
+            f"block-sparse backend {backend!r} cannot run {x.dtype} inputs with {layer.weight.dtype} weights in "
+            f"{rows}x{cols} blocks on {x.device}; convert one of them, or leave the backend at 'auto'"
         )
     return backend
 
@@ -114,16 +88,9 @@ def choose_backend(
 _DENSE_WEIGHTS: PreparedCache[Tensor] = PreparedCache()
 
 
-def dense_forward(
-    x: Tensor,
-    weight: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    activation: str,
-) -> Tensor:
+def dense_forward(x: Tensor, layer: LayerArguments) -> Tensor:
     """torch's own Linear with the unpacked matrix, which is kept in memory beside the packed one."""
+    weight, crow_indices, col_indices, bias, out_features, activation, residual = layer
     packed, in_features = PackedWeight(weight, crow_indices, col_indices), x.shape[-1]
 
     def make() -> Tensor:
@@ -132,26 +99,27 @@ def dense_forward(
 
     key = (out_features, in_features, weight.shape, weight.stride(), weight.dtype)
     dense = _DENSE_WEIGHTS.get(packed, key, make)
-    return ACTIVATIONS[activation](F.linear(x, dense, bias))
+    out = ACTIVATIONS[activation](F.linear(x, dense, bias))
+    return out if residual is None else out + residual
 
 
-def _same_dtype(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype
+def _same_dtype(x: Tensor, layer: LayerArguments) -> bool:
+    return x.dtype == layer.weight.dtype
 
 
-register_backend("reference", reference_forward, _same_dtype)
-register_backend("dense", dense_forward, _same_dtype, keeps_copy=lambda _: True)
+register_backend("reference", Backend(reference_forward, _same_dtype))
+register_backend("dense", Backend(dense_forward, _same_dtype, keeps_copy=lambda _: True))
 
 
 def run(x: Tensor, layer: LayerArguments, backend: str = "auto") -> Tensor:
     """One layer's output for x [tokens, in_features]; errors as for `choose_backend`."""
-    return _BACKENDS[choose_backend(x, *layer[:3], layer.out_features, backend)].forward(x, *layer)
+    return _BACKENDS[choose_backend(x, layer, backend)].forward(x, layer)
 
 
 def run_all(x: Tensor, layers: list[LayerArguments]) -> list[Tensor]:
     """Outputs of layers of one block shape that read the same x [tokens, in_features]; in one call where that pays."""
-    names = [choose_backend(x, *layer[:3], layer.out_features) for layer in layers]
+    names = [choose_backend(x, layer) for layer in layers]
     together = _BACKENDS[names[0]].forward_all
     if together is not None and len(set(names)) == 1:
         return together(x, layers)
-    return [_BACKENDS[name].forward(x, *layer) for name, layer in zip(names, layers, strict=True)]
+    return [_BACKENDS[name].forward(x, layer) for name, layer in zip(names, layers, strict=True)]

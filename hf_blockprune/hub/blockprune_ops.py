@@ -1,4 +1,4 @@
-"""The block-sparse linear op: y = act(x W^T + b), with W stored as kept blocks only.
+"""The block-sparse linear op: y = act(x W^T + b) + residual, with W stored as kept blocks only.
 
 `torch.ops.blockprune.block_sparse_linear` is opaque to the compiler and so works under `torch.compile(fullgraph=True)`
 and `torch.export`. Which backend runs is decided at each call.
@@ -26,13 +26,15 @@ def _define_op() -> None:
         out_features: int,
         activation: str,
         backend: str,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation)
+        flat = None if residual is None else residual.reshape(-1, out_features)
+        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, flat)
         out = run(x.reshape(-1, x.shape[-1]), layer, backend)
         return out.view(*x.shape[:-1], out_features)
 
     @forward.register_fake
-    def _(x, weight, crow_indices, col_indices, bias, out_features, activation, backend):
+    def _(x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual=None):
         return x.new_empty(*x.shape[:-1], out_features)
 
     @torch.library.custom_op("blockprune::block_sparse_linears", mutates_args=())
@@ -66,12 +68,14 @@ def _define_op() -> None:
         return x.new_empty(x.shape), torch.empty_like(weight)
 
     def setup_context(ctx, inputs, output):
-        x, weight, crow_indices, col_indices, bias, out_features, activation, backend = inputs
+        x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual = inputs
         ctx.save_for_backward(x, weight, crow_indices, col_indices, bias)
         ctx.out_features, ctx.activation, ctx.backend = out_features, activation, backend
+        ctx.has_residual = residual is not None
 
     def run_backward(ctx, grad):
         x, weight, crow_indices, col_indices, bias = ctx.saved_tensors
+        grad_residual = grad if ctx.has_residual else None
         if ctx.activation != "none":  # the pre-activation is cheaper to recompute than to keep
             z = torch.ops.blockprune.block_sparse_linear(
                 x, weight, crow_indices, col_indices, bias, ctx.out_features, "none", ctx.backend
@@ -82,7 +86,7 @@ def _define_op() -> None:
             grad, x, weight, crow_indices, col_indices
         )
         grad_bias = None if bias is None else grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, grad_weight, None, None, grad_bias, None, None, None
+        return grad_x, grad_weight, None, None, grad_bias, None, None, None, grad_residual
 
     forward.register_autograd(run_backward, setup_context=setup_context)
 
@@ -102,8 +106,9 @@ def block_sparse_linear(
     out_features: int,
     activation: str = "none",
     backend: str = "auto",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = activation(x W^T + bias) for a block-sparse W.
+    """y = activation(x W^T + bias) + residual for a block-sparse W.
 
     Args:
         x: [..., in_features], any number of leading dimensions, any number of tokens (zero too).
@@ -114,12 +119,14 @@ def block_sparse_linear(
         out_features: N; the last block row may reach past it.
         activation: "none", "gelu" (exact) or "gelu_tanh".
         backend: "auto" or a name from `blockprune_backends.available_backends()`.
+        residual: what is added to the output, of its shape and of x's dtype, or None.
 
     Returns:
         [..., out_features], dtype of x.
 
     Raises:
-        ValueError: unknown activation or backend, or a backend that cannot run these tensors.
+        ValueError: unknown activation or backend, a backend that cannot run these tensors, or a residual of another
+            shape or dtype.
 
     Example:
         >>> W = torch.ones(1, 2, 2)  # the left upper block of a 4x4 matrix
@@ -133,10 +140,15 @@ def block_sparse_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
+        residual = residual if residual is None else residual.to(dtype)
+    if residual is not None and (residual.shape, residual.dtype) != ((*x.shape[:-1], out_features), x.dtype):
+        raise ValueError(
+            f"residual: expected {x.dtype} {[*x.shape[:-1], out_features]}, got {residual.dtype} {list(residual.shape)}"
+        )
     if backend == "auto" and weight.requires_grad and torch.is_grad_enabled():
         backend = "auto-live"
     return torch.ops.blockprune.block_sparse_linear(
-        x, weight, crow_indices, col_indices, bias, out_features, activation, backend
+        x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual
     )
 
 
@@ -145,12 +157,12 @@ def block_sparse_linears(x: Tensor, layers: list[LayerArguments]) -> list[Tensor
 
     Args:
         x: [..., in_features].
-        layers: what differs between them.
+        layers: what differs between them; without residuals.
 
     Returns:
         The output of each, [..., out_features].
     """
-    weights, crow_indices, col_indices, biases, out_features, activations = zip(*layers, strict=True)
+    weights, crow_indices, col_indices, biases, out_features, activations, _ = zip(*layers, strict=True)
     return torch.ops.blockprune.block_sparse_linears(
         x, weights, crow_indices, col_indices, biases, out_features, " ".join(activations)
     )

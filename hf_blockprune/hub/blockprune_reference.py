@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class LayerArguments(NamedTuple):
+    """The op's arguments but for x (see `blockprune_ops.block_sparse_linear`); residual is [tokens, out_features]."""
+
+    weight: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+    bias: Tensor | None
+    out_features: int
+    activation: str = "none"
+    residual: Tensor | None = None
+
+
 def _block_columns(x: Tensor, cols: int) -> Tensor:
     """x [tokens, in_features] as [block columns, cols * tokens], feature-major, zeros filling up the last column."""
     tokens, features = x.shape
@@ -21,20 +34,13 @@ def _block_columns(x: Tensor, cols: int) -> Tensor:
     return F.pad(x.t(), (0, 0, 0, block_cols * cols - features)).reshape(block_cols, cols * tokens)
 
 
-def reference_forward(
-    x: Tensor,
-    weight: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    activation: str,
-) -> Tensor:
+def reference_forward(x: Tensor, layer: LayerArguments) -> Tensor:
     """One matrix product for each block row, over the gathered input features that the row keeps.
 
     x is turned feature-major once, so that gathering a block column copies one contiguous stretch and the product
     of a block row with all tokens is a single GEMM. Shapes: x [tokens, in_features] -> [tokens, out_features].
     """
+    weight, crow_indices, col_indices, bias, out_features, activation, residual = layer
     rows, cols = weight.shape[1:]
     tokens = x.shape[0]
     columns = _block_columns(x, cols)
@@ -49,7 +55,8 @@ def reference_forward(
             torch.mm(gathered.t(), blocks, out=out_row)
         else:
             torch.addmm(bias[row * rows : row * rows + height], gathered.t(), blocks, out=out_row)
-    return ACTIVATIONS[activation](out)
+    out = ACTIVATIONS[activation](out)
+    return out if residual is None else out + residual
 
 
 def reference_backward(

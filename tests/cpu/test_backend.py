@@ -56,7 +56,7 @@ def threads():
 
 
 def run(backend, case, activation="none"):
-    return backend.forward(case.x, *case.packed, case.bias, len(case.dense), activation)
+    return backend.forward(case.x, LayerArguments(*case.packed, case.bias, len(case.dense), activation))
 
 
 def assert_right(out, case, activation):
@@ -135,7 +135,7 @@ def test_strided_inputs(backend, view):
 def test_every_value_is_activated_as_torch_does_it(backend, activation):
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e4])])[:, None]
     weight, crow, col = torch.ones(1, 16, 1), torch.tensor([0, 1]).int(), torch.tensor([0]).int()
-    out = backend.forward(x, weight, crow, col, None, 16, activation)
+    out = backend.forward(x, LayerArguments(weight, crow, col, None, 16, activation))
     expected = reference(make_case((16, 1), shape=(16, 1))._replace(x=x, dense=torch.ones(16, 1).double(), bias=None))
     if activation != "none":
         approximate = "tanh" if activation == "gelu_tanh" else "none"
@@ -163,7 +163,7 @@ def test_bfloat16_outputs_round_to_nearest_even(backend, value, stored):
     low = torch.tensor(value - high.item()).bfloat16()
     x = torch.stack([high, low])[None]
     weight, crow, col = torch.ones(1, 16, 2).bfloat16(), torch.tensor([0, 1]).int(), torch.tensor([0]).int()
-    out = backend.forward(x, weight, crow, col, None, 16, "none")
+    out = backend.forward(x, LayerArguments(weight, crow, col, None, 16))
     assert torch.equal(out, torch.tensor(stored).bfloat16().expand(1, 16))
 
 
@@ -217,7 +217,7 @@ def layer_of(density, block_shape=(16, 16), dtype=torch.float32):
 
 
 def chosen(layer, x):
-    return choose_backend(x, layer.weight, layer.crow_indices, layer.col_indices, layer.out_features)
+    return choose_backend(x, layer.arguments())
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_double_precision_is_left_to_others(monkeypatch):
 
 def test_a_layer_keeps_no_second_copy_of_its_blocks(backend):
     layer = layer_of(0.5)
-    blocks, _ = backend.prepare(128, layer.weight, layer.crow_indices, layer.col_indices, 96)
+    blocks, _ = backend.prepare(128, layer.arguments())
     assert blocks.data_ptr() == layer.weight.data_ptr()
 
 
@@ -292,15 +292,15 @@ def test_weights_that_train_may_change_unnoticed_by_torch(monkeypatch):
 def test_copied_and_converted_layers_run(backend):
     layer, x = layer_of(0.5), torch.randn(5, 128)
     other = copy.deepcopy(layer).to(torch.bfloat16)
-    arguments = other.weight, other.crow_indices, other.col_indices, other.bias, 96, "none"
     with torch.no_grad():
         expected = layer.to_dense()(x).double()
-        assert_matches(backend.forward(x.bfloat16(), *arguments), expected, torch.bfloat16)
+        out = backend.forward(x.bfloat16(), other.arguments())
+        assert_matches(out, expected, torch.bfloat16)
 
 
 def test_patterns_know_their_work(backend):
     case = make_case((64, 32), shape=(128, 64), density=1.0)
-    _, pattern = backend.prepare(64, *case.packed, 128)
+    _, pattern = backend.prepare(64, LayerArguments(*case.packed, None, 128))
     assert pattern.work == 128 * 64
     assert sorted(pattern.strip_order.tolist()) == list(range(128 // backend.library.strip_rows(64)))
 

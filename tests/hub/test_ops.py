@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blockprune.hub import blockprune_backends
-from hf_blockprune.hub.blockprune_backends import available_backends, choose_backend
+from hf_blockprune.hub.blockprune_backends import Backend, LayerArguments, available_backends, choose_backend
 from hf_blockprune.hub.blockprune_layout import PackedWeight, pack
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.hub.blockprune_ops import block_sparse_linear
@@ -115,6 +115,31 @@ def test_equals_the_dense_product_in_other_dtypes(block_shape, dtype):
 def test_bias_and_activation(dtype, bias, activation):
     case = make_case((32, 32), dtype=dtype, bias=bias)
     assert_matches(run(case, activation), reference(case, activation), dtype)
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense", "reference"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_residual_is_added_after_the_activation(activation, backend):
+    case = make_case((16, 16), (2, 7))
+    residual = torch.randn(2, 7, OUT, generator=torch.Generator().manual_seed(1))
+    out = run(case, activation, backend=backend, residual=residual)
+    assert_matches(out, reference(case, activation) + residual, torch.float32)
+
+
+def test_gradient_of_a_residual_is_that_of_the_output():
+    case = make_case((16, 16), (2, 7))
+    residual = torch.randn(2, 7, OUT).requires_grad_()
+    grad = torch.randn(2, 7, OUT)
+    run(case, "gelu", residual=residual).backward(grad)
+    assert torch.equal(residual.grad, grad)
+
+
+@pytest.mark.parametrize(
+    "residual", [torch.zeros(7, OUT), torch.zeros(2, 7, OUT, dtype=torch.float64)], ids=["shape", "dtype"]
+)
+def test_residual_that_does_not_fit_is_refused(residual):
+    with pytest.raises(ValueError, match=r"residual: expected torch.float32 \[2, 7, 96\], got"):
+        run(make_case((16, 16), (2, 7)), residual=residual)
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 0, 5), (2, 3, 1, 4)], ids=str)
@@ -297,11 +322,11 @@ def test_auto_takes_the_latest_backend_that_can_run_the_call(monkeypatch):
     monkeypatch.setattr(blockprune_backends, "_BACKENDS", dict(blockprune_backends._BACKENDS))
     monkeypatch.delenv("BLOCKPRUNE_BACKEND", raising=False)
     case = make_case((16, 16), dtype=torch.float64)
-    double = case.x, *case.packed, OUT
-    single = case.x.float(), case.packed.weight.float(), *case.packed[1:], OUT
+    double = case.x, LayerArguments(*case.packed, None, OUT)
+    single = case.x.float(), LayerArguments(case.packed.weight.float(), *case.packed[1:], None, OUT)
     before = choose_backend(*single)
     blockprune_backends.register_backend(
-        "doubles", lambda *args: reference_forward(*args) + 1, lambda x, w: x.dtype == torch.double
+        "doubles", Backend(lambda *args: reference_forward(*args) + 1, lambda x, _: x.dtype == torch.double)
     )
     assert available_backends()[0] == "doubles"
     assert choose_backend(*double) == "doubles"
@@ -313,7 +338,7 @@ def test_auto_takes_the_latest_backend_that_can_run_the_call(monkeypatch):
 def test_environment_chooses_where_the_call_does_not(monkeypatch):
     case = make_case((16, 16))
     monkeypatch.setenv("BLOCKPRUNE_BACKEND", "reference")
-    assert choose_backend(case.x, *case.packed, OUT) == "reference"
+    assert choose_backend(case.x, LayerArguments(*case.packed, None, OUT)) == "reference"
     monkeypatch.setenv("BLOCKPRUNE_BACKEND", "abacus")
     with pytest.raises(ValueError, match=r"'abacus'.*'reference'"):
         run(case)
