@@ -9,6 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when GPU kernels are imported
+
 from accelerate import Accelerator
 from PIL import Image
 from transformers import (

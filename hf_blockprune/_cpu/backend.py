@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..hub.blockprune_backends import Backend, LayerArguments, register_backend
-from ..hub.blockprune_layout import PackedWeight, check_indices, check_shapes, grid_shape, unpack
-from ..hub.blockprune_linear import feature_major, is_feature_major
+from ..hub.blockprune_layout import PackedWeight, check_packed, feature_major, is_feature_major, unpack
 from ..hub.blockprune_prepared import PreparedCache
 from .library import CpuLibrary, find_library
 
@@ -77,19 +76,13 @@ class CpuBackend:
         Raises:
             BlockSparseFormatError: indices that would lead outside the matrix; no kernel sees them.
         """
-        weight, crow_indices, col_indices, _, out_features = layer[:5]
+        packed, out_features = PackedWeight(*layer[:3]), layer.out_features
+        weight = packed.weight
         key = (in_features, out_features, weight.shape)
         if weight.shape[1] % STRIP:
             key = (*key, weight.stride(), weight.dtype)
-            tensors = (weight, crow_indices, col_indices)
-            return self._regrouped.get(
-                tensors, key, lambda: self._regroup(in_features, weight, crow_indices, col_indices, out_features)
-            )
-        pattern = self._patterns.get(
-            (crow_indices, col_indices),
-            key,
-            lambda: self._pattern(in_features, weight.shape, crow_indices, col_indices, out_features),
-        )
+            return self._regrouped.get(packed, key, lambda: self._regroup(in_features, packed, out_features))
+        pattern = self._patterns.get(packed[1:], key, lambda: self._pattern(in_features, packed, out_features))
         if not is_feature_major(weight):
             stored = weight
             weight = self._copies.get((stored,), (stored.shape, stored.dtype), lambda: feature_major(stored))
@@ -128,23 +121,20 @@ class CpuBackend:
         )
         return outputs
 
-    def _pattern(
-        self, in_features: int, shape: torch.Size, crow_indices: Tensor, col_indices: Tensor, out_features: int
-    ) -> Pattern:
-        _check(in_features, shape, crow_indices, col_indices, out_features)
-        rows, cols = shape[1], shape[2]
+    def _pattern(self, in_features: int, packed: PackedWeight, out_features: int) -> Pattern:
+        check_packed("block_sparse_linear", packed, out_features, in_features)
+        weight, crow_indices, col_indices = packed
+        rows, cols = weight.shape[1:]
         strips_in_a_row = rows // self.library.strip_rows(rows)
         length = crow_indices.diff().repeat_interleave(strips_in_a_row)
         order = length.argsort(descending=True, stable=True).to(torch.int32)
         # Copies: what was checked is what kernels read, and a cache of the originals would keep them alive.
-        return Pattern(crow_indices.clone(), col_indices.clone(), (rows, cols), order, shape.numel())
+        return Pattern(crow_indices.clone(), col_indices.clone(), (rows, cols), order, weight.numel())
 
-    def _regroup(
-        self, in_features: int, weight: Tensor, crow_indices: Tensor, col_indices: Tensor, out_features: int
-    ) -> tuple[Tensor, Pattern]:
+    def _regroup(self, in_features: int, packed: PackedWeight, out_features: int) -> tuple[Tensor, Pattern]:
         """The matrix in blocks of 16x1: each strip of 16 outputs keeps the inputs that any of its rows keeps."""
-        _check(in_features, weight.shape, crow_indices, col_indices, out_features)
-        packed = PackedWeight(weight.detach(), crow_indices, col_indices)
+        check_packed("block_sparse_linear", packed, out_features, in_features)
+        packed = packed._replace(weight=packed.weight.detach())
         dense = unpack(packed, out_features, in_features)
         kept = packed._replace(weight=torch.ones_like(packed.weight, dtype=torch.bool))
         padding = (0, 0, 0, -out_features % STRIP)
@@ -153,23 +143,7 @@ class CpuBackend:
         crow = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         col = mask.nonzero()[:, 1].to(torch.int32)
         blocks = strips[mask].unsqueeze(-1)
-        return blocks, self._pattern(in_features, blocks.shape, crow, col, out_features)
-
-
-def _check(in_features: int, shape: torch.Size, crow_indices: Tensor, col_indices: Tensor, out_features: int) -> None:
-    """Kernels read where indices point to, whoever calls the op."""
-    shapes = {"weight": shape, "crow_indices": crow_indices.shape, "col_indices": col_indices.shape}
-    block_shape = (shape[1], shape[2])
-    check_shapes(
-        "block_sparse_linear",
-        {name: tuple(size) for name, size in shapes.items()},
-        nnz_blocks=shape[0],
-        out_features=out_features,
-        in_features=in_features,
-        block_shape=block_shape,
-    )
-    block_cols = grid_shape(out_features, in_features, block_shape)[1]
-    check_indices("block_sparse_linear", crow_indices, col_indices, block_cols)
+        return blocks, self._pattern(in_features, PackedWeight(blocks, crow, col), out_features)
 
 
 def _checked_bias(bias: Tensor, dtype: torch.dtype, out_features: int) -> Tensor:

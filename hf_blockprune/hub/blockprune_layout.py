@@ -95,6 +95,20 @@ def unpack(packed: PackedWeight, out_features: int, in_features: int) -> Tensor:
     return blocks.transpose(1, 2).reshape(grid[0] * rows, grid[1] * cols)[:out_features, :in_features].contiguous()
 
 
+def feature_major(weight: Tensor) -> Tensor:
+    """The same blocks [nnz_blocks, rows, cols], laid out in memory as [nnz_blocks, cols, rows].
+
+    Kernels read one input feature's weights to all of a block's outputs at once, and so a block row's kept features are
+    one matrix without gaps.
+    """
+    return weight.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def is_feature_major(weight: Tensor) -> bool:
+    """Whether `feature_major` would change nothing."""
+    return weight.transpose(1, 2).is_contiguous()
+
+
 def check_shapes(
     name: str,
     shapes: dict[str, tuple[int, ...]],
@@ -159,3 +173,23 @@ def check_indices(name: str, crow_indices: Tensor, col_indices: Tensor, block_co
     keys = col + block_cols * torch.repeat_interleave(torch.arange(len(counts)), counts)
     if (keys.diff() <= 0).any():
         raise BlockSparseFormatError(f"{name}.col_indices: must strictly increase within a block row")
+
+
+def check_packed(name: str, packed: PackedWeight, out_features: int, in_features: int) -> None:
+    """Refuse tensors that are not a block-sparse matrix of this size; kernels read where indices point to.
+
+    Raises:
+        BlockSparseFormatError: naming the tensor and the rule it breaks.
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in packed._asdict().items()}
+    block_shape = (packed.weight.shape[1], packed.weight.shape[2])
+    check_shapes(
+        name,
+        shapes,
+        nnz_blocks=len(packed.weight),
+        out_features=out_features,
+        in_features=in_features,
+        block_shape=block_shape,
+    )
+    block_cols = grid_shape(out_features, in_features, block_shape)[1]
+    check_indices(name, packed.crow_indices, packed.col_indices, block_cols)

@@ -10,24 +10,13 @@ from .blockprune_layout import (
     PackedWeight,
     block_mask,
     check_indices,
+    feature_major,
     grid_shape,
+    is_feature_major,
     pack,
     unpack,
 )
 from .blockprune_ops import block_sparse_linear, block_sparse_linears
-
-
-def feature_major(weight: Tensor) -> Tensor:
-    """The same blocks [nnz_blocks, rows, cols], laid out in memory as [nnz_blocks, cols, rows].
-
-    Kernels for CPUs read one input feature's weights to all of a block's outputs at once.
-    """
-    return weight.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def is_feature_major(weight: Tensor) -> bool:
-    """Whether `feature_major` would change nothing."""
-    return weight.transpose(1, 2).is_contiguous()
 
 
 class SharedInput:

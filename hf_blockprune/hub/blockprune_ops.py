@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .blockprune_backends import LayerArguments, run, run_all
-from .blockprune_reference import ACTIVATIONS, reference_backward
+from .blockprune_reference import ACTIVATIONS, dense_backward, reference_backward
 
 
 def _define_op() -> None:
@@ -60,7 +60,8 @@ def _define_op() -> None:
         grad: Tensor, x: Tensor, weight: Tensor, crow_indices: Tensor, col_indices: Tensor
     ) -> tuple[Tensor, Tensor]:
         flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_x, grad_weight = reference_backward(flat_grad, flat_x, weight, crow_indices, col_indices)
+        gradients = dense_backward if x.is_cuda else reference_backward
+        grad_x, grad_weight = gradients(flat_grad, flat_x, weight, crow_indices, col_indices)
         return grad_x.view(x.shape), grad_weight
 
     @backward.register_fake
@@ -94,6 +95,18 @@ def _define_op() -> None:
 # A checkpoint's own copy of this file and the installed package may both be loaded; torch refuses a second definition.
 if not hasattr(torch.ops.blockprune, "block_sparse_linear"):
     _define_op()
+
+
+def _register_triton() -> None:
+    """GPU kernels, where triton is installed."""
+    try:
+        from .blockprune_triton_backend import register
+    except ImportError:
+        return
+    register()
+
+
+_register_triton()
 
 
 def block_sparse_linear(

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blockprune_layout import PackedWeight, block_rows_of, grid_shape, unpack
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": F.gelu,
@@ -78,4 +80,19 @@ def reference_backward(
         grad_columns.index_add_(0, chosen, (blocks @ grad_row.t()).view(end - start, cols * tokens))
         grad_weight[start:end, :height] = (gathered @ grad_row).view(-1, cols, height).transpose(1, 2)
     grad_x = grad_columns.view(len(columns) * cols, tokens)[: x.shape[1]].t().contiguous()
+    return grad_x, grad_weight
+
+
+def dense_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, crow_indices: Tensor, col_indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same gradients by products with the unpacked matrix, without a word to the host: quicker on GPUs."""
+    rows, cols = weight.shape[1:]
+    shape = grad.shape[1], x.shape[1]
+    grad_x = grad @ unpack(PackedWeight(weight, crow_indices, col_indices), *shape)
+    grid = grid_shape(*shape, (rows, cols))
+    full = F.pad(grad.t() @ x, (0, grid[1] * cols - shape[1], 0, grid[0] * rows - shape[0]))
+    blocks = full.view(grid[0], rows, grid[1], cols)
+    grad_weight = torch.empty_like(weight)
+    grad_weight.copy_(blocks[block_rows_of(crow_indices, len(weight)), :, col_indices.long()])
     return grad_x, grad_weight

@@ -14,7 +14,8 @@ from hf_blockprune._cpu.backend import BREAK_EVEN, CpuBackend
 from hf_blockprune._cpu.library import CpuLibrary, find_library
 from hf_blockprune.errors import BlockSparseFormatError
 from hf_blockprune.hub.blockprune_backends import LayerArguments, available_backends, choose_backend
-from hf_blockprune.hub.blockprune_linear import BlockSparseLinear, feature_major
+from hf_blockprune.hub.blockprune_layout import feature_major
+from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.hub.blockprune_ops import block_sparse_linear
 from tests.hub.test_ops import ACTIVATIONS, MAX_RELATIVE_ERROR, assert_matches, make_case, reference
 

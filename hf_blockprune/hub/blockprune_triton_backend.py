@@ -1,0 +1,198 @@
+"""The op's `triton` backend: what the kernel needs to know of a layer, prepared once, and how it is run."""
+
+import os
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from .blockprune_backends import Backend, register_backend
+from .blockprune_layout import PackedWeight, check_packed, feature_major, is_feature_major, unpack
+from .blockprune_prepared import PreparedCache
+from .blockprune_reference import ACTIVATIONS, LayerArguments
+from .blockprune_triton import INTERPRETED, Pattern, k_major, launch
+from .blockprune_tuning import Choice, Config, Problem, Tuner, candidates
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK_ROWS = (16, 32, 64, 128)  # heights that tensor cores multiply
+# Share of blocks left up to which the kernel is preferred where nothing was measured. A guess, from counting how often
+# x is read again.
+UNMEASURED_BREAK_EVEN = 0.4
+SHARED_MEMORY = 99 * 1024  # of consumer cards; others have more
+
+
+class TritonBackend:
+    """Block-sparse products with the Triton kernel."""
+
+    def __init__(self) -> None:
+        self._patterns: PreparedCache[Pattern] = PreparedCache()
+        self._copies: PreparedCache[Tensor] = PreparedCache()
+        self._tuners: dict[torch.device, Tuner] = {}
+
+    def supports(self, x: Tensor, layer: LayerArguments) -> bool:
+        """Whether the kernel knows device, dtype and block height."""
+        weight = layer.weight
+        device = "cpu" if INTERPRETED else "cuda"
+        return (
+            x.device.type == device
+            and x.device == weight.device
+            and x.dtype == weight.dtype
+            and x.dtype in DTYPES
+            and weight.shape[1] in BLOCK_ROWS
+        )
+
+    def pays(self, x: Tensor, layer: LayerArguments) -> bool:
+        """Whether it is faster than a dense product, as measured, or as guessed where nothing may be measured."""
+        if x.device.type != "cuda":  # the interpreter is for tests
+            return False
+        choice = self.choose(x, layer)
+        if choice.sparse_ms is None or choice.dense_ms is None:
+            return layer.weight.numel() <= UNMEASURED_BREAK_EVEN * x.shape[-1] * layer.out_features
+        return choice.sparse_ms < choice.dense_ms
+
+    def keeps_copy(self, layer: LayerArguments) -> bool:
+        """Whether the kernel cannot read the weight where it is."""
+        return not is_feature_major(layer.weight)
+
+    def forward(self, x: Tensor, layer: LayerArguments) -> Tensor:
+        """See `blockprune_backends.Backend`."""
+        return self.forward_all(x, [layer])[0]
+
+    def forward_all(self, x: Tensor, layers: list[LayerArguments]) -> list[Tensor]:
+        """Several layers that read the same x, which is transposed at most once."""
+        inputs = _Inputs(x)
+        return [self._run(inputs, layer, self.choose(x, layer).config) for layer in layers]
+
+    def choose(self, x: Tensor, layer: LayerArguments) -> Choice:
+        """How to run a call, measured first where it is new and `BLOCKPRUNE_AUTOTUNE` allows it."""
+        problem = _problem(x, layer)
+        configs = candidates(problem, _shared_memory(x.device))
+        if not _may_measure(x.device):
+            return Choice(configs[0])
+        tuner = self._tuners.get(x.device)
+        if tuner is None:
+            tuner = self._tuners[x.device] = Tuner(_device_name(x.device))
+        return tuner.choose(
+            problem,
+            configs,
+            lambda config: _milliseconds(lambda: self._run(_Inputs(x), layer, config), x.device),
+            lambda: _dense_milliseconds(x, layer),
+        )
+
+    def _run(self, inputs: "_Inputs", layer: LayerArguments, config: Config) -> Tensor:
+        x = inputs.x
+        pattern = self._pattern(x.shape[1], layer)
+        weight = layer.weight
+        if not is_feature_major(weight):
+            weight = self._copies.get((weight,), (weight.shape, weight.dtype), lambda: feature_major(layer.weight))
+        bias, residual = (None if t is None else t.contiguous() for t in (layer.bias, layer.residual))
+        if bias is not None and (bias.shape != (layer.out_features,) or bias.dtype != x.dtype):
+            raise ValueError(f"bias: expected {x.dtype} [{layer.out_features}], got {bias.dtype} {list(bias.shape)}")
+        layer = layer._replace(weight=weight, bias=bias, residual=residual)
+        source = inputs.k_major if config.k_major else inputs.token_major
+        return launch(source, len(x), layer, pattern, config, _precision(x.dtype))
+
+    def _pattern(self, in_features: int, layer: LayerArguments) -> Pattern:
+        """The checked pattern; the first time, indices are read from the device.
+
+        Raises:
+            BlockSparseFormatError: indices that would lead outside the matrix; no kernel sees them.
+        """
+        weight, crow, col = layer[:3]
+
+        def make() -> Pattern:
+            check_packed("block_sparse_linear", PackedWeight(weight, crow, col), layer.out_features, in_features)
+            longest_first = crow.diff().argsort(descending=True, stable=True).to(torch.int32)
+            # Copies: what was checked is what the kernel reads, and a cache of the originals would keep them alive.
+            in_order = torch.arange(len(longest_first), dtype=torch.int32, device=crow.device)
+            return Pattern(crow.clone(), col.clone(), longest_first, in_order)
+
+        return self._patterns.get((crow, col), (in_features, layer.out_features, weight.shape), make)
+
+
+class _Inputs:
+    """x [tokens, in_features] as the kernel takes it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    @cached_property
+    def token_major(self) -> Tensor:
+        return self.x if self.x.stride(1) == 1 else self.x.contiguous()
+
+    @cached_property
+    def k_major(self) -> Tensor:
+        return k_major(self.x)
+
+
+def _problem(x: Tensor, layer: LayerArguments) -> Problem:
+    rows, cols = layer.weight.shape[1:]
+    return Problem(
+        dtype=str(x.dtype).removeprefix("torch."),
+        element_bytes=x.element_size(),
+        precision=_precision(x.dtype),
+        rows=rows,
+        cols=cols,
+        tokens=len(x),
+        out_features=layer.out_features,
+        in_features=x.shape[1],
+        density=layer.weight.numel() / max(1, layer.out_features * x.shape[1]),
+    )
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of float32 products, as `torch.set_float32_matmul_precision` has it."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def _may_measure(device: torch.device) -> bool:
+    """Not in the interpreter unless asked for, and not while a CUDA graph is recorded."""
+    if device.type != "cuda":
+        return os.environ.get("BLOCKPRUNE_AUTOTUNE") == "1"
+    return os.environ.get("BLOCKPRUNE_AUTOTUNE", "1") != "0" and not torch.cuda.is_current_stream_capturing()
+
+
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return SHARED_MEMORY
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_MEMORY)
+
+
+def _device_name(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return f"{name} torch {torch.__version__} triton {triton.__version__}"
+
+
+def _milliseconds(run: Callable[[], Any], device: torch.device) -> float | None:
+    """Median time of a call, None where the device has not enough of something."""
+    try:
+        run()
+    except triton.runtime.errors.OutOfResources:
+        return None
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return 1000 * (time.perf_counter() - start)
+    with torch.cuda.device(device):
+        milliseconds: Any = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+    return milliseconds
+
+
+def _dense_milliseconds(x: Tensor, layer: LayerArguments) -> float:
+    dense = unpack(PackedWeight(*layer[:3]), layer.out_features, x.shape[1])
+    activation = ACTIVATIONS[layer.activation]
+    milliseconds = _milliseconds(lambda: activation(F.linear(x, dense, layer.bias)), x.device)
+    assert milliseconds is not None
+    return milliseconds
+
+
+def register() -> None:
+    """Make the kernel the op's preferred backend on GPUs."""
+    backend = TritonBackend()
+    functions = backend.forward, backend.supports, backend.pays, backend.keeps_copy, backend.forward_all
+    register_backend("triton", Backend(*functions))
