@@ -17,6 +17,7 @@ from .errors import (
 from .evaluation import Evaluation
 from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_quantizer import BlockPruneQuantizationConfig, sparsify
+from .microbatch import micro_batch
 from .pruner import BlockPruner
 from .version import __version__
 
@@ -39,5 +40,6 @@ __all__ = [
     "ModelError",
     "RecoveryConfig",
     "__version__",
+    "micro_batch",
     "sparsify",
 ]
