@@ -91,22 +91,31 @@ def models(options: argparse.Namespace):
         return
     shape = parse_block_shape(options.block_shape)
     for arch, sparsity in product(options.arch, options.sparsity):
-        width, heads = ARCHS[arch]
-        torch.manual_seed(0)
-        config = ViTConfig(
-            hidden_size=width,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            id2label={i: str(i) for i in range(1000)},
-        )
-        dense, sparse = (ViTForImageClassification(config).to(dtype).eval() for _ in range(2))
-        generator = torch.Generator().manual_seed(0)
-        masks = {
-            name: random_mask(grid_shape((linear.out_features, linear.in_features), shape), sparsity, generator)
-            for name, linear in find_targets(sparse, BlockPruneConfig(block_shape=shape)).items()
-        }
+        dense, sparse = random_pair(arch, shape, sparsity)
         details = {"block_shape": list(shape), "sparsity": sparsity, "dtype": options.dtype}
-        yield arch, dense, sparsify(sparse, masks, shape), details
+        yield arch, dense.to(dtype), sparse.to(dtype), details
+
+
+def random_pair(arch: str, shape: tuple[int, int], sparsity: float, **changes: Any) -> tuple[nn.Module, nn.Module]:
+    """A dense and a pruned model with random weights; blocks are removed at random places.
+
+    Args:
+        arch: one of `ARCHS`.
+        shape: of blocks.
+        sparsity: blocks removed from each Linear.
+        changes: of the model's config.
+    """
+    width, heads = ARCHS[arch]
+    torch.manual_seed(0)
+    settings = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width, **changes}
+    config = ViTConfig(**settings, id2label={i: str(i) for i in range(1000)})
+    dense, sparse = (ViTForImageClassification(config).eval() for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        name: random_mask(grid_shape((linear.out_features, linear.in_features), shape), sparsity, generator)
+        for name, linear in find_targets(sparse, BlockPruneConfig(block_shape=shape)).items()
+    }
+    return dense, sparsify(sparse, masks, shape)
 
 
 @torch.no_grad()  # not inference_mode, in which torch's BSR layers fail
@@ -122,7 +131,7 @@ def measure(dense: nn.Module, sparse: nn.Module, batch: int, options: argparse.N
         compiled, sparse_compiled = torch.compile(dense), torch.compile(sparse)
         contestants["dense_compiled"] = lambda: compiled(pixel_values=pixels)
         contestants["sparse_compiled"] = lambda: sparse_compiled(pixel_values=pixels)
-    times = by_turns(contestants, seconds=3.0 if options.quick else options.seconds)
+    times = by_turns(contestants, seconds=3.0 if options.quick else options.seconds, device=options.device)
     faster, spread = ratio(times, "dense", "sparse")
     result: dict[str, Any] = {"ratio_to_dense": faster, "ratio_spread": spread}
     if "dense_compiled" in times:

@@ -18,7 +18,7 @@ import _root  # noqa: F401
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import by_turns, device_file, median, random_mask, ratio, store
+from benchmarks.timing import by_turns, device_file, median, random_mask, ratio, recorded, store
 from hf_blockprune.environment import environment
 from hf_blockprune.hub.blockprune_backends import available_backends
 from hf_blockprune.hub.blockprune_layout import grid_shape
@@ -91,7 +91,8 @@ def measure(case: dict[str, Any], backend: str, device: str, *, seconds: float) 
         "dense": lambda: F.linear(x, linear.weight, linear.bias),
         "sparse": lambda: block_sparse_linear(x, *weights, out_features=case["n"], backend=backend),
     }
-    times = by_turns(contestants, seconds=seconds)
+    contestants = {name: recorded(run, device) for name, run in contestants.items()}
+    times = by_turns(contestants, seconds=seconds, device=device)
     faster, spread = ratio(times, "dense", "sparse")
     row = {
         **case,
@@ -102,7 +103,7 @@ def measure(case: dict[str, Any], backend: str, device: str, *, seconds: float) 
         "sparse_ms": median(times["sparse"]),
     }
     square = case["block_shape"] in ((32, 32), (16, 16))
-    if case["dtype"] == "float32" and square and case["sparsity"] in BSR_SPARSITIES:
+    if device == "cpu" and case["dtype"] == "float32" and square and case["sparsity"] in BSR_SPARSITIES:
         # In rounds of its own: it takes so long that it would leave cold caches and sleeping threads to the others.
         bsr = torch_bsr(sparse)
         contestants = {"dense": contestants["dense"], "bsr": lambda: F.linear(x, bsr, linear.bias)}

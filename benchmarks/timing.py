@@ -17,25 +17,67 @@ RESULTS = Path(__file__).parent / "results"
 KEYS = ("arch", "op", "batch", "m", "k", "n", "block_shape", "sparsity", "dtype")
 
 
-def by_turns(contestants: dict[str, Callable[[], Any]], *, seconds: float, rounds: int = 5) -> dict[str, list[float]]:
+def by_turns(
+    contestants: dict[str, Callable[[], Any]], *, seconds: float, rounds: int = 5, device: str = "cpu"
+) -> dict[str, list[float]]:
     """Milliseconds of every call, by contestant.
+
+    On a GPU these are its own, between two events; before each call its L2 cache is overwritten, as by the rest of a
+    model.
 
     Args:
         contestants: functions by name.
         seconds: about how long to go on.
         rounds: at least.
+        device: "cpu" or "cuda".
     """
     for run in contestants.values():  # caches, packing, compilation
         run()
         run()
+    timed = _on_gpu() if device == "cuda" else _on_cpu
     times: dict[str, list[float]] = {name: [] for name in contestants}
     start = time.perf_counter()
     while min(map(len, times.values())) < rounds or time.perf_counter() - start < seconds:
         for name, run in contestants.items():
-            before = time.perf_counter()
-            run()
-            times[name].append(1000 * (time.perf_counter() - before))
+            times[name].append(timed(run))
     return times
+
+
+def _on_cpu(run: Callable[[], Any]) -> float:
+    before = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - before)
+
+
+def _on_gpu() -> Callable[[Callable[[], Any]], float]:
+    cache = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
+
+    def timed(run: Callable[[], Any]) -> float:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        before.record()
+        run()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after)
+
+    return timed
+
+
+def recorded(run: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """The same work as a CUDA graph, so that what Python takes to launch it is not measured; on a CPU, itself."""
+    if device != "cuda":
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def ratio(times: dict[str, list[float]], over: str, under: str) -> tuple[float, list[float]]:

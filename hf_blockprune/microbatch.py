@@ -34,8 +34,8 @@ def micro_batch(model: nn.Module, images: int | Literal["auto"] = "auto") -> nn.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> sizes = dict(image_size=32, hidden_size=48, num_attention_heads=3, num_hidden_layers=1, intermediate_size=96)
-        >>> model = micro_batch(ViTForImageClassification(ViTConfig(**sizes)).eval(), 4)
+        >>> config = ViTConfig(image_size=32, hidden_size=48, num_attention_heads=3, num_hidden_layers=1)
+        >>> model = micro_batch(ViTForImageClassification(config).eval(), 4)
         >>> with torch.no_grad():
         ...     model(pixel_values=torch.zeros(10, 3, 32, 32)).logits.shape
         torch.Size([10, 2])
@@ -71,7 +71,7 @@ class _InParts:
         pixels = kwargs.get(INPUT)
         if pixels is None or args or kwargs.get("labels") is not None or torch.is_grad_enabled():
             return self.whole(*args, **kwargs)
-        images = self._images if self._images != "auto" else self._measured(kwargs)
+        images = self._images if isinstance(self._images, int) else self._measured(kwargs)
         return self.whole(**kwargs) if len(pixels) <= images else self._run(kwargs, images)
 
     def _run(self, kwargs: dict[str, Any], images: int) -> Any:

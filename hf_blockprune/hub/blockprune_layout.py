@@ -193,3 +193,27 @@ def check_packed(name: str, packed: PackedWeight, out_features: int, in_features
     )
     block_cols = grid_shape(out_features, in_features, block_shape)[1]
     check_indices(name, packed.crow_indices, packed.col_indices, block_cols)
+
+
+class CheckedPattern(NamedTuple):
+    """Indices that `check_packed` let pass, and two orders to go through block rows; all on one device.
+
+    Attributes:
+        crow_indices, col_indices: int32 copies: what was checked is what kernels read.
+        longest_first: int32 [block_rows], every block row once.
+        in_order: int32 [block_rows], 0, 1, 2, ...
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    longest_first: Tensor
+    in_order: Tensor
+
+
+def checked_pattern(name: str, packed: PackedWeight, out_features: int, in_features: int) -> CheckedPattern:
+    """Check a matrix (see `check_packed`; indices are read from the device for it) and order its block rows."""
+    check_packed(name, packed, out_features, in_features)
+    crow, col = packed.crow_indices, packed.col_indices
+    longest_first = crow.diff().argsort(descending=True, stable=True).to(torch.int32)
+    in_order = torch.arange(len(longest_first), dtype=torch.int32, device=crow.device)
+    return CheckedPattern(crow.clone(), col.clone(), longest_first, in_order)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .blockprune_backends import LayerArguments, run, run_all
 from .blockprune_reference import ACTIVATIONS, dense_backward, reference_backward
+from .blockprune_triton_backend import register as register_triton
 
 
 def _define_op() -> None:
@@ -97,16 +98,7 @@ if not hasattr(torch.ops.blockprune, "block_sparse_linear"):
     _define_op()
 
 
-def _register_triton() -> None:
-    """GPU kernels, where triton is installed."""
-    try:
-        from .blockprune_triton_backend import register
-    except ImportError:
-        return
-    register()
-
-
-_register_triton()
+register_triton()
 
 
 def block_sparse_linear(

@@ -4,10 +4,10 @@ A program makes an output tile of BLOCK_M tokens by one block row. Kept blocks l
 a row are one matrix [kept features, rows] without gaps: the inner loop reads BLOCK_K features of it at a time, of
 however many blocks, beside the same features gathered from x. Blocks of any width run that way.
 
-This file needs triton; `blockprune_ops` does without where it is missing.
+This file needs triton; the others do without where it is missing.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .blockprune_layout import CheckedPattern
 from .blockprune_reference import LayerArguments
 from .blockprune_tuning import Config
 
@@ -120,21 +121,6 @@ def block_sparse_linear_kernel(
         tl.store(y + place, acc.to(y.dtype.element_ty), mask=inside)
 
 
-class Pattern(NamedTuple):
-    """Checked indices of a weight, on its device.
-
-    Attributes:
-        crow_indices, col_indices: int32 copies.
-        longest_first: int32 [block_rows], every block row once.
-        in_order: int32 [block_rows], 0, 1, 2, ...
-    """
-
-    crow_indices: Tensor
-    col_indices: Tensor
-    longest_first: Tensor
-    in_order: Tensor
-
-
 ALIGNMENT = 16  # of sizes and addresses that the compiler may rely on
 
 
@@ -143,7 +129,9 @@ def k_major(x: Tensor) -> Tensor:
     return F.pad(x.t(), (0, -len(x) % ALIGNMENT)).t()
 
 
-def launch(x: Tensor, tokens: int, layer: LayerArguments, pattern: Pattern, config: Config, precision: str) -> Tensor:
+def launch(
+    x: Tensor, tokens: int, layer: LayerArguments, pattern: CheckedPattern, config: Config, precision: str
+) -> Tensor:
     """Run the kernel: [tokens, out_features].
 
     Args:

@@ -1,22 +1,35 @@
-"""The op's `triton` backend: what the kernel needs to know of a layer, prepared once, and how it is run."""
+"""The op's `triton` backend: what the kernel needs to know of a layer, prepared once, and how it is run.
+
+Triton itself is imported when the kernel runs for the first time: not where there is no GPU.
+"""
 
 import os
 import time
 from collections.abc import Callable
 from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
+from transformers.utils import logging
 
 from .blockprune_backends import Backend, register_backend
-from .blockprune_layout import PackedWeight, check_packed, feature_major, is_feature_major, unpack
+from .blockprune_layout import (
+    CheckedPattern,
+    PackedWeight,
+    checked_pattern,
+    feature_major,
+    is_feature_major,
+    unpack,
+)
 from .blockprune_prepared import PreparedCache
 from .blockprune_reference import ACTIVATIONS, LayerArguments
-from .blockprune_triton import INTERPRETED, Pattern, k_major, launch
 from .blockprune_tuning import Choice, Config, Problem, Tuner, candidates
+
+logger = logging.get_logger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_ROWS = (16, 32, 64, 128)  # heights that tensor cores multiply
@@ -30,14 +43,15 @@ class TritonBackend:
     """Block-sparse products with the Triton kernel."""
 
     def __init__(self) -> None:
-        self._patterns: PreparedCache[Pattern] = PreparedCache()
+        self._patterns: PreparedCache[CheckedPattern] = PreparedCache()
         self._copies: PreparedCache[Tensor] = PreparedCache()
         self._tuners: dict[torch.device, Tuner] = {}
+        self._choices: dict[tuple[torch.device, Problem], Choice] = {}
 
     def supports(self, x: Tensor, layer: LayerArguments) -> bool:
         """Whether the kernel knows device, dtype and block height."""
         weight = layer.weight
-        device = "cpu" if INTERPRETED else "cuda"
+        device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
         return (
             x.device.type == device
             and x.device == weight.device
@@ -71,20 +85,28 @@ class TritonBackend:
     def choose(self, x: Tensor, layer: LayerArguments) -> Choice:
         """How to run a call, measured first where it is new and `BLOCKPRUNE_AUTOTUNE` allows it."""
         problem = _problem(x, layer)
-        configs = candidates(problem, _shared_memory(x.device))
-        if not _may_measure(x.device):
-            return Choice(configs[0])
+        if not _tunes(x.device):
+            return Choice(candidates(problem, _shared_memory(x.device))[0])
+        known = self._choices.get((x.device, problem))
+        if known is not None:
+            return known
+        if _recording(x.device):  # a CUDA graph, in which nothing can be timed
+            return Choice(candidates(problem, _shared_memory(x.device))[0])
         tuner = self._tuners.get(x.device)
         if tuner is None:
             tuner = self._tuners[x.device] = Tuner(_device_name(x.device))
-        return tuner.choose(
+        choice = tuner.choose(
             problem,
-            configs,
+            candidates(problem, _shared_memory(x.device)),
             lambda config: _milliseconds(lambda: self._run(_Inputs(x), layer, config), x.device),
             lambda: _dense_milliseconds(x, layer),
         )
+        self._choices[x.device, problem] = choice
+        return choice
 
     def _run(self, inputs: "_Inputs", layer: LayerArguments, config: Config) -> Tensor:
+        from .blockprune_triton import launch
+
         x = inputs.x
         pattern = self._pattern(x.shape[1], layer)
         weight = layer.weight
@@ -97,22 +119,18 @@ class TritonBackend:
         source = inputs.k_major if config.k_major else inputs.token_major
         return launch(source, len(x), layer, pattern, config, _precision(x.dtype))
 
-    def _pattern(self, in_features: int, layer: LayerArguments) -> Pattern:
+    def _pattern(self, in_features: int, layer: LayerArguments) -> CheckedPattern:
         """The checked pattern; the first time, indices are read from the device.
 
         Raises:
             BlockSparseFormatError: indices that would lead outside the matrix; no kernel sees them.
         """
-        weight, crow, col = layer[:3]
-
-        def make() -> Pattern:
-            check_packed("block_sparse_linear", PackedWeight(weight, crow, col), layer.out_features, in_features)
-            longest_first = crow.diff().argsort(descending=True, stable=True).to(torch.int32)
-            # Copies: what was checked is what the kernel reads, and a cache of the originals would keep them alive.
-            in_order = torch.arange(len(longest_first), dtype=torch.int32, device=crow.device)
-            return Pattern(crow.clone(), col.clone(), longest_first, in_order)
-
-        return self._patterns.get((crow, col), (in_features, layer.out_features, weight.shape), make)
+        packed = PackedWeight(*layer[:3])
+        return self._patterns.get(
+            packed[1:],
+            (in_features, layer.out_features, packed.weight.shape),
+            lambda: checked_pattern("block_sparse_linear", packed, layer.out_features, in_features),
+        )
 
 
 class _Inputs:
@@ -127,6 +145,8 @@ class _Inputs:
 
     @cached_property
     def k_major(self) -> Tensor:
+        from .blockprune_triton import k_major
+
         return k_major(self.x)
 
 
@@ -150,11 +170,13 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def _may_measure(device: torch.device) -> bool:
-    """Not in the interpreter unless asked for, and not while a CUDA graph is recorded."""
-    if device.type != "cuda":
-        return os.environ.get("BLOCKPRUNE_AUTOTUNE") == "1"
-    return os.environ.get("BLOCKPRUNE_AUTOTUNE", "1") != "0" and not torch.cuda.is_current_stream_capturing()
+def _tunes(device: torch.device) -> bool:
+    """Unless told otherwise on GPUs, and in the interpreter if told so."""
+    return os.environ.get("BLOCKPRUNE_AUTOTUNE", "1" if device.type == "cuda" else "0") != "0"
+
+
+def _recording(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -165,21 +187,26 @@ def _shared_memory(device: torch.device) -> int:
 
 def _device_name(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return f"{name} torch {torch.__version__} triton {triton.__version__}"
+    return f"{name} torch {torch.__version__} triton {version('triton')}"
 
 
 def _milliseconds(run: Callable[[], Any], device: torch.device) -> float | None:
-    """Median time of a call, None where the device has not enough of something."""
+    """Median time of a call, None where the kernel cannot be compiled for the device or needs more than it has."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.testing import do_bench
+
     try:
         run()
-    except triton.runtime.errors.OutOfResources:
+    except (OutOfResources, PTXASError, CompilationError) as error:
+        logger.info(f"a configuration of the block-sparse kernel does not run here: {error}")
         return None
     if device.type != "cuda":
         start = time.perf_counter()
         run()
         return 1000 * (time.perf_counter() - start)
     with torch.cuda.device(device):
-        milliseconds: Any = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+        milliseconds: Any = do_bench(run, warmup=5, rep=20, return_mode="median")
     return milliseconds
 
 
@@ -192,7 +219,9 @@ def _dense_milliseconds(x: Tensor, layer: LayerArguments) -> float:
 
 
 def register() -> None:
-    """Make the kernel the op's preferred backend on GPUs."""
+    """Make the kernel the op's preferred backend on GPUs, where triton is installed."""
+    if find_spec("triton") is None:
+        return
     backend = TritonBackend()
     functions = backend.forward, backend.supports, backend.pays, backend.keeps_copy, backend.forward_all
     register_backend("triton", Backend(*functions))

@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 
 from hf_blockprune.errors import BlockSparseFormatError
 from hf_blockprune.hub.blockprune_backends import LayerArguments, choose_backend
-from hf_blockprune.hub.blockprune_layout import feature_major, pack
+from hf_blockprune.hub.blockprune_layout import CheckedPattern, feature_major, pack
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
-from hf_blockprune.hub.blockprune_triton import Pattern, k_major, launch
+from hf_blockprune.hub.blockprune_triton import k_major, launch
 from hf_blockprune.hub.blockprune_triton_backend import BLOCK_ROWS, TritonBackend
 from hf_blockprune.hub.blockprune_tuning import Config
 
@@ -65,7 +65,7 @@ def launch_with(config, case, **changes):
     layer, x = layer_arguments(case, **changes), case.x.to(DEVICE)
     rows = len(layer.crow_indices) - 1
     order = torch.randperm(rows, dtype=torch.int32).to(DEVICE)
-    pattern = Pattern(layer.crow_indices, layer.col_indices, order, order.sort()[0])
+    pattern = CheckedPattern(layer.crow_indices, layer.col_indices, order, order.sort()[0])
     return launch(k_major(x) if config.k_major else x, len(x), layer, pattern, config, "ieee")
 
 
@@ -224,7 +224,7 @@ def test_indices_are_checked_once_and_before_the_kernel_sees_them(monkeypatch):
         raise AssertionError("checked again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(blockprune_triton_backend, "check_packed", no_more)
+        patch.setattr(blockprune_triton_backend, "checked_pattern", no_more)
         backend.forward(x, layer)
     layer.col_indices[0] = 1000
     with pytest.raises(BlockSparseFormatError, match="col_indices"):

@@ -182,6 +182,18 @@ def test_a_call_measures_once_and_gives_the_same_result(cache):
     assert path.stat().st_mtime_ns == stamp
 
 
+def test_graphs_are_recorded_with_what_is_known_and_nothing_is_timed_meanwhile(cache, monkeypatch):
+    from hf_blockprune.hub import blockprune_triton_backend
+
+    _, x, layer = timed_case()
+    known, unknown = TritonBackend(), TritonBackend()
+    choice = known.choose(x, layer)
+    monkeypatch.setattr(blockprune_triton_backend, "_recording", lambda device: True)
+    monkeypatch.setattr(blockprune_triton_backend, "_milliseconds", refuse)
+    assert known.choose(x, layer) == choice
+    assert unknown.choose(x, layer).sparse_ms is None
+
+
 def test_without_tuning_the_choice_is_fixed_and_leaves_no_file(cache, monkeypatch):
     monkeypatch.setenv("BLOCKPRUNE_AUTOTUNE", "0")
     _, x, layer = timed_case()
