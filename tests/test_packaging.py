@@ -59,9 +59,9 @@ layer = hf_blockprune.BlockSparseLinear.from_dense(torch.nn.Linear(32, 32), torc
 with torch.no_grad():
     x = torch.ones(3, 32)
     torch.testing.assert_close(layer(x), layer.to_dense()(x))
-print(available_backends())
+print("cpu" in available_backends())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['dense', 'reference']"
+    assert done.stdout.strip() == "False"
     assert done.stderr.count("no compiled kernels") == 1

@@ -130,7 +130,7 @@ def k_major(x: Tensor) -> Tensor:
 
 
 def launch(
-    x: Tensor, tokens: int, layer: LayerArguments, pattern: CheckedPattern, config: Config, precision: str
+    x: Tensor, tokens: int, layer: LayerArguments, pattern: CheckedPattern, *, config: Config, precision: str
 ) -> Tensor:
     """Run the kernel: [tokens, out_features].
 

@@ -117,7 +117,7 @@ class TritonBackend:
             raise ValueError(f"bias: expected {x.dtype} [{layer.out_features}], got {bias.dtype} {list(bias.shape)}")
         layer = layer._replace(weight=weight, bias=bias, residual=residual)
         source = inputs.k_major if config.k_major else inputs.token_major
-        return launch(source, len(x), layer, pattern, config, _precision(x.dtype))
+        return launch(source, len(x), layer, pattern, config=config, precision=_precision(x.dtype))
 
     def _pattern(self, in_features: int, layer: LayerArguments) -> CheckedPattern:
         """The checked pattern; the first time, indices are read from the device.

@@ -66,7 +66,8 @@ def launch_with(config, case, **changes):
     rows = len(layer.crow_indices) - 1
     order = torch.randperm(rows, dtype=torch.int32).to(DEVICE)
     pattern = CheckedPattern(layer.crow_indices, layer.col_indices, order, order.sort()[0])
-    return launch(k_major(x) if config.k_major else x, len(x), layer, pattern, config, "ieee")
+    source = k_major(x) if config.k_major else x
+    return launch(source, len(x), layer, pattern, config=config, precision="ieee")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
