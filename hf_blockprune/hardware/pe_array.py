@@ -24,7 +24,7 @@ class ProcessingArray:
         self.cycles = 0
 
     def stationary_weights(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """x [tokens, inputs] times weight [inputs, outputs]; weights stay, tokens enter from the left, sums leave below.
+        """x [tokens, inputs] times weight [inputs, outputs]; weights stay, x enters from the left, sums leave below.
 
         Args:
             x: inputs <= rows.

@@ -5,8 +5,8 @@ stream by; with stationary outputs (OS) a tile of rows tokens x cols outputs sta
 stationary inputs (IS) a tile of rows inputs x cols tokens stays and outputs stream by. Counts are those of SCALE-Sim
 (arXiv 1811.02883; version 3.0.0), whose last cycle has the number of cycles less one.
 
-Removed weights save what their fold would have taken: whole folds (WS), or the features (OS) and outputs (IS) that a fold
-would have streamed. Blocks need not have the array's size: what counts is which weights of a tile are kept.
+Removed weights save what their fold would have taken: whole folds (WS), or the features (OS) and outputs (IS) that a
+fold would have streamed. Blocks need not have the array's size: what counts is which weights of a tile are kept.
 """
 
 import heapq
@@ -50,25 +50,25 @@ def folds(tokens: int, kept: np.ndarray, *, rows: int, cols: int, dataflow: str)
         ValueError: unknown dataflow.
     """
     if dataflow == "ws":
-        tiles = _any_in_tiles(kept, cols, rows)
+        tiles = any_in_tiles(kept, cols, rows)
         counts = [tokens] * int(tiles.sum())
     elif dataflow == "os":
-        features = _any_in_tiles(kept, cols, 1).sum(1)
+        features = any_in_tiles(kept, cols, 1).sum(1)
         counts = [int(count) for count in features if count for _ in range(-(-tokens // rows))]
     elif dataflow == "is":
-        outputs = _any_in_tiles(kept, 1, rows).sum(0)
+        outputs = any_in_tiles(kept, 1, rows).sum(0)
         counts = [int(count) for count in outputs if count for _ in range(-(-tokens // cols))]
     else:
         raise ValueError(f"unknown dataflow {dataflow!r}; choose one of {DATAFLOWS}")
     return [fold_of(count, rows=rows, cols=cols, dataflow=dataflow) for count in counts]
 
 
-def _any_in_tiles(kept: np.ndarray, height: int, width: int) -> np.ndarray:
+def any_in_tiles(kept: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bool [tiles down, tiles across]: whether a tile holds any True; tiles at the edges may be cut off."""
     down, across = -(-kept.shape[0] // height), -(-kept.shape[1] // width)
     padded = np.zeros((down * height, across * width), dtype=bool)
     padded[: kept.shape[0], : kept.shape[1]] = kept
-    return padded.reshape(down, height, across, width).any((1, 3))
+    return np.asarray(padded.reshape(down, height, across, width).any(axis=(1, 3)))
 
 
 def makespan(work: list[Fold], *, arrays: int = 1, overlap: bool = False) -> int:

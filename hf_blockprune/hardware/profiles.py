@@ -1,0 +1,46 @@
+"""Device profiles: those that come with the package, and files of one's own."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError
+from ..hub.blockprune_profiles import profile_from_dict
+
+FOLDER = files("hf_blockprune.hardware") / "profiles"
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles that come with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in FOLDER.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_profile(name_or_path: str | Path) -> Any:
+    """A profile by its name, or from a YAML file.
+
+    Raises:
+        ConfigError: no such profile or file, or one with a wrong key, which is named.
+
+    Example:
+        >>> load_profile("systolic-32").rows
+        32
+    """
+    text = str(name_or_path)
+    if text in profile_names():
+        source, content = text, (FOLDER / f"{text}.yaml").read_text(encoding="utf-8")
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise ConfigError(
+                f"device: no profile {text!r}; name one of {', '.join(profile_names())}, or a YAML file (blockprune "
+                "calibrate writes one for this machine)"
+            )
+        source, content = path.name, path.read_text(encoding="utf-8")
+    try:
+        return profile_from_dict(yaml.safe_load(content), source)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"device: {source} is no YAML: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"device: {error}") from error
