@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .config import Budget
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
-from .tables import bytes_text, shape_text, summary_table
+from .tables import bytes_text, shape_text, simulation_table, summary_table
 
 app = typer.Typer(
     help="Make vision transformers small and fast by removing whole blocks of their weights.",
@@ -234,10 +234,33 @@ def inspect(
 ) -> None:
     """Show what a pruned model keeps, layer by layer, and check its format."""
     set_quiet(quiet)
-    from .checkpoint import inspect_checkpoint
+    from .inspection import inspect_checkpoint
 
     values = inspect_checkpoint(directory)
     emit(values, inspect_table(values), as_json=json_)
+
+
+@app.command()
+@one_line_errors
+def simulate(
+    directory: Annotated[Path, typer.Argument(help="Folder of a pruned model.")],
+    device: Annotated[str, typer.Option("--device", help="Device profile: its name or a YAML file.")] = "systolic-32",
+    dataflow: Annotated[str | None, typer.Option("--dataflow", help="Of a systolic array: ws, os or is.")] = None,
+    overlap: Annotated[
+        bool | None, typer.Option("--overlap/--no-overlap", help="Whether an array loads while it works.")
+    ] = None,
+    arrays: Annotated[int | None, typer.Option("--arrays", min=1, help="Arrays side by side.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images.")] = 1,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Work out what a pruned and a dense model take on a device: cycles, utilisation, latency and energy."""
+    set_quiet(quiet)
+    from .simulation import simulate_checkpoint
+
+    options = {"dataflow": dataflow, "overlap": overlap, "arrays": arrays, "batch": batch_size}
+    values = simulate_checkpoint(directory, device, **options)
+    emit(values, simulation_table(values), as_json=json_)
 
 
 @app.command()

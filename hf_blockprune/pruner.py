@@ -18,6 +18,7 @@ from .data import load_images
 from .errors import ModelError
 from .evaluation import Evaluation, predict, summarise
 from .hub.blockprune_quantizer import block_sparse_layers
+from .inspection import inspect_checkpoint
 from .loading import load_classifier
 from .pruning import Pruning
 from .recovery import Recovery, recover
@@ -277,7 +278,7 @@ class BlockPruner:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         checkpoint.add_hub_code(folder, self.model)
-        stored = checkpoint.inspect_checkpoint(folder)
+        stored = inspect_checkpoint(folder)
         report.update({key: stored[key] for key in ("size_bytes", "dense_size_bytes")})
         self.config.save(folder / checkpoint.RECIPE_FILE)
         checkpoint.write_json(folder / checkpoint.REPORT_FILE, report)

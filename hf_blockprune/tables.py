@@ -68,3 +68,25 @@ def shape_text(shape: list[int]) -> str:
 def bytes_text(values: dict[str, Any]) -> str:
     """Size of the weights beside that of the dense model's."""
     return f"{values['size_bytes']:,} (dense {values['dense_size_bytes']:,})"
+
+
+def simulation_table(values: dict[str, Any]) -> Table:
+    """What a pruned and a dense model take on a device."""
+    table = Table(title=f"{values['device']}, {values['batch']} images, {values['dtype']}")
+    for column in ("", "pruned", "dense", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = [
+        ("latency", "latency_ms", "{:.3f} ms"),
+        ("energy", "energy_mj", "{:.2f} mJ"),
+        ("FLOPs", "flops", "{:.3g}"),
+        ("main memory", "size_bytes", "{:.3g} B"),
+    ]
+    if "cycles" in values:
+        rows.insert(0, ("cycles", "cycles", "{:,}"))
+    for name, key, form in rows:
+        pruned, dense = values[key], values[f"dense_{key}"]
+        table.add_row(name, form.format(pruned), form.format(dense), f"{dense / pruned:.2f}" if pruned else "-")
+    table.add_row("latency of pruned layers", "", "", f"{values['linear_speedup']:.2f}")
+    if "utilisation" in values:
+        table.add_row("utilisation of elements", f"{values['utilisation']:.1%}", "", "")
+    return table

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from hf_blockprune._cpu.library import find_library
 from hf_blockprune.cli import app
+from hf_blockprune.hardware.systolic import dense_cycles
 from hf_blockprune.hub.blockprune_backends import available_backends
 
 from .conftest import write_images
@@ -167,3 +168,49 @@ def test_installed_command_shows_help():
     assert done.returncode == 0
     for command in ("prune", "evaluate", "inspect", "env", "demo"):
         assert command in done.stdout
+
+
+def simulated(pruned, *options):
+    result = run("simulate", pruned, "--json", *options)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("dataflow", ["ws", "os", "is"])
+def test_simulate_adds_up_the_closed_forms(pruned, dataflow):
+    values = simulated(pruned, "--device", "systolic-16", "--dataflow", dataflow, "--no-overlap")
+    layers = json.loads(run("inspect", pruned, "--json").stdout)["layers"]
+    assert [layer["name"] for layer in values["layers"]] == [layer["name"] for layer in layers]
+    for layer, stored in zip(values["layers"], layers, strict=True):
+        n, k = stored["shape"]
+        options = {"rows": 16, "cols": 16, "dataflow": dataflow}
+        assert layer["dense_cycles"] == dense_cycles(layer["tokens"], k, n, **options)
+        assert layer["cycles"] <= layer["dense_cycles"]
+    total = sum(layer["cycles"] + 1 for layer in values["layers"]) + values["other_cycles"]
+    assert values["cycles"] == total
+    assert values["latency_ms"] < values["dense_latency_ms"]
+    assert 0 < values["utilisation"] <= 1
+    assert values["array"]["dataflow"] == dataflow
+
+
+def test_simulate_heeds_its_options(pruned):
+    one = simulated(pruned, "--device", "systolic-16", "--no-overlap")
+    assert simulated(pruned, "--device", "systolic-16", "--overlap")["cycles"] < one["cycles"]
+    assert simulated(pruned, "--device", "systolic-16", "--no-overlap", "--arrays", "2")["cycles"] < one["cycles"]
+    four = simulated(pruned, "--device", "systolic-16", "--no-overlap", "--batch-size", "4")
+    assert four["flops"] == pytest.approx(4 * one["flops"])
+
+
+@pytest.mark.parametrize("device", ["cpu-avx512", "h100-sxm"])
+def test_simulate_on_devices_without_cycles(pruned, device):
+    values = simulated(pruned, "--device", device)
+    assert "cycles" not in values
+    assert 0 < values["latency_ms"] <= values["dense_latency_ms"]
+    assert "latency" in run("simulate", pruned, "--device", device).stdout
+
+
+def test_simulate_refuses_what_it_does_not_know(pruned, vit_folder):
+    assert "no profile 'abacus'" in refused("simulate", pruned, "--device", "abacus")
+    assert "'rs'" in refused("simulate", pruned, "--dataflow", "rs")
+    assert "systolic arrays" in refused("simulate", pruned, "--device", "cpu-avx2", "--dataflow", "os")
+    assert "no block-sparse checkpoint" in refused("simulate", vit_folder)

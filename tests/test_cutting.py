@@ -13,12 +13,12 @@ from transformers import AutoModelForImageClassification
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, RecoveryConfig, sparsify
 from hf_blockprune.blocks import expand_mask, grid_shape
-from hf_blockprune.checkpoint import inspect_checkpoint
 from hf_blockprune.coupling import drop_unused
 from hf_blockprune.cutting import cut_hidden_units
 from hf_blockprune.errors import BlockSparseFormatError
 from hf_blockprune.hardware.flops import count_flops
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
+from hf_blockprune.inspection import inspect_checkpoint
 from hf_blockprune.recovery import recover
 from hf_blockprune.selection import Selection
 from hf_blockprune.structure import find_transformer_layers

@@ -24,8 +24,8 @@ from hf_blockprune import (
     ModelError,
 )
 from hf_blockprune.blocks import expand_mask
-from hf_blockprune.checkpoint import inspect_checkpoint
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+from hf_blockprune.inspection import inspect_checkpoint
 
 from .conftest import NUM_LABELS, tiny_model, write_images
 

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_blockprune import BlockPruneConfig, BlockPruner
-from hf_blockprune.checkpoint import inspect_checkpoint
+from hf_blockprune.inspection import inspect_checkpoint
 
 from .conftest import whole_masks
 

@@ -1,0 +1,152 @@
+"""What a pruned checkpoint takes on a device, layer by layer, beside the dense model."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, ModelError
+from .hardware.profiles import load_profile
+from .hardware.systolic import Array, analyse, dense_cycles
+from .hub.blockprune_cost import Cost, Linear, VisionTransformer, layer_cost, other_cost
+from .hub.blockprune_profiles import SystolicProfile
+from .hub.blockprune_systolic import weights_kept
+from .inspection import StoredLayer, open_checkpoint
+
+
+def simulate_checkpoint(
+    directory: str | Path,
+    device: str | Path,
+    *,
+    dataflow: str | None = None,
+    overlap: bool | None = None,
+    arrays: int | None = None,
+    batch: int = 1,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Latency and energy of a pruned checkpoint on a device; cycles and utilisation too on a systolic array.
+
+    Args:
+        directory: a block-sparse checkpoint.
+        device: a profile's name or file.
+        dataflow, overlap, arrays: of a systolic array, instead of the profile's.
+        batch: images.
+        dtype: of all numbers; by default "float16" on GPUs and arrays and "float32" on CPUs.
+
+    Returns:
+        JSON-ready totals of the whole model and of the pruned Linears, pruned and dense, and the layers.
+
+    Raises:
+        CheckpointError: no block-sparse checkpoint.
+        ConfigError: no such profile, or one that has no dataflow.
+        ModelError: a model that is no plain vision transformer.
+    """
+    profile = _profile(device, dataflow=dataflow, overlap=overlap, arrays=arrays)
+    dtype = dtype or ("float32" if profile.kind == "cpu" else "float16")
+    stored = open_checkpoint(directory)
+    shape = transformer_shape(stored.architecture.config, next(iter(stored.flops.linear_tokens.values())))
+    tokens = {layer.name: round(stored.flops.linear_tokens[layer.module]) for layer in stored.layers}
+    shape = replace(shape, tokens=next(iter(tokens.values()), shape.tokens))
+    layers = [_layer(profile, layer, batch * tokens[layer.name], dtype) for layer in stored.layers]
+    rest = other_cost(profile, shape, batch=batch, dtype=dtype)
+    result: dict[str, Any] = {"device": profile.name, "kind": profile.kind, "batch": batch, "dtype": dtype}
+    result |= _totals(layers, rest)
+    if isinstance(profile, SystolicProfile):
+        result |= _cycle_totals(profile, layers, rest, batch)
+    return {**result, "layers": layers}
+
+
+def transformer_shape(config: Any, tokens: float) -> VisionTransformer:
+    """A Hugging Face config as the cost model's shape.
+
+    Args:
+        config: of a ViT or DeiT.
+        tokens: of an image in the layers, class tokens included.
+
+    Raises:
+        ModelError: a config of another kind of model.
+    """
+    try:
+        size, patch = _pair(config.image_size), _pair(config.patch_size)
+        return VisionTransformer(
+            image_tokens=(size[0] // patch[0]) * (size[1] // patch[1]),
+            patch_inputs=config.num_channels * patch[0] * patch[1],
+            tokens=round(tokens),
+            width=config.hidden_size,
+            heads=config.num_attention_heads,
+            layers=config.num_hidden_layers,
+            classes=config.num_labels,
+        )
+    except (AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{type(config).__name__}: no plain vision transformer, whose cost is known ({error})"
+        ) from None
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _profile(device: str | Path, **changes: Any) -> Any:
+    profile = load_profile(device)
+    wanted = {key: value for key, value in changes.items() if value is not None}
+    if not wanted:
+        return profile
+    if not isinstance(profile, SystolicProfile):
+        raise ConfigError(f"{profile.name}: {', '.join(wanted)} belong to systolic arrays; name one, or leave them out")
+    try:
+        Array(profile.rows, profile.cols, **{"dataflow": profile.dataflow, **wanted})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return replace(profile, **wanted)
+
+
+def _layer(profile: Any, layer: StoredLayer, tokens: int, dtype: str) -> dict[str, Any]:
+    """A layer pruned and dense; cut rows and columns make the pruned one smaller."""
+    outputs, inputs = layer.values["stored_shape"]
+    mask = layer.mask.numpy()
+    work = Linear(tokens, outputs, inputs, dtype, mask, tuple(layer.values["block_shape"]))
+    dense = Linear(tokens, layer.values["shape"][0], layer.values["shape"][1], dtype)
+    found: dict[str, Any] = {"name": layer.name, "tokens": tokens, "density": layer.values["density"]}
+    found |= layer_cost(profile, work)._asdict()
+    found |= {f"dense_{key}": value for key, value in profile.dense(dense)._asdict().items()}
+    if isinstance(profile, SystolicProfile):
+        array = Array(profile.rows, profile.cols, profile.dataflow, profile.overlap, profile.arrays)
+        run = analyse(tokens, weights_kept(mask, work.block_shape, (outputs, inputs)), array)
+        options = {"rows": array.rows, "cols": array.cols, "dataflow": array.dataflow, "overlap": array.overlap}
+        found |= {"cycles": run.cycles, "utilisation": run.utilisation, "macs": run.macs}
+        found["dense_cycles"] = dense_cycles(
+            tokens, dense.in_features, dense.out_features, arrays=array.arrays, **options
+        )
+    return found
+
+
+def _totals(layers: list[dict[str, Any]], rest: Cost) -> dict[str, Any]:
+    pruned = {key: sum(layer[key] for layer in layers) for key in Cost._fields}
+    dense = {key: sum(layer[f"dense_{key}"] for layer in layers) for key in Cost._fields}
+    others = rest._asdict()
+    result: dict[str, Any] = {}
+    for key in ("latency_ms", "energy_mj", "flops", "size_bytes"):
+        result[key], result[f"dense_{key}"] = pruned[key] + others[key], dense[key] + others[key]
+    result["speedup"] = result["dense_latency_ms"] / result["latency_ms"]
+    result["energy_ratio"] = result["dense_energy_mj"] / result["energy_mj"]
+    result["linear_speedup"] = dense["latency_ms"] / pruned["latency_ms"] if pruned["latency_ms"] else float("inf")
+    result["other_parts"] = others
+    return result
+
+
+def _cycle_totals(profile: SystolicProfile, layers: list[dict[str, Any]], rest: Cost, batch: int) -> dict[str, Any]:
+    """Cycles of the whole model: layers one after the other, and what other parts take at the array's clock."""
+    other = round(rest.latency_ms * profile.ghz * 1e6)
+    cycles, dense = (sum(layer[key] + 1 for layer in layers) for key in ("cycles", "dense_cycles"))
+    elements = profile.rows * profile.cols * profile.arrays
+    macs = sum(layer["macs"] for layer in layers)
+    array = asdict(Array(profile.rows, profile.cols, profile.dataflow, profile.overlap, profile.arrays))
+    return {
+        "array": array,
+        "cycles": cycles + other,
+        "dense_cycles": dense + other,
+        "other_cycles": other,
+        "utilisation": macs / (elements * cycles) if cycles else 0.0,
+        "cycle_speedup": (dense + other) / (cycles + other),
+        "linear_cycle_speedup": dense / cycles if cycles else float("inf"),
+    }
