@@ -51,7 +51,12 @@ def main() -> None:
     pixels = pixels[options.samples :]
     wanted = logits(dense, pixels)
     for name, changes in VARIANTS.items():
-        point = {"variant": name, "block_shape": options.block_shape, "budget": f"flops={options.budget}"}
+        point: dict[str, Any] = {
+            "variant": name,
+            "block_shape": options.block_shape,
+            "budget": f"flops={options.budget}",
+        }
+        point |= {"budget": f"flops={options.budget}", "samples": options.samples, "seed": options.seed}
         if any(point.items() <= row.items() for row in results["rows"]):
             continue
         config = BlockPruneConfig(

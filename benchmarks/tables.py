@@ -50,8 +50,9 @@ def ablation_table(results: dict[str, Any]) -> str:
     """What the predictions lose with each part switched off."""
     first = results["rows"][0]
     lines = [
-        f"DeiT-Ti, {first['block_shape']} blocks, {float(first['budget'].partition('=')[2]):.0%} of the FLOPs, 512 "
-        f"calibration images, no recovery; judged on {first['num_images']} calibration images that were not drawn.",
+        f"DeiT-Ti, {first['block_shape']} blocks, {float(first['budget'].partition('=')[2]):.0%} of the FLOPs, "
+        f"{first['samples']} calibration images, no recovery; judged on {first['num_images']} calibration images that "
+        "were not drawn.",
         "",
         "| variant | KL(dense \\|\\| pruned), nats | same class as the dense model | seconds |",
         "|---|---|---|---|",
