@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from .config import Budget
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
-from .tables import bytes_text, shape_text, simulation_table, summary_table
+from .tables import bytes_text, plain_table, shape_text, simulation_table, summary_table
 
 app = typer.Typer(
     help="Make vision transformers small and fast by removing whole blocks of their weights.",
@@ -100,7 +101,8 @@ BudgetOption = Annotated[
         "--budget",
         parser=parse_budget,
         metavar="METRIC=RATIO",
-        help="flops=0.75, params=0.6 or sparsity=0.5: share kept.",
+        help="Share kept: flops=0.75, params=0.6, sparsity=0.5, latency=0.6@DEVICE or energy=0.6@DEVICE; or an amount: "
+        "latency=8ms@DEVICE, energy=5mJ@DEVICE.",
     ),
 ]
 Method = Annotated[str | None, typer.Option("--method", help="obs, taylor or magnitude.")]
@@ -148,7 +150,7 @@ def prune_from_options(
     calibration = {key: value for key, value in calibration.items() if value is not None}
     budget = settings.pop("budget")
     if budget is not None:
-        settings["budget"] = {"metric": budget.metric, "ratio": budget.ratio}
+        settings["budget"] = asdict(budget)
     return run_prune(PruneJob.read(recipe, calibration=calibration, **settings), overwrite=overwrite, resume=resume)
 
 
@@ -261,6 +263,31 @@ def simulate(
     options = {"dataflow": dataflow, "overlap": overlap, "arrays": arrays, "batch": batch_size}
     values = simulate_checkpoint(directory, device, **options)
     emit(values, simulation_table(values), as_json=json_)
+
+
+@app.command()
+@one_line_errors
+def calibrate(
+    output: Annotated[Path, typer.Option("--output", "-o", help="YAML file for the profile.")],
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="About how long to measure.")] = 45.0,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure this machine for a minute and write its device profile, for budgets and simulate."""
+    set_quiet(quiet)
+    from .hardware.calibrate import calibrate, rank_correlation
+    from .hardware.profiles import save_profile
+
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output}: exists; name another file, or allow --overwrite")
+    profile, measured = calibrate(device, seconds=seconds, name=output.stem)
+    values = save_profile(profile, output)
+    values |= {"measurements": len(measured), "rank_correlation": rank_correlation(profile, measured)}
+    emit(values, plain_table(f"{output}", values), as_json=json_)
 
 
 @app.command()

@@ -14,7 +14,8 @@ from .errors import ConfigError
 
 FORMAT_VERSION = 1
 METHODS = ("magnitude", "taylor", "obs")
-BUDGET_METRICS = ("flops", "params", "sparsity")
+BUDGET_METRICS = ("flops", "params", "sparsity", "latency", "energy")
+DEVICE_METRICS = {"latency": "ms", "energy": "mJ"}  # and the units of their absolute values
 MAX_SEED = 2**32
 
 
@@ -46,34 +47,67 @@ class Budget:
 
     Args:
         metric: "flops" (of the whole model: patch embedding, attention products and head counted), "params" (weights
-            of the whole model) or "sparsity" (kept blocks of the target layers alone).
-        ratio: share kept, in (0, 1]; 0.5 keeps half.
+            of the whole model), "sparsity" (kept blocks of the target layers alone), "latency" or "energy" (of the
+            whole model on a device, by the hardware model).
+        ratio: share kept, in (0, 1]; 0.5 keeps half, and is the default where there is no value.
+        value: an absolute amount instead: FLOPs of an image, weights, milliseconds or millijoules of a batch.
+        device: the profile for latency and energy: its name or a YAML file.
+        batch: images that latency and energy are of.
+
+    Example:
+        >>> Budget("latency", 0.6, device="cpu-avx512").ratio
+        0.6
     """
 
-    metric: Literal["flops", "params", "sparsity"] = "flops"
-    ratio: float = 0.5
+    metric: Literal["flops", "params", "sparsity", "latency", "energy"] = "flops"
+    ratio: float | None = None
+    value: float | None = None
+    device: str | None = None
+    batch: int = 1
 
     def __post_init__(self) -> None:
         if self.metric not in BUDGET_METRICS:
             _refuse("budget.metric", f"one of {', '.join(BUDGET_METRICS)}", self.metric)
-        if not _is_number(self.ratio) or not 0 < self.ratio <= 1:
+        if self.ratio is None and self.value is None:
+            object.__setattr__(self, "ratio", 0.5)
+        if self.ratio is not None and (not _is_number(self.ratio) or not 0 < self.ratio <= 1):
             _refuse("budget.ratio", "the share to keep, above 0 and at most 1 (0.5 keeps half)", self.ratio)
+        if self.value is not None and (not _is_number(self.value) or self.value <= 0):
+            _refuse("budget.value", "an amount above 0", self.value)
+        if self.ratio is not None and self.value is not None:
+            raise ConfigError("budget: ratio and value both say how much may remain; leave one of them out")
+        if self.metric == "sparsity" and self.value is not None:
+            raise ConfigError("budget: sparsity has no absolute value; give a ratio")
+        on_device = self.metric in DEVICE_METRICS
+        if on_device and (not isinstance(self.device, str) or not self.device):
+            _refuse("budget.device", f"a device profile for {self.metric}, such as cpu-avx512", self.device)
+        if not on_device and self.device is not None:
+            raise ConfigError(f"budget.device: {self.metric} is the same on every device; leave it out")
+        _check_whole("budget.batch", self.batch, 1)
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
         """Read the command line's form.
 
         Example:
-            >>> Budget.parse("flops=0.75")
-            Budget(metric='flops', ratio=0.75)
+            >>> Budget.parse("flops=0.75").ratio
+            0.75
+            >>> Budget.parse("latency=8ms@cpu-avx512").value
+            8.0
         """
-        metric, _, ratio = text.partition("=")
+        metric, _, rest = text.partition("=")
+        metric, (amount, _, device) = metric.strip(), rest.partition("@")
+        unit = DEVICE_METRICS.get(metric)
+        absolute = unit is not None and amount.strip().endswith(unit)
         try:
-            return cls(metric.strip(), float(ratio))  # type: ignore[arg-type]
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"budget: expected METRIC=RATIO such as flops=0.75, got {text!r}") from None
+            number = float(amount.strip().removesuffix(unit) if absolute and unit else amount)
+        except ValueError:
+            raise ConfigError(
+                "budget: expected METRIC=RATIO such as flops=0.75, latency=0.6@cpu-avx512 or "
+                f"latency=8ms@my-device.yaml, got {text!r}"
+            ) from None
+        key = "value" if absolute else "ratio"
+        return cls(metric, **{key: number}, device=device.strip() or None)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -263,7 +297,8 @@ class BlockPruneConfig:
             raise ConfigError(f"permute: needs the statistics of method 'obs', not {self.method!r}; leave it out")
         if self.balance and self.method != "obs":
             raise ConfigError(f"balance: needs the traces of method 'obs', not {self.method!r}; leave it out")
-        if self.second_budget is not None and self.second_budget.metric == self.budget.metric:
+        second = self.second_budget
+        if second is not None and (second.metric, second.device) == (self.budget.metric, self.budget.device):
             raise ConfigError(f"second_budget: {self.budget.metric} has a budget already; name another metric")
         if not self.targets:
             raise ConfigError("targets: an empty list prunes nothing; leave the key out to prune every layer")
@@ -275,7 +310,7 @@ class BlockPruneConfig:
                 "power_weight: magnitude scores are no loss that power could be weighed against; "
                 "remove power_weight or use method: taylor"
             )
-        if self.budget.metric == "sparsity" and self.min_kept_per_layer > self.budget.ratio:
+        if self.budget.metric == "sparsity" and self.min_kept_per_layer > (self.budget.ratio or 0.0):
             raise ConfigError(
                 f"min_kept_per_layer {self.min_kept_per_layer} keeps more than budget.ratio {self.budget.ratio}; "
                 "lower min_kept_per_layer or raise the budget"

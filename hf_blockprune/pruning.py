@@ -204,6 +204,7 @@ class Pruning:
             **layers,
             "permutation": selection.permutation,
             "power_weight": allocation.power_weight,
+            "budgets": selection.account(allocation),
             "calibration": calibration,
             "recovery": None,
             "evaluation": None,

@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from .allocation import Allocation, CostBudget, allocate
 from .blocks import block_sizes
-from .config import BlockPruneConfig, Budget
+from .config import DEVICE_METRICS, BlockPruneConfig, Budget
 from .coupling import correct, drop_unused
+from .devices import meet_devices
 from .errors import ModelError
+from .hardware.device_cost import DeviceCost, usual_dtype
 from .hardware.flops import ModelFlops
-from .hub.blockprune_cost import linear_flops, weights_energy_mj
+from .hardware.profiles import load_profile
+from .hardware.shapes import transformer_shape
+from .hub.blockprune_cost import Linear, linear_flops, weights_energy_mj
 from .layer_statistics import LayerStatistics
 from .permutation import apply_moves, block_saliency_kept, packing_moves, sorting_moves
 from .residual import choose_order, permute_statistics, permute_stream
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SPENDING_ROUNDS = 8
+UNITS = {"flops": "FLOPs", "params": "weights", "sparsity": "blocks", **DEVICE_METRICS}
 
 
 @dataclass
@@ -68,10 +73,23 @@ class Selection:
     loss_factors: dict[str, float] = field(default_factory=dict)
 
     @cached_property
+    def devices(self) -> list[DeviceCost | None]:
+        """The device of each budget, None for those that are the same on all."""
+        return [
+            device_cost(b, self.model.config, self.targets, self.flops, self.config.block_shape) for b in self._wanted
+        ]
+
+    @cached_property
     def budgets(self) -> list[CostBudget]:
         """What must be met."""
-        wanted = [b for b in (self.config.budget, self.config.second_budget) if b is not None]
-        return [cost_budget(budget, self.targets, self.flops, self.config.block_shape) for budget in wanted]
+        return [
+            cost_budget(budget, self.targets, self.flops, self.config.block_shape, device)
+            for budget, device in zip(self._wanted, self.devices, strict=True)
+        ]
+
+    @property
+    def _wanted(self) -> list[Budget]:
+        return [b for b in (self.config.budget, self.config.second_budget) if b is not None]
 
     def run(self) -> Allocation:
         """Permute where the config says so, and choose the blocks to keep.
@@ -167,8 +185,12 @@ class Selection:
 
     def _allocate(self, traces: dict[str, RemovalTrace], budgets: list[CostBudget]) -> Allocation:
         factors = self.loss_factors
+        traces = {name: replace(trace, loss=trace.loss * factors.get(name, 1.0)) for name, trace in traces.items()}
+        return meet_devices(lambda some, these: self._once(some, these), traces, budgets, self.devices)
+
+    def _once(self, traces: dict[str, RemovalTrace], budgets: list[CostBudget]) -> Allocation:
         return allocate(
-            {name: replace(trace, loss=trace.loss * factors.get(name, 1.0)) for name, trace in traces.items()},
+            traces,
             budgets,
             power=block_power(self.targets, self.flops, self.config.block_shape),
             min_kept=self.config.min_kept_per_layer,
@@ -201,7 +223,7 @@ class Selection:
         More to spend keeps other features alive, so how much more is found by bisection.
         """
         best = self._used_part(layers, allocation)
-        spare = [b.blocks - b.needed - kept for b, kept in zip(self.budgets, best.kept_cost, strict=True)]
+        spare = self._left(best)
         low, share, high = 0.0, 1.0, 1.0
         for _ in range(SPENDING_ROUNDS):
             loose = [
@@ -209,7 +231,7 @@ class Selection:
                 for b, more in zip(self.budgets, spare, strict=True)
             ]
             current = self._used_part(layers, self._allocate(traces, loose))
-            if all(k <= b.blocks - b.needed for b, k in zip(self.budgets, current.kept_cost, strict=True)):
+            if min(self._left(current)) >= 0:
                 low, best = share, max(best, current, key=lambda a: a.kept_cost[0])
             else:
                 high = share
@@ -217,6 +239,30 @@ class Selection:
                 break
             share = (low + high) / 2
         return best
+
+    def _left(self, allocation: Allocation) -> list[float]:
+        """What each budget has left, in its unit."""
+        used = zip(self.budgets, self.devices, allocation.kept_cost, strict=True)
+        return [
+            b.ratio * (b.blocks + b.fixed) - (device.of(allocation.masks) if device else kept + b.fixed)
+            for b, device, kept in used
+        ]
+
+    def account(self, allocation: Allocation) -> list[dict[str, Any]]:
+        """What each budget asked for, and what remains of the dense model's cost, in its unit: the promise."""
+        left = self._left(allocation)
+        return [
+            {
+                "metric": wanted.metric,
+                "device": wanted.device,
+                "batch": wanted.batch,
+                "unit": UNITS[wanted.metric],
+                "dense": b.blocks + b.fixed,
+                "asked": b.ratio * (b.blocks + b.fixed),
+                "reached": b.ratio * (b.blocks + b.fixed) - spare,
+            }
+            for wanted, b, spare in zip(self._wanted, self.budgets, left, strict=True)
+        ]
 
     def _used_part(self, layers: list[TransformerLayer], allocation: Allocation) -> Allocation:
         masks = drop_unused(layers, allocation.masks, self.targets, self.config.block_shape)
@@ -245,17 +291,52 @@ class Selection:
                 self.loss_factors[name] = self.loss_factors.get(name, 1.0) * factor
 
 
-def cost_budget(budget: Budget, targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]) -> CostBudget:
-    """What every block costs in a budget's unit, and all that is no block of the targets."""
+def cost_budget(
+    budget: Budget,
+    targets: dict[str, nn.Linear],
+    flops: ModelFlops,
+    shape: tuple[int, int],
+    device: DeviceCost | None = None,
+) -> CostBudget:
+    """What every block costs in a budget's unit, and all that is no block of the targets.
+
+    On a device that is what a block more costs; the dense model's cost is the whole.
+    """
     sizes = {name: block_sizes((linear.out_features, linear.in_features), shape) for name, linear in targets.items()}
     if budget.metric == "sparsity":
-        return CostBudget({n: torch.ones_like(s) for n, s in sizes.items()}, budget.ratio, name=budget.metric)
-    if budget.metric == "params":
+        return CostBudget({n: torch.ones_like(s) for n, s in sizes.items()}, budget.ratio or 1.0, name=budget.metric)
+    if device is not None:
+        costs = {n: s * (device.block_cost(n, (s.shape[0], s.shape[1])) / float(s.mean())) for n, s in sizes.items()}
+        whole = device.dense
+    elif budget.metric == "params":
         costs, whole = sizes, float(flops.parameters)
     else:
         costs, whole = {n: s * linear_flops(flops.linear_tokens[n], 1) for n, s in sizes.items()}, flops.total
     fixed = whole - sum(float(c.sum()) for c in costs.values())
-    return CostBudget(costs, budget.ratio, fixed, f"{budget.metric} budget")
+    ratio = budget.ratio if budget.value is None else budget.value / whole
+    assert ratio is not None
+    return CostBudget(costs, min(ratio, 1.0), fixed, f"{budget.metric} budget")
+
+
+def device_cost(
+    budget: Budget, config: Any, targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]
+) -> DeviceCost | None:
+    """The model on a budget's device; None for budgets without one.
+
+    Raises:
+        ConfigError: no such profile.
+        ModelError: a model whose cost is not known.
+    """
+    if budget.device is None:
+        return None
+    profile = load_profile(budget.device)
+    tokens = {name: flops.linear_tokens[name] for name in targets}
+    linears = {
+        name: Linear(round(budget.batch * tokens[name]), linear.out_features, linear.in_features, usual_dtype(profile))
+        for name, linear in targets.items()
+    }
+    model = transformer_shape(config, max(tokens.values()))
+    return DeviceCost(profile, budget.metric, model, linears, shape, budget.batch)
 
 
 def block_power(targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]) -> dict[str, Tensor]:

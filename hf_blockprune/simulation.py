@@ -4,10 +4,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, ModelError
+from .errors import ConfigError
+from .hardware.device_cost import usual_dtype
 from .hardware.profiles import load_profile
+from .hardware.shapes import transformer_shape
 from .hardware.systolic import Array, analyse, dense_cycles
-from .hub.blockprune_cost import Cost, Linear, VisionTransformer, layer_cost, other_cost
+from .hub.blockprune_cost import Cost, Linear, layer_cost, other_cost
 from .hub.blockprune_profiles import SystolicProfile
 from .hub.blockprune_systolic import weights_kept
 from .inspection import StoredLayer, open_checkpoint
@@ -41,7 +43,7 @@ def simulate_checkpoint(
         ModelError: a model that is no plain vision transformer.
     """
     profile = _profile(device, dataflow=dataflow, overlap=overlap, arrays=arrays)
-    dtype = dtype or ("float32" if profile.kind == "cpu" else "float16")
+    dtype = dtype or usual_dtype(profile)
     stored = open_checkpoint(directory)
     shape = transformer_shape(stored.architecture.config, next(iter(stored.flops.linear_tokens.values())))
     tokens = {layer.name: round(stored.flops.linear_tokens[layer.module]) for layer in stored.layers}
@@ -53,37 +55,6 @@ def simulate_checkpoint(
     if isinstance(profile, SystolicProfile):
         result |= _cycle_totals(profile, layers, rest, batch)
     return {**result, "layers": layers}
-
-
-def transformer_shape(config: Any, tokens: float) -> VisionTransformer:
-    """A Hugging Face config as the cost model's shape.
-
-    Args:
-        config: of a ViT or DeiT.
-        tokens: of an image in the layers, class tokens included.
-
-    Raises:
-        ModelError: a config of another kind of model.
-    """
-    try:
-        size, patch = _pair(config.image_size), _pair(config.patch_size)
-        return VisionTransformer(
-            image_tokens=(size[0] // patch[0]) * (size[1] // patch[1]),
-            patch_inputs=config.num_channels * patch[0] * patch[1],
-            tokens=round(tokens),
-            width=config.hidden_size,
-            heads=config.num_attention_heads,
-            layers=config.num_hidden_layers,
-            classes=config.num_labels,
-        )
-    except (AttributeError, TypeError) as error:
-        raise ModelError(
-            f"{type(config).__name__}: no plain vision transformer, whose cost is known ({error})"
-        ) from None
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _profile(device: str | Path, **changes: Any) -> Any:

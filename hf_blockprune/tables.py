@@ -16,6 +16,11 @@ def summary_table(report: dict[str, Any]) -> Table:
         table.add_row("calibration images", f"{c['num_images']} of {of} in {c['dataset']}")
     table.add_row("FLOPs kept, whole model", f"{report['flops_ratio']:.2%}")
     table.add_row("FLOPs kept, pruned layers", f"{report['linear_flops_ratio']:.2%}")
+    for budget in report.get("budgets", []):
+        if budget["device"] is not None:
+            what = f"{budget['metric']} on {budget['device']}, batch {budget['batch']}"
+            values = f"{budget['reached']:.4g} of {budget['dense']:.4g} {budget['unit']}"
+            table.add_row(what, f"{values} ({budget['reached'] / budget['dense']:.1%})")
     cut = sum(layer["cut_units"] for layer in report["layers"])
     if cut:
         table.add_row("hidden units cut out", str(cut))
@@ -89,4 +94,12 @@ def simulation_table(values: dict[str, Any]) -> Table:
     table.add_row("latency of pruned layers", "", "", f"{values['linear_speedup']:.2f}")
     if "utilisation" in values:
         table.add_row("utilisation of elements", f"{values['utilisation']:.1%}", "", "")
+    return table
+
+
+def plain_table(title: str, values: dict[str, Any]) -> Table:
+    """Names and values."""
+    table = Table(title=title, show_header=False)
+    for key, value in values.items():
+        table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     return table

@@ -1,11 +1,15 @@
 """Device profiles: those that come with the package, and files of one's own."""
 
+import os
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from ..environment import environment
 from ..errors import ConfigError
 from ..hub.blockprune_profiles import profile_from_dict
 
@@ -44,3 +48,26 @@ def load_profile(name_or_path: str | Path) -> Any:
         raise ConfigError(f"device: {source} is no YAML: {error}") from error
     except ValueError as error:
         raise ConfigError(f"device: {error}") from error
+
+
+def save_profile(profile: Any, path: Path) -> dict[str, Any]:
+    """Write a measured profile as YAML, whole or not at all.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    found = environment()
+    machine = found["gpu"] if profile.kind == "gpu" else f"{found['cpu']} ({found['cpu_capability']})"
+    source = f"measured by blockprune calibrate on {machine}, {found['threads']} threads, torch {torch.__version__}"
+    values = {"kind": profile.kind, **asdict(replace(profile, source=source))}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return values

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar, get_args, get_origin
 
 from .blockprune_cost import ELEMENT_BYTES, PJ_PER_BYTE_DRAM, PJ_PER_MAC, PJ_TO_MJ, Cost, Linear
@@ -85,6 +86,12 @@ class CpuProfile:
         return Cost(work.flops, work.size_bytes, latency_ms, self.idle_w * latency_ms + energy * PJ_TO_MJ)
 
 
+@lru_cache(maxsize=4096)
+def _scheduled(row_inputs: tuple[int, ...], times: int, workers: int) -> int:
+    """Inputs of the worker that has most of them, each row being scheduled so many times, the longest first."""
+    return makespan([Fold(0, inputs, 0) for inputs in row_inputs for _ in range(times)], arrays=workers) + 1
+
+
 @dataclass(frozen=True)
 class GpuProfile:
     """A GPU: tiles scheduled over multiprocessors, bound by tensor cores, by L2 or by device memory.
@@ -137,10 +144,9 @@ class GpuProfile:
     def sparse(self, work: Linear) -> Cost:
         """See `Profile`."""
         down, rows = -(-work.tokens // self.tile_tokens), work.block_shape[0]
-        tiles = [self._tile_ms(work, inputs, rows, self.sparse_efficiency) for inputs in work.row_inputs]
-        nanoseconds = [Fold(0, round(1e6 * ms), 0) for ms in tiles for _ in range(down)]
+        longest = _scheduled(tuple(work.row_inputs.tolist()), down, self.sms)
         read = ELEMENT_BYTES[work.dtype] * down * float(work.row_inputs.sum()) * (self.tile_tokens + rows)
-        return self._cost(work, makespan(nanoseconds, arrays=self.sms) / 1e6, read)
+        return self._cost(work, self._tile_ms(work, longest, rows, self.sparse_efficiency), read)
 
     def elementwise(self, size_bytes: float) -> Cost:
         """See `Profile`."""

@@ -54,7 +54,7 @@ def scale_sim(folder, m, k, n, rows, cols, dataflow):
     run = scalesim(True, False, config=config, topology=topology, layout=layout, input_type_gemm=True)
     run.run_scale(top_path=str(folder))
     with (folder / "run" / "COMPUTE_REPORT.csv").open() as file:
-        return int(list(csv.DictReader(file, skipinitialspace=True))[0]["Total Cycles"])
+        return int(next(iter(csv.DictReader(file, skipinitialspace=True)))["Total Cycles"])
 
 
 @pytest.mark.filterwarnings("ignore")
