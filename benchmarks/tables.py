@@ -96,6 +96,27 @@ def systolic_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def promise_table(results: dict[str, Any]) -> str:
+    """Predicted beside measured latencies."""
+    profile = results["calibration"][0]
+    errors = [abs(row["sparse_error"]) for row in results["end_to_end"]]
+    lines = [
+        f"{machine(results)}. Linears not fitted to: {profile['held_out_error']:.1%} mean error, rank correlation "
+        f"{profile['rank_correlation']:.3f}. Pruned models: {statistics.mean(errors):.1%} mean error, "
+        f"{sum(error <= 0.1 for error in errors)} of {len(errors)} within 10 %.",
+        "",
+        "| model | batch | removed | dense, measured | predicted | pruned, measured | predicted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["end_to_end"]:
+        cells = [
+            f"{row[f'{name}_ms']:.1f} ms | {row[f'{name}_predicted_ms']:.1f} ms ({row[f'{name}_error']:+.0%})"
+            for name in ("dense", "sparse")
+        ]
+        lines.append(f"| {row['arch']} | {row['batch']} | {row['sparsity']:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def machine(results: dict[str, Any]) -> str:
     """The processor and what ran on it."""
     e = results["environment"]
@@ -187,6 +208,7 @@ TABLES = {
     "cases": cases_table,
     "end_to_end": end_to_end_table,
     "systolic": systolic_table,
+    "promise": promise_table,
 }
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("method", "kernels", "hardware")))
 

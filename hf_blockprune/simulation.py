@@ -4,12 +4,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .errors import ConfigError
 from .hardware.device_cost import usual_dtype
+from .hardware.flops import count_flops
 from .hardware.profiles import load_profile
 from .hardware.shapes import transformer_shape
 from .hardware.systolic import Array, analyse, dense_cycles
 from .hub.blockprune_cost import Cost, Linear, layer_cost, other_cost
+from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_profiles import SystolicProfile
 from .hub.blockprune_systolic import weights_kept
 from .inspection import StoredLayer, open_checkpoint
@@ -55,6 +59,33 @@ def simulate_checkpoint(
     if isinstance(profile, SystolicProfile):
         result |= _cycle_totals(profile, layers, rest, batch)
     return {**result, "layers": layers}
+
+
+def predict(model: nn.Module, device: str | Path, *, batch: int = 1, dtype: str | None = None) -> Cost:
+    """What a forward pass of a loaded model takes on a device.
+
+    Args:
+        model: a ViT or DeiT classifier, dense or with block-sparse layers.
+        device: a profile's name or file.
+        batch: images.
+        dtype: of all numbers, as for `simulate_checkpoint`.
+    """
+    profile = load_profile(device)
+    dtype = dtype or usual_dtype(profile)
+    tokens = count_flops(type(model), model.config).linear_tokens
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, BlockSparseLinear))]
+    repeated = [name for name in names if any(part.isdigit() for part in name.split("."))]
+    works = []
+    for name in repeated:
+        layer: Any = model.get_submodule(name)
+        work = Linear(round(batch * tokens[name]), layer.out_features, layer.in_features, dtype)
+        if isinstance(layer, BlockSparseLinear):
+            work = work._replace(mask=layer.mask().cpu().numpy(), block_shape=layer.block_shape)
+        works.append(work)
+    total = other_cost(profile, transformer_shape(model.config, tokens[repeated[0]]), batch=batch, dtype=dtype)
+    for work in works:
+        total = total.plus(layer_cost(profile, work))
+    return total
 
 
 def _profile(device: str | Path, **changes: Any) -> Any:

@@ -10,7 +10,7 @@ from hf_blockprune.hardware.device_cost import DeviceCost
 from hf_blockprune.hardware.profiles import load_profile
 from hf_blockprune.hub.blockprune_cost import Linear, VisionTransformer, layer_cost
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.simulation import simulate_checkpoint
+from hf_blockprune.simulation import predict, simulate_checkpoint
 
 from .conftest import tiny_model
 
@@ -47,6 +47,10 @@ def test_masks_meet_a_devices_budget_and_use_it_up(processor, device, tmp_path, 
     (budget,) = pruner.report()["budgets"]
     assert budget["reached"] <= budget["asked"] * (1 + 1e-9)
     assert budget["reached"] > 0.97 * budget["asked"]
+    cost = predict(pruner.model, path)
+    assert getattr(cost, f"{metric}_{'ms' if metric == 'latency' else 'mj'}") == pytest.approx(
+        budget["reached"], rel=1e-6
+    )
     pruner.save_pretrained(tmp_path / "out")
     found = simulate_checkpoint(tmp_path / "out", path)
     key = {"latency": "latency_ms", "energy": "energy_mj"}[metric]
