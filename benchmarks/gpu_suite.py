@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ if "--dry-run" in sys.argv:
     os.environ |= {"TRITON_INTERPRET": "1", "BLOCKPRUNE_BACKEND": "triton"}
 
 import _root  # noqa: F401
-import numpy as np
 import torch
 from transformers.utils import logging
 
@@ -32,7 +32,9 @@ from benchmarks.kernels import measure as measure_kernel
 from benchmarks.rivals import rivals
 from benchmarks.timing import device_file, random_mask, store
 from hf_blockprune import BlockSparseLinear
-from hf_blockprune.hardware.fit import fit_times, mape
+from hf_blockprune.hardware.calibrate import Measurement, blank_gpu, fit_profile, rank_correlation
+from hf_blockprune.hardware.profiles import load_profile
+from hf_blockprune.hub.blockprune_cost import Linear
 from hf_blockprune.hub.blockprune_layout import grid_shape
 from hf_blockprune.hub.blockprune_ops import block_sparse_linear
 
@@ -153,34 +155,31 @@ def end_to_end(size: Size, path: Path) -> Iterator[Work]:
 
 
 def fit(size: Size, path: Path) -> Iterator[Work]:
-    """A cost model of four terms, fitted to every other kernel time and judged on the rest."""
-    yield lambda: [fit_row(read(path).get("kernels", []))]
+    """The hardware model, fitted to every other kernel time and judged on the rest."""
+    yield lambda: [fit_row(read(path).get("kernels", []), size.device)]
 
 
-def fit_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    rows = [row for row in rows if "sparse_ms" in row]
-    if len(rows) < 8:
-        return {"op": "cost model", "mape": None, "measurements": len(rows)}
-    terms = np.array([cost_terms(row) for row in rows])
-    times = np.array([row["sparse_ms"] for row in rows])
-    values = fit_times(terms[::2], times[::2])
+def fit_row(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
+    measured = [measurement(row) for row in rows if "sparse_ms" in row]
+    if len(measured) < 8:
+        return {"op": "cost model", "held_out_error": None, "measurements": len(measured)}
+    base = blank_gpu("fitted") if device == "cuda" else load_profile("h100-sxm")
+    profile = fit_profile(base, measured)
     return {
         "op": "cost model",
-        "terms": ["launch_ms", "ms_per_gflop", "ms_per_gb_of_tiles", "ms_per_gb_of_memory"],
-        "coefficients": values.tolist(),
-        "mape": mape(terms[::2] @ values, times[::2]),
-        "held_out_mape": mape(terms[1::2] @ values, times[1::2]),
-        "measurements": len(rows),
+        "profile": {key: value for key, value in asdict(profile).items() if key != "source"},
+        "held_out_error": profile.held_out_error,
+        "rank_correlation": rank_correlation(profile, measured),
+        "measurements": len(measured),
     }
 
 
-def cost_terms(row: dict[str, Any], tile: int = 128) -> list[float]:
-    """Launch, multiplications, what tiles read of x and of the weight, what passes through device memory."""
-    m, n, k, kept = row["m"], row["n"], row["k"], 1 - row["sparsity"]
-    block_rows = -(-n // row["block_shape"][0])
-    tiles = 2 * kept * (m * k * block_rows + n * k * -(-m // tile))
-    memory = 2 * (m * k + m * n + kept * n * k)
-    return [1.0, 2 * m * n * k * kept / 1e9, tiles / 1e9, memory / 1e9]
+def measurement(row: dict[str, Any]) -> Measurement:
+    block_shape = (row["block_shape"][0], row["block_shape"][1])
+    grid = grid_shape(row["n"], row["k"], block_shape)
+    mask = random_mask(grid, row["sparsity"], torch.Generator().manual_seed(0)).numpy()
+    work = Linear(row["m"], row["n"], row["k"], row["dtype"], mask, block_shape)
+    return Measurement(work, row["dense_ms"], row["sparse_ms"])
 
 
 def read(path: Path) -> dict[str, Any]:

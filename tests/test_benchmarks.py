@@ -23,7 +23,7 @@ def test_gpu_suite_walks_through_every_step(tmp_path):
     assert all(keys <= set(row) for row in results["kernels"] if "elsewhere" not in row["op"])
     assert all(keys | {"ratio_to_graph", "peak_memory_bytes"} <= set(row) for row in results["end_to_end"])
     assert any("energy_mj_per_image" in row and "ratio_to_compiled" in row for row in results["end_to_end"])
-    assert results["fit"][0]["mape"] is not None
+    assert results["fit"][0]["held_out_error"] is not None
     assert (tmp_path / "dry-run.png").read_bytes().startswith(b"\x89PNG")
 
 
