@@ -85,7 +85,7 @@ class TritonBackend:
     def choose(self, x: Tensor, layer: LayerArguments) -> Choice:
         """How to run a call, measured first where it is new and `BLOCKPRUNE_AUTOTUNE` allows it."""
         problem = _problem(x, layer)
-        if not _tunes(x.device):
+        if not len(x) or not _tunes(x.device):
             return Choice(candidates(problem, _shared_memory(x.device))[0])
         known = self._choices.get((x.device, problem))
         if known is not None:

@@ -182,6 +182,12 @@ def test_a_call_measures_once_and_gives_the_same_result(cache):
     assert path.stat().st_mtime_ns == stamp
 
 
+def test_calls_without_tokens_say_nothing_about_others(cache):
+    case, x, layer = timed_case()
+    assert TritonBackend().forward(x[:0], layer).shape == (0, len(case.dense))
+    assert not cache.exists()
+
+
 def test_graphs_are_recorded_with_what_is_known_and_nothing_is_timed_meanwhile(cache, monkeypatch):
     from hf_blockprune.hub import blockprune_triton_backend
 
