@@ -160,5 +160,5 @@ def _whole(allocation: Allocation, traces: dict[str, RemovalTrace], budgets: lis
     full = {name: torch.ones(trace.grid, dtype=torch.bool) for name, trace in traces.items()}
     masks = {name: allocation.masks.get(name, mask) for name, mask in full.items()}
     kept = tuple(sum(float(b.costs[name][mask].sum()) for name, mask in masks.items()) for b in budgets)
-    loss = {name: allocation.loss.get(name, 0.0) for name in traces}
+    loss = {name: allocation.loss[name] if name in allocation.masks else 0.0 for name in traces}
     return replace(allocation, masks=masks, kept_cost=kept, loss=loss)
