@@ -13,7 +13,6 @@ from typing import Any
 
 import _root  # noqa: F401
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from benchmarks.accuracy import load, save
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.data import load_images, load_pixels
 from hf_blockprune.environment import environment
+from hf_blockprune.recovery import kl_divergence
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
@@ -46,9 +46,7 @@ def main() -> None:
     results = load(options.output)
     accelerator = Accelerator()
     dense = BlockPruner.from_pretrained(options.model, accelerator=accelerator)
-    images = load_images(options.calibration).sample(options.samples + options.judges, options.seed)
-    pixels, _ = load_pixels(images, dense.processor, accelerator=accelerator, model_config=dense.model.config)
-    pixels = pixels[options.samples :]
+    pixels = judges(dense, options.calibration, options.samples, options.judges, options.seed)
     wanted = logits(dense, pixels)
     for name, changes in VARIANTS.items():
         point: dict[str, Any] = {
@@ -93,7 +91,7 @@ def measure(
     pruner.prune(options.calibration)
     seconds = time.perf_counter() - start
     have = logits(pruner, pixels)
-    each = F.kl_div(have.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    each = kl_divergence(wanted, have)
     report = pruner.report()
     return {
         "divergence": float(each.mean()),
@@ -103,6 +101,13 @@ def measure(
         "flops_ratio": report["flops_ratio"],
         "seconds": {**report["seconds"], "all": round(seconds, 1)},
     }
+
+
+def judges(dense: BlockPruner, calibration: str, samples: int, count: int, seed: int) -> Tensor:
+    """Pixels of calibration images other than the `samples` that pruning draws."""
+    images = load_images(calibration).sample(samples + count, seed)
+    options = {"accelerator": dense.accelerator, "model_config": dense.model.config}
+    return load_pixels(images, dense.processor, **options)[0][samples:]
 
 
 @torch.no_grad()

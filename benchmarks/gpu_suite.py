@@ -6,7 +6,7 @@
 
 Sections: correctness, kernels (beside cuBLAS, 2:4 and torch's BSR), end_to_end (eager, compiled, CUDA graph, batches in
 parts, memory, energy), fit (of a cost model to the kernels' times). Each has a share of the time, does the most
-important cases first, and leaves the rest out when its time is up; what was left out is counted in the file.
+important cases first, and leaves the rest out when its time is up; it prints how many those were.
 """
 
 import argparse

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import _root  # noqa: F401
-import torch.nn.functional as F
 from accelerate import Accelerator
 
-from benchmarks.ablation import logits
+from benchmarks.ablation import judges, logits
 from benchmarks.accuracy import save
 from hf_blockprune import BlockPruneConfig, BlockPruner
-from hf_blockprune.data import load_images, load_pixels
 from hf_blockprune.environment import environment
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+from hf_blockprune.recovery import kl_divergence
 from hf_blockprune.simulation import predict
 
 DEVICES = ("cpu-avx512", "systolic-32")
@@ -30,16 +29,13 @@ def main() -> None:
     options = parse_options()
     accelerator = Accelerator()
     dense = BlockPruner.from_pretrained(options.model, accelerator=accelerator)
-    images = load_images(options.calibration).sample(options.samples + options.judges, 0)
-    pixels, _ = load_pixels(images, dense.processor, accelerator=accelerator, model_config=dense.model.config)
-    pixels = pixels[options.samples :]
+    pixels = judges(dense, options.calibration, options.samples, options.judges, seed=0)
     wanted = logits(dense, pixels)
     whole = {device: predict(dense.model, device, batch=options.batch).latency_ms for device in DEVICES}
     rows: list[dict[str, Any]] = []
     for device in DEVICES:
         pruner = prune(options, device, accelerator)
-        have = logits(pruner, pixels)
-        each = F.kl_div(have.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        each = kl_divergence(wanted, logits(pruner, pixels))
         layers = dict(block_sparse_layers(pruner.model))
         row: dict[str, Any] = {"device": device, "asked": options.ratio, "batch": options.batch}
         for other in DEVICES:

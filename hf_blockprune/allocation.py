@@ -46,9 +46,14 @@ class CostBudget:
         return sum(float(c.sum()) for c in self.costs.values())
 
     @property
+    def whole(self) -> float:
+        """Cost of the dense model."""
+        return self.blocks + self.fixed
+
+    @property
     def needed(self) -> float:
         """What has to be saved."""
-        return (1 - self.ratio) * (self.blocks + self.fixed)
+        return (1 - self.ratio) * self.whole
 
 
 @dataclass(frozen=True)
@@ -266,7 +271,7 @@ def _check_reached(budgets: list[CostBudget], saved: np.ndarray, width: int) -> 
     """`width` is the number of blocks that leave in one step."""
     spared = []
     for budget, gone in zip(budgets, saved, strict=True):
-        whole = budget.blocks + budget.fixed
+        whole = budget.whole
         reached = (whole - float(gone)) / whole
         if reached > budget.ratio * (1 + 1e-9):
             raise BudgetError(

@@ -1,7 +1,6 @@
 """Big batches in parts, so that what passes between layers stays in a GPU's L2 cache."""
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import ConfigError
+from .hardware.stopwatch import milliseconds
 
 INPUT = "pixel_values"
 PARTS = (8, 16, 32, 64)  # images, tried where they are to be measured
@@ -91,20 +91,10 @@ class _InParts:
             times: dict[int, list[float]] = {size: [] for size in sizes}
             for _ in range(ROUNDS):
                 for size in sizes:
-                    times[size].append(_seconds(lambda size=size: self._run(kwargs, size), pixels.device))
+                    times[size].append(milliseconds(lambda size=size: self._run(kwargs, size), pixels.device))
             self._fastest[key] = min(sizes, key=lambda size: statistics.median(times[size]))
         return self._fastest[key]
 
 
 def _joined(parts: tuple[Any, ...]) -> Any:
     return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0]
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

@@ -235,7 +235,8 @@ class _Run:
         mine = self.judged[self.accelerator.process_index :: self.accelerator.num_processes]
         for chosen in mine.split(IMAGES_AT_ONCE):
             pixels = self._some(chosen)
-            total += _kl(self.teacher(pixel_values=pixels).logits, self.student(pixel_values=pixels).logits).sum()
+            wanted, have = (model(pixel_values=pixels).logits for model in (self.teacher, self.student))
+            total += kl_divergence(wanted, have).sum()
         return float(self._sum(total)) / len(self.judged)
 
     def reconstruct(self, epochs: int) -> None:
@@ -281,7 +282,7 @@ class _Run:
                 for a, b, weight in zip(have.hidden, wanted.hidden, self.token_weights, strict=True)
             ]
             mean_hidden = torch.stack(hidden).mean()
-            return _kl(wanted.logits, have.logits).mean() + self.settings.hidden_weight * mean_hidden
+            return kl_divergence(wanted.logits, have.logits).mean() + self.settings.hidden_weight * mean_hidden
 
         order = list(self._order(len(self.learned), epochs))
         self._descend(loss, self.student, order, "distillation", progress="Distillation")
@@ -350,6 +351,6 @@ def _advance(layer: nn.Module, states: Tensor, args: tuple[Any, ...], kwargs: di
         part.copy_(layer(part, *args, **kwargs))
 
 
-def _kl(wanted: Tensor, have: Tensor) -> Tensor:
+def kl_divergence(wanted: Tensor, have: Tensor) -> Tensor:
     """KL(wanted || have) of each image from logits, [images]."""
     return F.kl_div(have.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)

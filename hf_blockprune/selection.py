@@ -186,7 +186,7 @@ class Selection:
     def _allocate(self, traces: dict[str, RemovalTrace], budgets: list[CostBudget]) -> Allocation:
         factors = self.loss_factors
         traces = {name: replace(trace, loss=trace.loss * factors.get(name, 1.0)) for name, trace in traces.items()}
-        return meet_devices(lambda some, these: self._once(some, these), traces, budgets, self.devices)
+        return meet_devices(self._once, traces, budgets, self.devices)
 
     def _once(self, traces: dict[str, RemovalTrace], budgets: list[CostBudget]) -> Allocation:
         return allocate(
@@ -227,7 +227,7 @@ class Selection:
         low, share, high = 0.0, 1.0, 1.0
         for _ in range(SPENDING_ROUNDS):
             loose = [
-                replace(b, ratio=min(1.0, b.ratio + share * more / (b.blocks + b.fixed)))
+                replace(b, ratio=min(1.0, b.ratio + share * more / b.whole))
                 for b, more in zip(self.budgets, spare, strict=True)
             ]
             current = self._used_part(layers, self._allocate(traces, loose))
@@ -244,8 +244,7 @@ class Selection:
         """What each budget has left, in its unit."""
         used = zip(self.budgets, self.devices, allocation.kept_cost, strict=True)
         return [
-            b.ratio * (b.blocks + b.fixed) - (device.of(allocation.masks) if device else kept + b.fixed)
-            for b, device, kept in used
+            b.ratio * b.whole - (device.of(allocation.masks) if device else kept + b.fixed) for b, device, kept in used
         ]
 
     def account(self, allocation: Allocation) -> list[dict[str, Any]]:
@@ -257,9 +256,9 @@ class Selection:
                 "device": wanted.device,
                 "batch": wanted.batch,
                 "unit": UNITS[wanted.metric],
-                "dense": b.blocks + b.fixed,
-                "asked": b.ratio * (b.blocks + b.fixed),
-                "reached": b.ratio * (b.blocks + b.fixed) - spare,
+                "dense": b.whole,
+                "asked": b.ratio * b.whole,
+                "reached": b.ratio * b.whole - spare,
             }
             for wanted, b, spare in zip(self._wanted, self.budgets, left, strict=True)
         ]

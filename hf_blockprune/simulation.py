@@ -12,7 +12,7 @@ from .hardware.flops import count_flops
 from .hardware.profiles import load_profile
 from .hardware.shapes import transformer_shape
 from .hardware.systolic import Array, analyse, dense_cycles
-from .hub.blockprune_cost import Cost, Linear, layer_cost, other_cost
+from .hub.blockprune_cost import Cost, Linear, layer_cost, model_cost, other_cost
 from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_profiles import SystolicProfile
 from .hub.blockprune_systolic import weights_kept
@@ -49,15 +49,15 @@ def simulate_checkpoint(
     profile = _profile(device, dataflow=dataflow, overlap=overlap, arrays=arrays)
     dtype = dtype or usual_dtype(profile)
     stored = open_checkpoint(directory)
-    shape = transformer_shape(stored.architecture.config, next(iter(stored.flops.linear_tokens.values())))
-    tokens = {layer.name: round(stored.flops.linear_tokens[layer.module]) for layer in stored.layers}
-    shape = replace(shape, tokens=next(iter(tokens.values()), shape.tokens))
-    layers = [_layer(profile, layer, batch * tokens[layer.name], dtype) for layer in stored.layers]
+    tokens = stored.flops.linear_tokens
+    first = stored.layers[0].module if stored.layers else next(iter(tokens))
+    shape = transformer_shape(stored.architecture.config, tokens[first])
+    layers = [_layer(profile, layer, batch * round(tokens[layer.module]), dtype) for layer in stored.layers]
     rest = other_cost(profile, shape, batch=batch, dtype=dtype)
     result: dict[str, Any] = {"device": profile.name, "kind": profile.kind, "batch": batch, "dtype": dtype}
     result |= _totals(layers, rest)
     if isinstance(profile, SystolicProfile):
-        result |= _cycle_totals(profile, layers, rest, batch)
+        result |= _cycle_totals(profile, layers, rest)
     return {**result, "layers": layers}
 
 
@@ -78,14 +78,12 @@ def predict(model: nn.Module, device: str | Path, *, batch: int = 1, dtype: str 
     works = []
     for name in repeated:
         layer: Any = model.get_submodule(name)
-        work = Linear(round(batch * tokens[name]), layer.out_features, layer.in_features, dtype)
+        work = Linear(round(tokens[name]), layer.out_features, layer.in_features)
         if isinstance(layer, BlockSparseLinear):
             work = work._replace(mask=layer.mask().cpu().numpy(), block_shape=layer.block_shape)
         works.append(work)
-    total = other_cost(profile, transformer_shape(model.config, tokens[repeated[0]]), batch=batch, dtype=dtype)
-    for work in works:
-        total = total.plus(layer_cost(profile, work))
-    return total
+    shape = transformer_shape(model.config, tokens[repeated[0]])
+    return model_cost(profile, shape, works, batch=batch, dtype=dtype)
 
 
 def _profile(device: str | Path, **changes: Any) -> Any:
@@ -95,11 +93,12 @@ def _profile(device: str | Path, **changes: Any) -> Any:
         return profile
     if not isinstance(profile, SystolicProfile):
         raise ConfigError(f"{profile.name}: {', '.join(wanted)} belong to systolic arrays; name one, or leave them out")
+    profile = replace(profile, **wanted)
     try:
-        Array(profile.rows, profile.cols, **{"dataflow": profile.dataflow, **wanted})
+        Array(**profile.array)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return replace(profile, **wanted)
+    return profile
 
 
 def _layer(profile: Any, layer: StoredLayer, tokens: int, dtype: str) -> dict[str, Any]:
@@ -112,13 +111,9 @@ def _layer(profile: Any, layer: StoredLayer, tokens: int, dtype: str) -> dict[st
     found |= layer_cost(profile, work)._asdict()
     found |= {f"dense_{key}": value for key, value in profile.dense(dense)._asdict().items()}
     if isinstance(profile, SystolicProfile):
-        array = Array(profile.rows, profile.cols, profile.dataflow, profile.overlap, profile.arrays)
-        run = analyse(tokens, weights_kept(mask, work.block_shape, (outputs, inputs)), array)
-        options = {"rows": array.rows, "cols": array.cols, "dataflow": array.dataflow, "overlap": array.overlap}
+        run = analyse(tokens, weights_kept(mask, work.block_shape, (outputs, inputs)), Array(**profile.array))
         found |= {"cycles": run.cycles, "utilisation": run.utilisation, "macs": run.macs}
-        found["dense_cycles"] = dense_cycles(
-            tokens, dense.in_features, dense.out_features, arrays=array.arrays, **options
-        )
+        found["dense_cycles"] = dense_cycles(tokens, dense.in_features, dense.out_features, **profile.array)
     return found
 
 
@@ -136,15 +131,14 @@ def _totals(layers: list[dict[str, Any]], rest: Cost) -> dict[str, Any]:
     return result
 
 
-def _cycle_totals(profile: SystolicProfile, layers: list[dict[str, Any]], rest: Cost, batch: int) -> dict[str, Any]:
+def _cycle_totals(profile: SystolicProfile, layers: list[dict[str, Any]], rest: Cost) -> dict[str, Any]:
     """Cycles of the whole model: layers one after the other, and what other parts take at the array's clock."""
     other = round(rest.latency_ms * profile.ghz * 1e6)
     cycles, dense = (sum(layer[key] + 1 for layer in layers) for key in ("cycles", "dense_cycles"))
     elements = profile.rows * profile.cols * profile.arrays
     macs = sum(layer["macs"] for layer in layers)
-    array = asdict(Array(profile.rows, profile.cols, profile.dataflow, profile.overlap, profile.arrays))
     return {
-        "array": array,
+        "array": asdict(Array(**profile.array)),
         "cycles": cycles + other,
         "dense_cycles": dense + other,
         "other_cycles": other,

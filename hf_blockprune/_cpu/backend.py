@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
-from ..hub.blockprune_backends import Backend, LayerArguments, register_backend
+from ..hub.blockprune_backends import Backend, LayerArguments, checked_bias, register_backend
 from ..hub.blockprune_layout import PackedWeight, check_packed, feature_major, is_feature_major, unpack
 from ..hub.blockprune_prepared import PreparedCache
 from .library import CpuLibrary, find_library
@@ -100,7 +100,7 @@ class CpuBackend:
         outputs, fields, kept_alive = [], [], []
         for layer in layers:
             blocks, pattern = self.prepare(in_features, layer)
-            bias = None if layer.bias is None else _checked_bias(layer.bias, x.dtype, layer.out_features)
+            bias = checked_bias(layer, x.dtype)
             y = x.new_empty(tokens, layer.out_features)
             fields += [
                 blocks.data_ptr(),
@@ -144,12 +144,6 @@ class CpuBackend:
         col = mask.nonzero()[:, 1].to(torch.int32)
         blocks = strips[mask].unsqueeze(-1)
         return blocks, self._pattern(in_features, PackedWeight(blocks, crow, col), out_features)
-
-
-def _checked_bias(bias: Tensor, dtype: torch.dtype, out_features: int) -> Tensor:
-    if bias.shape != (out_features,) or bias.dtype != dtype:
-        raise ValueError(f"bias: expected {dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
-    return bias.contiguous()
 
 
 def _has(feature: str) -> bool:

@@ -24,6 +24,7 @@ from ..hub.blockprune_linear import BlockSparseLinear
 from ..hub.blockprune_ops import block_sparse_linear
 from ..hub.blockprune_profiles import CpuProfile, GpuProfile
 from .fit import fit_times, mape
+from .stopwatch import milliseconds
 
 SHAPES = tuple((out * width, by * width) for width in (192, 384, 768) for out, by in ((1, 1), (4, 1), (1, 4)))
 BLOCK_SHAPES = ((64, 32), (32, 32), (16, 16))
@@ -73,8 +74,8 @@ def fit_profile(base: Any, measured: list[Measurement]) -> Any:
     order = np.random.default_rng(0).permutation(len(measured))
     fitted_to, held_out = ([measured[i] for i in part] for part in (order[::2], order[1::2]))
     fit: Any = fit_cpu if isinstance(base, CpuProfile) else fit_gpu
-    error = prediction_error(fit(base, fitted_to), held_out)
-    return replace(fit(base, fitted_to), held_out_error=round(error, 4))
+    fitted = fit(base, fitted_to)
+    return replace(fitted, held_out_error=round(prediction_error(fitted, held_out), 4))
 
 
 def prediction_error(profile: Any, measured: list[Measurement]) -> float:
@@ -161,7 +162,7 @@ def measure(device: str, backend: str, *, seconds: float) -> list[Measurement]:
     start = time.perf_counter()
     while not times[-1] or time.perf_counter() - start < seconds:
         for (_, dense, sparse), found in zip(cases, times, strict=True):
-            found.append((_milliseconds(dense, device), _milliseconds(sparse, device)))
+            found.append((milliseconds(dense, device), milliseconds(sparse, device)))
     return [
         Measurement(work, *(statistics.median(column) for column in zip(*found, strict=True)))
         for (work, _, _), found in zip(cases, times, strict=True)
@@ -191,16 +192,6 @@ def _case(
         lambda: F.linear(x, linear.weight, linear.bias),
         lambda: block_sparse_linear(x, *arguments, out_features=outputs, backend=backend),
     )
-
-
-def _milliseconds(run: Callable[[], Tensor], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
 
 
 def blank_cpu(name: str) -> CpuProfile:

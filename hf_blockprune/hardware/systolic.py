@@ -156,7 +156,6 @@ def _run(cycles: int, tokens: int, kept: np.ndarray, array: Array, y: np.ndarray
         tiles = any_in_tiles(kept, array.cols, array.rows)
         heights, widths = _sizes(outputs, array.cols), _sizes(inputs, array.rows)
         weights = int((tiles * np.outer(heights, widths)).sum())
-        macs = tokens * weights
         written = tokens * int((tiles.sum(1) * heights).sum())
         reads = (
             weights + tokens * int((tiles.sum(0) * widths).sum()) + written - tokens * int(heights[tiles.any(1)].sum())
@@ -166,18 +165,17 @@ def _run(cycles: int, tokens: int, kept: np.ndarray, array: Array, y: np.ndarray
         features = any_in_tiles(kept, array.cols, 1).sum(1)
         heights = _sizes(outputs, array.cols)
         weights = int((features * heights).sum())
-        macs = tokens * weights
         reads = int(features.sum()) * tokens + -(-tokens // array.rows) * weights
         written = tokens * int(heights[features > 0].sum())
         passes = int((features > 0).sum())
     else:
         streamed, widths = any_in_tiles(kept, 1, array.rows).sum(0), _sizes(inputs, array.rows)
         weights = int((streamed * widths).sum())
-        macs = tokens * weights
         written = tokens * int(streamed.sum())
         first = tokens * int(kept.any(1).sum())  # the first sum of an output is not read back
         reads = -(-tokens // array.cols) * weights + tokens * int(widths[streamed > 0].sum()) + written - first
         passes = 1
+    macs = tokens * weights
     fits = array.sram_elements is None or tokens * inputs <= array.sram_elements
     dram = tokens * inputs * (1 if fits else max(passes, 1)) + weights + tokens * outputs
     elements = array.rows * array.cols * array.arrays

@@ -16,7 +16,16 @@ from .blockprune_layout import PackedWeight, check_indices, unpack
 from .blockprune_prepared import PreparedCache
 from .blockprune_reference import ACTIVATIONS, LayerArguments, reference_forward
 
-__all__ = ["Backend", "LayerArguments", "available_backends", "choose_backend", "register_backend", "run", "run_all"]
+__all__ = [
+    "Backend",
+    "LayerArguments",
+    "available_backends",
+    "checked_bias",
+    "choose_backend",
+    "register_backend",
+    "run",
+    "run_all",
+]
 
 
 class Backend(NamedTuple):
@@ -83,6 +92,20 @@ def choose_backend(x: Tensor, layer: LayerArguments, backend: str = "auto") -> s
             f"{rows}x{cols} blocks on {x.device}; convert one of them, or leave the backend at 'auto'"
         )
     return backend
+
+
+def checked_bias(layer: LayerArguments, dtype: torch.dtype) -> Tensor | None:
+    """A layer's bias as kernels read it, without gaps.
+
+    Raises:
+        ValueError: it has another size or dtype than the outputs.
+    """
+    bias = layer.bias
+    if bias is None:
+        return None
+    if bias.shape != (layer.out_features,) or bias.dtype != dtype:
+        raise ValueError(f"bias: expected {dtype} [{layer.out_features}], got {bias.dtype} {list(bias.shape)}")
+    return bias.contiguous()
 
 
 _DENSE_WEIGHTS: PreparedCache[Tensor] = PreparedCache()

@@ -1,12 +1,12 @@
 """Devices as a few numbers each: processors, GPUs and systolic arrays, and what work costs on them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from typing import Any, ClassVar, get_args, get_origin
 
 from .blockprune_cost import ELEMENT_BYTES, PJ_PER_BYTE_DRAM, PJ_PER_MAC, PJ_TO_MJ, Cost, Linear
-from .blockprune_systolic import Fold, dense_cycles, folds, makespan, weights_kept
+from .blockprune_systolic import Fold, block_sparse_cycles, dense_cycles, makespan
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ class CpuProfile:
 
     def dense(self, work: Linear) -> Cost:
         """See `Profile`."""
-        rate = self._peak(self.dense_efficiency)
-        latency = self.dense_call_us / 1e3 + 1e3 * work._replace(mask=None).flops / rate
-        return self._cost(work._replace(mask=None), max(latency, self._memory_ms(work.weight_bytes)))
+        weight_ms = self._memory_ms(work.weight_bytes)
+        work = work._replace(mask=None)
+        latency = self.dense_call_us / 1e3 + 1e3 * work.flops / self._peak(self.dense_efficiency)
+        return self._cost(work, max(latency, weight_ms))
 
     def sparse(self, work: Linear) -> Cost:
         """See `Profile`."""
@@ -208,17 +209,13 @@ class SystolicProfile:
     def dense(self, work: Linear) -> Cost:
         """See `Profile`."""
         work = work._replace(mask=None)
-        options = {"rows": self.rows, "cols": self.cols, "dataflow": self.dataflow, "overlap": self.overlap}
-        cycles = dense_cycles(work.tokens, work.in_features, work.out_features, arrays=self.arrays, **options)
-        macs = work.tokens * work.weights
-        return self._cost(work, cycles, macs)
+        return self._cost(work, dense_cycles(work.tokens, work.in_features, work.out_features, **self.array))
 
     def sparse(self, work: Linear) -> Cost:
         """See `Profile`."""
         assert work.mask is not None
-        kept = weights_kept(work.mask, work.block_shape, (work.out_features, work.in_features))
-        filled = folds(work.tokens, kept, rows=self.rows, cols=self.cols, dataflow=self.dataflow)
-        return self._cost(work, makespan(filled, arrays=self.arrays, overlap=self.overlap), work.tokens * work.weights)
+        options = {**self.array, "block_shape": work.block_shape, "shape": (work.out_features, work.in_features)}
+        return self._cost(work, block_sparse_cycles(work.tokens, work.mask, **options))
 
     def elementwise(self, size_bytes: float) -> Cost:
         """Beside the arrays, which do not wait for it."""
@@ -228,9 +225,14 @@ class SystolicProfile:
         """See `Profile`."""
         return self.dense(work).times(times)
 
-    def _cost(self, work: Linear, cycles: int, macs: float) -> Cost:
-        numbers = self.element_bytes / ELEMENT_BYTES[work.dtype]
-        size_bytes = work.size_bytes * numbers
+    @property
+    def array(self) -> dict[str, Any]:
+        """What `blockprune_systolic` wants to know of the arrays."""
+        return {key: getattr(self, key) for key in ("rows", "cols", "dataflow", "overlap", "arrays")}
+
+    def _cost(self, work: Linear, cycles: int) -> Cost:
+        macs = work.tokens * work.weights
+        size_bytes = work.size_bytes * self.element_bytes / ELEMENT_BYTES[work.dtype]
         latency = max((cycles + 1) / (self.ghz * 1e6), size_bytes / self.dram_gb_s / 1e6)
         sram_bytes = self.element_bytes * macs * (1 / self.rows + 1 / self.cols)  # each operand once for a whole tile
         picojoules = macs * self.pj_per_mac + sram_bytes * self.pj_per_sram_byte + size_bytes * self.pj_per_dram_byte
@@ -261,12 +263,10 @@ def profile_from_dict(values: Mapping[str, Any], where: str = "profile") -> Any:
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r} for a {kind}; known keys are {', '.join(known)}")
         _check_value(f"{where}.{key}", value, known[key].type)
-    missing = [key for key in ("name",) if key not in values]
-    try:
-        return KINDS[kind](**values)
-    except TypeError as error:
-        names = missing or [str(error).rpartition(":")[2].strip()]
-        raise ValueError(f"{where}: a {kind} needs {', '.join(names)} too") from None
+    missing = [key for key, field in known.items() if field.default is MISSING and key not in values]
+    if missing:
+        raise ValueError(f"{where}: a {kind} needs {', '.join(missing)} too")
+    return KINDS[kind](**values)
 
 
 def _check_value(where: str, value: Any, kind: Any) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
-from .blockprune_backends import Backend, register_backend
+from .blockprune_backends import Backend, checked_bias, register_backend
 from .blockprune_layout import (
     CheckedPattern,
     PackedWeight,
@@ -85,19 +85,19 @@ class TritonBackend:
     def choose(self, x: Tensor, layer: LayerArguments) -> Choice:
         """How to run a call, measured first where it is new and `BLOCKPRUNE_AUTOTUNE` allows it."""
         problem = _problem(x, layer)
-        if not len(x) or not _tunes(x.device):
-            return Choice(candidates(problem, _shared_memory(x.device))[0])
-        known = self._choices.get((x.device, problem))
+        tunes = len(x) > 0 and _tunes(x.device)
+        known = self._choices.get((x.device, problem)) if tunes else None
         if known is not None:
             return known
-        if _recording(x.device):  # a CUDA graph, in which nothing can be timed
-            return Choice(candidates(problem, _shared_memory(x.device))[0])
+        configs = candidates(problem, _shared_memory(x.device))
+        if not tunes or _recording(x.device):  # nothing can be timed while a CUDA graph is recorded
+            return Choice(configs[0])
         tuner = self._tuners.get(x.device)
         if tuner is None:
             tuner = self._tuners[x.device] = Tuner(_device_name(x.device))
         choice = tuner.choose(
             problem,
-            candidates(problem, _shared_memory(x.device)),
+            configs,
             lambda config: _milliseconds(lambda: self._run(_Inputs(x), layer, config), x.device),
             lambda: _dense_milliseconds(x, layer),
         )
@@ -112,10 +112,8 @@ class TritonBackend:
         weight = layer.weight
         if not is_feature_major(weight):
             weight = self._copies.get((weight,), (weight.shape, weight.dtype), lambda: feature_major(layer.weight))
-        bias, residual = (None if t is None else t.contiguous() for t in (layer.bias, layer.residual))
-        if bias is not None and (bias.shape != (layer.out_features,) or bias.dtype != x.dtype):
-            raise ValueError(f"bias: expected {x.dtype} [{layer.out_features}], got {bias.dtype} {list(bias.shape)}")
-        layer = layer._replace(weight=weight, bias=bias, residual=residual)
+        residual = None if layer.residual is None else layer.residual.contiguous()
+        layer = layer._replace(weight=weight, bias=checked_bias(layer, x.dtype), residual=residual)
         source = inputs.k_major if config.k_major else inputs.token_major
         return launch(source, len(x), layer, pattern, config=config, precision=_precision(x.dtype))
 
