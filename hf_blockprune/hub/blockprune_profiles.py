@@ -49,10 +49,9 @@ class CpuProfile:
 
     def dense(self, work: Linear) -> Cost:
         """See `Profile`."""
-        weight_ms = self._memory_ms(work.weight_bytes)
         work = work._replace(mask=None)
         latency = self.dense_call_us / 1e3 + 1e3 * work.flops / self._peak(self.dense_efficiency)
-        return self._cost(work, max(latency, weight_ms))
+        return self._cost(work, max(latency, self._memory_ms(work.weight_bytes)))
 
     def sparse(self, work: Linear) -> Cost:
         """See `Profile`."""

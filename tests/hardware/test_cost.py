@@ -34,6 +34,12 @@ def test_keeping_everything_costs_what_a_dense_layer_does(name):
     assert layer_cost(profile, work) == profile.dense(work._replace(mask=None))
 
 
+@pytest.mark.parametrize("profile", [*map(load_profile, PROFILES), CpuProfile("slow", 1, 1e3, 64, dram_gb_s=1e-3)])
+def test_a_dense_product_costs_the_same_whatever_the_mask(profile):
+    work = masked(0, 0.3)
+    assert profile.dense(work) == profile.dense(work._replace(mask=None))
+
+
 @pytest.mark.parametrize("name", PROFILES)
 @pytest.mark.parametrize("block_shape", [(32, 32), (16, 16), (64, 1)])
 def test_more_blocks_never_cost_less(name, block_shape):
