@@ -3,7 +3,8 @@
 Both move on from layer to layer, so no part of the network is run again from its beginning.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,31 @@ class StopForward(Exception):
 
 
 @dataclass
+class Unit:
+    """A layer of a chain: it takes the hidden states that the one before it gives.
+
+    Attributes:
+        name: of the module in the model.
+        module: itself.
+        args, kwargs: what it is called with beside hidden states; known after `learn_calls`.
+    """
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, states: Tensor, module: nn.Module | None = None) -> Tensor:
+        """The hidden states after the layer, or after another module in its place."""
+        return hidden_states((module or self.module)(states, *self.args, **self.kwargs))
+
+
+def hidden_states(output: Any) -> Tensor:
+    """A layer's output without what some give beside it, such as attention's probabilities."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
 class BoundaryBatch:
     """One batch of images at the boundary of a layer.
 
@@ -30,67 +56,120 @@ class BoundaryBatch:
         dense: the dense model's hidden states, [images, tokens, width].
         pruned: the pruned model's.
         held_back: bool [images], the images that choose settings.
-        args, kwargs: what else the layers are called with.
     """
 
     dense: Tensor
     pruned: Tensor
     held_back: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def run(self, layer: nn.Module, states: Tensor) -> Tensor:
-        """The layer's output."""
-        return layer(states, *self.args, **self.kwargs)
 
 
-def layer_list(model: nn.Module, names: Any) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the list of layers that holds all named modules.
+def layer_chain(model: nn.Module, names: Any) -> list[Unit]:
+    """The layers of the list that holds all named modules; those of its stages where the list is one of stages.
 
     Raises:
         ModelError: they do not lie in one list.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and all(target.startswith(f"{name}.") for target in names):
-            return name, module
+            return list(_units(name, module))
     raise ModelError(f"{type(model).__name__}: the pruned Linears lie in several lists of layers; refit needs one")
 
 
+def _units(name: str, module: nn.Module) -> Iterator[Unit]:
+    """Layers of a list, or of a stage: a module that holds a list of layers and perhaps others before or after it."""
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}"
+        if isinstance(child, nn.ModuleList) or any(isinstance(part, nn.ModuleList) for part in child.children()):
+            yield from _units(full, child)
+        elif next(child.parameters(), None) is not None:
+            yield Unit(full, child)
+
+
 @torch.no_grad()
-def at_boundary(model: nn.Module, layer: nn.Module, pixels: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """(hidden states before a layer, other args, kwargs that it is called with); what lies behind does not run.
+def learn_calls(model: nn.Module, units: list[Unit], pixels: Tensor) -> None:
+    """Run some images, and note what each layer is called with beside hidden states.
+
+    Args:
+        model: a transformers image classifier.
+        units: its layers.
+        pixels: [images, channels, height, width].
+
+    Raises:
+        ModelError: a layer does not take what the one before it gives.
+    """
+    last: list[Any] = []
+    broken: list[str] = []
+
+    def before(unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not args or (last and args[0] is not last[-1][1]):
+            broken.append(unit.name)
+        unit.args, unit.kwargs = args[1:], kwargs
+
+    def after(unit: Unit, output: Any) -> None:
+        last.append((unit.name, hidden_states(output)))
+
+    handles = []
+    for unit in units:
+        handles += [
+            unit.module.register_forward_pre_hook(lambda _, a, k, unit=unit: before(unit, a, k), with_kwargs=True),
+            unit.module.register_forward_hook(lambda _m, _i, output, unit=unit: after(unit, output)),
+        ]
+    try:
+        model(pixel_values=pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if broken or [name for name, _ in last] != [unit.name for unit in units]:
+        where = broken[0] if broken else units[0].name
+        raise ModelError(
+            f"{type(model).__name__}: {where} does not take what the layer before it gives, which refit and recovery "
+            "need; prune without them"
+        )
+
+
+@torch.no_grad()
+def at_boundary(model: nn.Module, layer: nn.Module, pixels: Tensor) -> Tensor:
+    """Hidden states before a layer; what lies behind does not run.
 
     Args:
         model: a transformers image classifier.
         layer: one of its layers.
         pixels: [images, channels, height, width].
     """
-    seen: list[tuple[Any, ...]] = []
+    seen: list[Tensor] = []
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args[0], args[1:], kwargs))
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
         raise StopForward
 
-    handle = layer.register_forward_pre_hook(record, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(record)
     try:
         model(pixel_values=pixels)
     except StopForward:
         pass
     finally:
         handle.remove()
-    return seen[0]  # type: ignore[return-value]
+    return seen[0]
 
 
 def first_inputs(
-    model: nn.Module, first: nn.Module, images: ImageSet, processor: Any, *, accelerator: "Accelerator", batch_size: int
+    model: nn.Module,
+    units: list[Unit],
+    images: ImageSet,
+    processor: Any,
+    *,
+    accelerator: "Accelerator",
+    batch_size: int,
 ) -> list[BoundaryBatch]:
-    """This process's share of the images at the boundary of the first layer."""
+    """This process's share of the images at the boundary of the first layer; layers learn how they are called."""
     kept: list[BoundaryBatch] = []
     stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config)
     for batch in stream:
         if "pixel_values" in batch:
-            states, args, kwargs = at_boundary(model, first, batch["pixel_values"])
-            kept.append(BoundaryBatch(states, states, held_back(batch["index"]), args, kwargs))
+            if not kept:
+                learn_calls(model, units, batch["pixel_values"][:1])
+            states = at_boundary(model, units[0].module, batch["pixel_values"])
+            kept.append(BoundaryBatch(states, states, held_back(batch["index"])))
     return kept
 
 
@@ -100,7 +179,7 @@ def held_back(index: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def advance(dense: nn.Module, pruned: nn.Module, kept: list[BoundaryBatch]) -> None:
-    """Move on to the next layer's boundary."""
+def advance(unit: Unit, dense: nn.Module, kept: list[BoundaryBatch]) -> None:
+    """Move on to the boundary of the next layer; `dense` is the layer as it was before it was pruned."""
     for batch in kept:
-        batch.dense, batch.pruned = batch.run(dense, batch.dense), batch.run(pruned, batch.pruned)
+        batch.dense, batch.pruned = unit.run(batch.dense, dense), unit.run(batch.pruned)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .blocks import expand_mask
-from .boundary import BoundaryBatch, StopForward, advance, first_inputs, layer_list
+from .boundary import BoundaryBatch, StopForward, Unit, advance, first_inputs, layer_chain
 from .data import ImageSet
 from .errors import ModelError
 from .progress import Progress
@@ -47,8 +47,10 @@ class _Stage:
     """Linears of a layer that read the same tensor."""
 
     names: list[str]
-    # Whether the stage's output is added to the residual stream.
-    residual: bool = False
+    # Whether its output is added to the layer's input, with nothing else before it, to give the residual stream.
+    after_input: bool = False
+    # Whether its output is the last thing that is added to the residual stream.
+    ends_layer: bool = False
 
 
 @dataclass
@@ -57,6 +59,7 @@ class _Seen:
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    end: Tensor | None = None  # the layer's own output
 
 
 def refit_layers(
@@ -75,7 +78,8 @@ def refit_layers(
     """Refit every masked Linear in forward order, in place; removed blocks end as zeros.
 
     Stages that write to the residual stream aim at the dense model's stream (unless `residual_targets` is false), which
-    cancels the error accumulated so far; the others at the dense output of their own Linear.
+    cancels the error accumulated so far; the others at the dense output of their own Linear. So does the first writer of
+    a layer with windows, whose outputs lie in another order than the stream.
 
     Args:
         model: the dense model.
@@ -95,23 +99,25 @@ def refit_layers(
     Raises:
         ModelError: the masked Linears do not lie in one list of layers, or a system cannot be solved.
     """
-    prefix, layers = layer_list(model, masks)
+    units = layer_chain(model, masks)
     training = model.training
     model.eval()
-    kept = first_inputs(model, layers[0], images, processor, accelerator=accelerator, batch_size=batch_size)
+    kept = first_inputs(model, units, images, processor, accelerator=accelerator, batch_size=batch_size)
     done: dict[str, LayerRefit] = {}
-    for index in logging.tqdm(range(len(layers)), desc="Refit", disable=not accelerator.is_main_process):
-        layer, dense = layers[index], copy.deepcopy(layers[index])
+    progress_bar = logging.tqdm(units, desc="Refit", disable=not accelerator.is_main_process)
+    for index, unit in enumerate(progress_bar):
+        dense = copy.deepcopy(unit.module)
         part = f"layer-{index}"
-        refits = _restore(layer, progress, part)
+        refits = _restore(unit.module, progress, part)
         if refits is None:
-            here = {n.removeprefix(f"{prefix}.{index}."): n for n in masks if n.startswith(f"{prefix}.{index}.")}
-            job = _LayerJob(layer, dense, here, masks, block_shape, token_weights or {}, residual_targets)
+            here = {n.removeprefix(f"{unit.name}."): n for n in masks if n.startswith(f"{unit.name}.")}
+            job = _LayerJob(unit, dense, here, masks, block_shape, token_weights or {}, residual_targets)
             refits = job.run(kept, accelerator)
             if progress is not None:
-                progress.write(part, dict(layer.named_parameters()), {n: asdict(r) for n, r in refits.items()})
+                named = dict(unit.module.named_parameters())
+                progress.write(part, named, {n: asdict(r) for n, r in refits.items()})
         done |= refits
-        advance(dense, layer, kept)
+        advance(unit, dense, kept)
     model.train(training)
     return done
 
@@ -134,7 +140,7 @@ def _restore(layer: nn.Module, progress: Progress | None, part: str) -> dict[str
 class _LayerJob:
     """The refit of one layer's Linears; `names` gives their names in the model by those in the layer."""
 
-    layer: nn.Module
+    unit: Unit
     dense: nn.Module
     names: dict[str, str]
     masks: dict[str, Tensor]
@@ -145,14 +151,15 @@ class _LayerJob:
     def run(self, kept: list[BoundaryBatch], accelerator: "Accelerator") -> dict[str, LayerRefit]:
         """Refit stage by stage; how it went, by name in the model."""
         done: dict[str, LayerRefit] = {}
-        stages = _shared_stages(self.dense, list(self.names), kept, accelerator) if self.names else []
-        for position, stage in enumerate(stages):
+        stages = _shared_stages(self.unit, list(self.names), kept, accelerator) if self.names else []
+        for stage in stages:
             start = perf_counter()
-            stage.residual = stage.residual and self.residual_targets
+            if not self.residual_targets:
+                stage.after_input = stage.ends_layer = False
             linears = {name: self._linear(name) for name in stage.names}
             weights = {name: self.token_weights.get(self.names[name]) for name in stage.names}
             inputs = {name: linear.inputs for name, linear in linears.items()}
-            sums = _StageSums(stage, stages[:position], self.layer, weights, inputs)
+            sums = _StageSums(stage, self.unit, weights, inputs)
             for batch in kept:
                 sums.add(self.dense, batch)
             for name, linear in linears.items():
@@ -162,7 +169,7 @@ class _LayerJob:
         return done
 
     def _linear(self, name: str) -> "_Linear":
-        module, mask = self.layer.get_submodule(name), self.masks[self.names[name]]
+        module, mask = self.unit.module.get_submodule(name), self.masks[self.names[name]]
         inputs = _inputs_used(module, mask, self.block_shape)
         return _Linear(self.names[name], module, mask, self.block_shape, inputs)
 
@@ -247,24 +254,22 @@ def _watching(layer: nn.Module, names: list[str], seen: _Seen, *, stop: bool) ->
             handle.remove()
 
 
-def _shared_stages(
-    dense: nn.Module, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator"
-) -> list[_Stage]:
+def _shared_stages(unit: Unit, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator") -> list[_Stage]:
     """The stages as the first process sees them: another may have been left without images."""
     from accelerate.utils import broadcast_object_list
 
-    shared: list[Any] = [_stages(dense, names, kept[0]) if accelerator.is_main_process else None]
+    shared: list[Any] = [_stages(unit, names, kept[0].dense) if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
         broadcast_object_list(shared)
     return shared[0]
 
 
 @torch.no_grad()
-def _stages(dense: nn.Module, names: list[str], batch: BoundaryBatch) -> list[_Stage]:
-    """Linears grouped by the tensor that they read, in forward order; finds those that write to the residual stream."""
+def _stages(unit: Unit, names: list[str], states: Tensor) -> list[_Stage]:
+    """Linears of a dense layer, by the tensor that they read, in forward order; and which write to the residual stream."""
     seen = _Seen()
-    with _watching(dense, names, seen, stop=False):
-        out = batch.run(dense, batch.dense)
+    with _watching(unit.module, names, seen, stop=False):
+        out = unit.run(states)
     stages: list[_Stage] = []
     for name, tensor in seen.inputs.items():
         if stages and seen.inputs[stages[-1].names[0]] is tensor:
@@ -272,29 +277,37 @@ def _stages(dense: nn.Module, names: list[str], batch: BoundaryBatch) -> list[_S
         else:
             stages.append(_Stage([name]))
     writers = [s for s in stages if len(s.names) == 1 and seen.outputs[s.names[0]].shape == out.shape]
-    total = batch.dense + sum(seen.outputs[s.names[0]] for s in writers)
-    if writers and torch.allclose(total, out, rtol=1e-4, atol=1e-4 * float(out.abs().max())):
-        for stage in writers:
-            stage.residual = True
+    if len(writers) == 2 and _close(states + sum(seen.outputs[s.names[0]] for s in writers), out):
+        writers[0].after_input = writers[1].ends_layer = True
+    elif writers:
+        writers[-1].ends_layer = _is_added_last(unit, writers[-1].names[0], states, out)
     return stages
+
+
+def _is_added_last(unit: Unit, name: str, states: Tensor, out: Tensor) -> bool:
+    """Whether what is added to a Linear's output is added to the layer's output, no more and no less."""
+    more = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device) * out.std()
+    handle = unit.module.get_submodule(name).register_forward_hook(lambda module, inputs, output: output + more)
+    try:
+        return _close(unit.run(states), out + more)
+    finally:
+        handle.remove()
+
+
+def _close(have: Tensor, want: Tensor) -> bool:
+    return torch.allclose(have, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
 class _StageSums:
     """Weighted sums over tokens for the Linears of a stage, apart for fitted and held-back images."""
 
     def __init__(
-        self,
-        stage: _Stage,
-        earlier: list[_Stage],
-        layer: nn.Module,
-        token_weights: dict[str, Tensor | None],
-        inputs: dict[str, Tensor],
+        self, stage: _Stage, unit: Unit, token_weights: dict[str, Tensor | None], inputs: dict[str, Tensor]
     ) -> None:
-        self.stage, self.layer, self.token_weights, self.inputs = stage, layer, token_weights, inputs
-        self.earlier = [s.names[0] for s in earlier if s.residual]
+        self.stage, self.unit, self.token_weights, self.inputs = stage, unit, token_weights, inputs
         self.sums: dict[tuple[str, bool], list[Tensor]] = {}
         for name in stage.names:
-            linear: Any = layer.get_submodule(name)
+            linear: Any = unit.module.get_submodule(name)
             out, into, device = linear.out_features, len(inputs[name]), linear.weight.device
             for part in (False, True):
                 shapes = [(), (into,), (out,), (into, into), (out, into), (out,)]
@@ -303,25 +316,31 @@ class _StageSums:
     @torch.no_grad()
     def add(self, dense: nn.Module, batch: BoundaryBatch) -> None:
         """Run one batch through the dense and the pruned layer as far as the stage."""
-        watched = [*self.earlier, *self.stage.names]
-        wanted, have = _Seen(), _Seen()
-        with _watching(dense, watched, wanted, stop=True):
-            batch.run(dense, batch.dense)
-        with _watching(self.layer, watched, have, stop=True):
-            batch.run(self.layer, batch.pruned)
+        wanted = self._seen(dense, batch.dense)
+        have = self._seen(self.unit.module, batch.pruned)
         for name in self.stage.names:
             target = wanted.outputs[name]
-            if self.stage.residual:
+            if self.stage.after_input:
                 target = target + batch.dense - batch.pruned
-                for other in self.earlier:
-                    target = target + wanted.outputs[other] - have.outputs[other]
+            elif self.stage.ends_layer:
+                assert wanted.end is not None
+                assert have.end is not None
+                target = wanted.end - (have.end - have.outputs[name])
             self._add(name, have.inputs[name], target, batch.held_back)
+
+    def _seen(self, module: nn.Module, states: Tensor) -> _Seen:
+        seen = _Seen()
+        with _watching(module, self.stage.names, seen, stop=not self.stage.ends_layer):
+            seen.end = self.unit.run(states, module)
+        return seen
 
     def _add(self, name: str, x: Tensor, target: Tensor, held_back: Tensor) -> None:
         token_weight = self.token_weights[name]
         # Double precision: what single precision rounds off a large mean would be larger than a small variance, and
         # the solution would depend on the order of the images.
         x, target = x[..., self.inputs[name]].double(), target.double()
+        # Windows of an image follow each other in the first axis.
+        x, target = (values.reshape(len(held_back), -1, values.shape[-1]) for values in (x, target))
         for part in (False, True):
             chosen = held_back == part
             xs, ts = x[chosen].flatten(0, 1), target[chosen].flatten(0, 1)

@@ -43,6 +43,8 @@ def sorting_moves(
         products = products + _row_saliency(linears[layer.key], statistics[layer.key])
         worth = (features + products).view(layer.heads, -1).sum(dim=1)
         heads = worth.argsort(descending=True, stable=True)
+        if layer.heads_stay:
+            heads = heads.sort().values
         moves.append(Move((layer.value,), layer.out, _falling(features, heads)))
         moves.append(Move((layer.query, layer.key), None, _falling(products, heads)))
     return moves
@@ -55,7 +57,8 @@ def packing_moves(
     block_shape: tuple[int, int],
 ) -> list[Move]:
     """The moves that pack the saliency of hidden units, and of the features of each head, into blocks."""
-    saliency = {name: entry_saliency(linears[name], statistics[name]).float() for name in _names(layers)}
+    names = [name for layer in layers for name in layer.names()]
+    saliency = {name: entry_saliency(linears[name], statistics[name]).float() for name in names}
     moves = []
     for layer in layers:
         for producer, consumer, heads in ((layer.fc1, layer.fc2, 1), (layer.value, layer.out, layer.heads)):
@@ -64,10 +67,6 @@ def packing_moves(
         both = torch.cat([saliency[layer.query], saliency[layer.key]], dim=1)
         moves.append(Move((layer.query, layer.key), None, _packed([Profile.of_rows(both, block_shape)], layer.heads)))
     return moves
-
-
-def _names(layers: list[TransformerLayer]) -> list[str]:
-    return [name for layer in layers for pair in layer.pairs() for name in pair]
 
 
 def _packed(profiles: list[Profile], heads: int) -> Tensor:

@@ -23,7 +23,7 @@ from .layerwise import LayerRefit, refit_layers
 from .progress import SELECTION, Progress, weights_fingerprint
 from .report import PruneReport, add_cuts, add_refits, describe_masks
 from .selection import Selection, timed
-from .structure import find_transformer_layers
+from .structure import find_transformer_layers, fold_scales
 from .targets import find_targets
 from .version import __version__
 
@@ -109,18 +109,9 @@ class Pruning:
 
     def _select(self, images: ImageSet | None, found: int | None, progress: Progress | None) -> "_Selected":
         """Choose the masks, permuting the model where the config says so."""
-        seconds: dict[str, float] = {}
-        flops = count_flops(type(self.model), self.model.config)
-        statistics, calibration = {}, None
-        if images is not None:
-            with timed(seconds, "calibration"):
-                statistics, calibration = self._calibrate(images, found)
-        pixels = self._judging_pixels(images)
-        selection = Selection(
-            self.model, self.targets, statistics, flops, self.config, self.accelerator, pixels, seconds
-        )
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         try:
+            selection, calibration = self._prepare(images, found)
             allocation = selection.run()
         except BaseException:
             self.model.load_state_dict(before)  # Its features may have changed places.
@@ -137,6 +128,21 @@ class Pruning:
             tensors = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
             progress.write(SELECTION, tensors, report)
         return _Selected(allocation.masks, token_weights, report)
+
+    def _prepare(self, images: ImageSet | None, found: int | None) -> tuple[Selection, dict[str, Any] | None]:
+        """Bring the model into the form that is pruned, and collect what the choice of masks needs."""
+        fold_scales(self.model)
+        seconds: dict[str, float] = {}
+        flops = count_flops(type(self.model), self.model.config)
+        statistics, calibration = {}, None
+        if images is not None:
+            with timed(seconds, "calibration"):
+                statistics, calibration = self._calibrate(images, found)
+        pixels = self._judging_pixels(images)
+        selection = Selection(
+            self.model, self.targets, statistics, flops, self.config, self.accelerator, pixels, seconds
+        )
+        return selection, calibration
 
     def _calibrate(self, images: ImageSet, found: int | None) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
         settings = self.config.calibration

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from .augment import views
 from .blocks import expand_mask
-from .boundary import at_boundary, held_back, layer_list
+from .boundary import Unit, at_boundary, held_back, hidden_states, layer_chain, learn_calls
 from .config import RecoveryConfig
 from .data import ImageSet, load_pixels
 from .errors import ModelError
@@ -158,13 +158,13 @@ class _Call:
     hidden: list[Tensor]
 
 
-def _call(model: nn.Module, layers: nn.ModuleList, pixels: Tensor) -> _Call:
+def _call(model: nn.Module, layers: list[Unit], pixels: Tensor) -> _Call:
     hidden: list[Tensor] = []
 
-    def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        hidden.append(output)
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden.append(hidden_states(output))
 
-    handles = [layer.register_forward_hook(record) for layer in layers]
+    handles = [layer.module.register_forward_hook(record) for layer in layers]
     try:
         return _Call(model(pixel_values=pixels).logits, hidden)
     finally:
@@ -192,16 +192,14 @@ class _Run:
             self.judged = self.learned
         self.student = _dense_copy(self.model).to(self.device)
         names = [name for name, _ in block_sparse_layers(self.model)]
-        (prefix, self.layers), (other, self.teacher_layers) = (
-            layer_list(m, names) for m in (self.student, self.teacher)
-        )
-        if next(block_sparse_layers(self.teacher), None) or (prefix, len(self.layers)) != (
-            other,
-            len(self.teacher_layers),
-        ):
+        self.layers, of_teacher = (layer_chain(m, names) for m in (self.student, self.teacher))
+        if next(block_sparse_layers(self.teacher), None) or [u.name for u in self.layers] != [
+            u.name for u in of_teacher
+        ]:
             raise ModelError("the teacher is not the dense model that this one was pruned from; name that one")
         self.teacher = nn.Module.float(copy.deepcopy(self.teacher)).to(self.device).eval().requires_grad_(False)
-        self.teacher_layers = layer_list(self.teacher, names)[1]
+        self.teacher_layers = layer_chain(self.teacher, names)
+        learn_calls(self.student, self.layers, self._some(self.learned[:1]))
         self.student.requires_grad_(True)
         embeddings = getattr(getattr(self.student, "base_model", None), "embeddings", None)
         if embeddings is not None:  # they were not pruned, and would learn single images by heart
@@ -241,33 +239,33 @@ class _Run:
 
     def reconstruct(self, epochs: int) -> None:
         """Let each layer learn the dense layer's output from the inputs that the pruned model sees."""
-        inputs, args, kwargs = self._boundary(self.student, self.layers[0])
-        targets, _, _ = self._boundary(self.teacher, self.teacher_layers[0])
+        inputs = self._boundary(self.student, self.layers[0])
+        targets = self._boundary(self.teacher, self.teacher_layers[0])
         pairs = list(zip(self.layers, self.teacher_layers, self.token_weights, strict=True))
-        for number, (layer, dense, token_weight) in enumerate(
-            logging.tqdm(pairs, desc="Reconstruction", disable=not self.accelerator.is_main_process)
+        for unit, dense, token_weight in logging.tqdm(
+            pairs, desc="Reconstruction", disable=not self.accelerator.is_main_process
         ):
-            _advance(dense, targets, args, kwargs)
-            learn = self._layer_loss(layer, inputs, targets, token_weight, args, kwargs)
-            self._descend(learn, layer, list(self._order(len(inputs), epochs)), f"reconstruction of layer {number}")
-            _advance(layer, inputs, args, kwargs)
+            targets = _advanced(unit, targets, dense.module)
+            learn = self._layer_loss(unit, inputs, targets, token_weight)
+            self._descend(learn, unit.module, list(self._order(len(inputs), epochs)), f"reconstruction of {unit.name}")
+            inputs = _advanced(unit, inputs)
 
     def _layer_loss(
-        self, layer: nn.Module, inputs: Tensor, targets: Tensor, token_weight: Tensor, args: Any, kwargs: Any
+        self, unit: Unit, inputs: Tensor, targets: Tensor, token_weight: Tensor
     ) -> Callable[[Tensor, slice], Tensor]:
         """Weighted mean squared error of a layer's outputs, over their variance."""
         spread = targets.var()
 
         def loss(chosen: Tensor, share: slice) -> Tensor:
-            error = layer(inputs[chosen[share]], *args, **kwargs) - targets[chosen[share]]
+            error = unit.run(inputs[chosen[share]]) - targets[chosen[share]]
             return (error.square().mean((0, 2)) * token_weight).mean() / spread
 
         return loss
 
     @torch.no_grad()
-    def _boundary(self, model: nn.Module, layer: nn.Module) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        parts = [at_boundary(model, layer, self._some(chosen)) for chosen in self.learned.split(IMAGES_AT_ONCE)]
-        return torch.cat([states for states, _, _ in parts]), parts[0][1], parts[0][2]
+    def _boundary(self, model: nn.Module, unit: Unit) -> Tensor:
+        parts = [at_boundary(model, unit.module, self._some(chosen)) for chosen in self.learned.split(IMAGES_AT_ONCE)]
+        return torch.cat(parts)
 
     def distil(self, epochs: int) -> None:
         """Let the whole model learn the dense one's predictions and hidden states, on random views of the images."""
@@ -345,10 +343,15 @@ class _Run:
 
 
 @torch.no_grad()
-def _advance(layer: nn.Module, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run all states through a layer, in place."""
-    for part in states.split(IMAGES_AT_ONCE):
-        part.copy_(layer(part, *args, **kwargs))
+def _advanced(unit: Unit, states: Tensor, module: nn.Module | None = None) -> Tensor:
+    """States after a layer, or after another in its place; written over those before it where they fit."""
+    ends = None
+    for chosen in torch.arange(len(states)).split(IMAGES_AT_ONCE):
+        part = unit.run(states[chosen], module)
+        if ends is None:
+            ends = states if part.shape[1:] == states.shape[1:] else part.new_empty(len(states), *part.shape[1:])
+        ends[chosen] = part
+    return states if ends is None else ends
 
 
 def kl_divergence(wanted: Tensor, have: Tensor) -> Tensor:

@@ -43,7 +43,9 @@ def permute_stream(model: nn.Module, stream: ResidualStream, order: Tensor) -> N
     """Give a model's residual stream another order, in place; its predictions stay the same."""
     for name, axis in stream.axes.items():
         parameter = model.get_parameter(name)
-        parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
+        times = torch.arange(parameter.shape[axis] // stream.width)
+        index = (times[:, None] * stream.width + order.cpu()).flatten()
+        parameter.copy_(parameter.index_select(axis, index.to(parameter.device)))
 
 
 def permute_statistics(

@@ -120,7 +120,7 @@ class Selection:
     def _permute(self, layers: list[TransformerLayer]) -> None:
         budget = self.budgets[0]
         share = max(0.0, 1 - budget.needed / budget.blocks)
-        coupled = {n: self.targets[n] for n in self.targets if any(n in vars(layer).values() for layer in layers)}
+        coupled = {n: self.targets[n] for n in self.targets if any(n in layer.names() for layer in layers)}
         shape = self.config.block_shape
         before = block_saliency_kept(coupled, self.statistics, shape, share)
         moves = self._first_process_says(sorting_moves(layers, self.targets, self.statistics))

@@ -4,34 +4,19 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
-# Names within a layer, in transformers 5 as it is now and as it began.
-_PARTS = {
-    "query": ("attention.q_proj", "attention.attention.query"),
-    "key": ("attention.k_proj", "attention.attention.key"),
-    "value": ("attention.v_proj", "attention.attention.value"),
-    "out": ("attention.o_proj", "attention.output.dense"),
-    "fc1": ("mlp.fc1", "intermediate.dense"),
-    "fc2": ("mlp.fc2", "output.dense"),
-}
-
-# Parameters outside the layers that the stream's features index, with the axis.
-_STREAM_AXES = {
-    "*embeddings.*_token": 2,
-    "*embeddings.position_embeddings": 2,
-    "*patch_embeddings.projection.weight": 0,
-    "*patch_embeddings.projection.bias": 0,
-    "*pooler.dense.weight": 1,
-    "*classifier.weight": 1,
-}
-# Parameters that they do not index.
-_OTHER = ("*pooler.dense.bias", "*classifier.bias")
+from .families import Family, family_of
 
 
 @dataclass(frozen=True)
 class TransformerLayer:
-    """Module names of the Linears of one ViT layer; outputs of `query`, `key` and `value` fall into `heads` heads."""
+    """Module names of the Linears of one ViT layer; outputs of `query`, `key` and `value` fall into `heads` heads.
+
+    Attributes:
+        heads_stay: whether heads may not change places with each other.
+    """
 
     query: str
     key: str
@@ -40,6 +25,11 @@ class TransformerLayer:
     fc1: str
     fc2: str
     heads: int
+    heads_stay: bool = False
+
+    def names(self) -> tuple[str, ...]:
+        """All its Linears."""
+        return (self.query, self.key, self.value, self.out, self.fc1, self.fc2)
 
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """Linears whose losses depend on each other."""
@@ -47,26 +37,42 @@ class TransformerLayer:
 
 
 def find_transformer_layers(model: Any, targets: dict[str, nn.Linear]) -> list[TransformerLayer]:
-    """The layers of ViT's form whose Linears are all targets; empty for models of another form.
+    """The layers of ViT's form whose Linears are all targets; empty for models of a family that is not known.
 
     In these, output u of fc1 is input u of fc2 after an activation that works on each value alone, output d of value is
     input d of out (attention mixes tokens, not features), and output d of query meets output d of key alone.
     """
-    heads = getattr(model.config, "num_attention_heads", None)
-    if not isinstance(heads, int):
+    family = family_of(model)
+    if family is None:
         return []
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     layers = []
-    for list_name, modules in lists:
-        for index in range(len(modules)):
-            prefix = f"{list_name}.{index}."
-            names = {
-                part: next((prefix + name for name in choices if prefix + name in targets), None)
-                for part, choices in _PARTS.items()
-            }
-            if all(names.values()) and _fits(names, targets, heads):
-                layers.append(TransformerLayer(heads=heads, **names))  # type: ignore[arg-type]
+    for prefix in _layer_names(model):
+        names = _part_names(prefix, family, targets)
+        heads = _heads(model, names["query"]) if all(names.values()) else None
+        if heads and _fits(names, targets, heads):
+            layers.append(TransformerLayer(heads=heads, heads_stay=family.heads_stay, **names))  # type: ignore[arg-type]
     return layers
+
+
+def _layer_names(model: nn.Module) -> list[str]:
+    """Names of the modules in lists."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [f"{name}.{index}" for name, modules in lists for index in range(len(modules))]
+
+
+def _part_names(prefix: str, family: Family, linears: dict[str, nn.Linear]) -> dict[str, Any]:
+    """Name of each part's Linear in a layer, None where it is missing."""
+    return {
+        part: next((f"{prefix}.{name}" for name in choices if f"{prefix}.{name}" in linears), None)
+        for part, choices in family.parts.items()
+    }
+
+
+def _heads(model: Any, query: str) -> int | None:
+    """Number of an attention's heads: its own, for models in which it differs, or the config's."""
+    attention = model.get_submodule(query.rpartition(".")[0])
+    heads = getattr(attention, "num_attention_heads", getattr(model.config, "num_attention_heads", None))
+    return heads if isinstance(heads, int) else None
 
 
 def _fits(names: dict[str, Any], targets: dict[str, nn.Linear], heads: int) -> bool:
@@ -79,26 +85,57 @@ def _fits(names: dict[str, Any], targets: dict[str, nn.Linear], heads: int) -> b
     )
 
 
+@torch.no_grad()
+def fold_scales(model: Any) -> int:
+    """Multiply the scales of layers' branches into the Linears before them, in place; the function stays the same.
+
+    What a Linear adds to the residual stream is then its own output, as in a plain ViT.
+
+    Returns:
+        Number of scales that are ones now.
+    """
+    family, count = family_of(model), 0
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    parameters = dict(model.named_parameters())
+    for prefix in _layer_names(model) if family is not None and family.scales else ():
+        assert family is not None
+        names = _part_names(prefix, family, linears)
+        for part, choices in family.scales.items():
+            scale = next((parameters[f"{prefix}.{name}"] for name in choices if f"{prefix}.{name}" in parameters), None)
+            if scale is None or names[part] is None:
+                continue
+            linear = linears[names[part]]
+            linear.weight.mul_(scale[:, None])
+            if linear.bias is not None:
+                linear.bias.mul_(scale)
+            scale.fill_(1.0)
+            count += 1
+    return count
+
+
 @dataclass(frozen=True)
 class ResidualStream:
     """The features that all layers read, and add to.
 
     Attributes:
-        axes: which axis of a parameter they index, by the parameter's name.
+        width: number of features.
+        axes: which axis of a parameter they index, by the parameter's name; it may be several times as long.
         readers: Linears of the layers that have them as inputs.
         writers: Linears of the layers that have them as outputs.
     """
 
+    width: int
     axes: dict[str, int]
     readers: tuple[str, ...]
     writers: tuple[str, ...]
 
 
-def find_residual_stream(model: nn.Module) -> ResidualStream | None:
+def find_residual_stream(model: Any) -> ResidualStream | None:
     """Where the residual stream's features are met; None unless every parameter of the model is of a known kind."""
+    family = family_of(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = find_transformer_layers(model, linears)
-    if not layers:
+    if family is None or not family.one_stream or not layers:
         return None
     readers = tuple(name for layer in layers for name in (layer.query, layer.key, layer.value, layer.fc1))
     writers = tuple(name for layer in layers for name in (layer.out, layer.fc2))
@@ -110,11 +147,11 @@ def find_residual_stream(model: nn.Module) -> ResidualStream | None:
     found = {}
     width = linears[layers[0].query].in_features
     for name, parameter in model.named_parameters():
-        if name in apart or any(fnmatchcase(name, pattern) for pattern in _OTHER):
+        if name in apart or any(fnmatchcase(name, pattern) for pattern in family.others):
             continue
-        matches = (axis for pattern, axis in _STREAM_AXES.items() if fnmatchcase(name, pattern))
+        matches = (axis for pattern, axis in family.stream_axes.items() if fnmatchcase(name, pattern))
         axis = axes.get(name, next(matches, None))
-        if axis is None or axis >= parameter.dim() or parameter.shape[axis] != width:
+        if axis is None or not -parameter.dim() <= axis < parameter.dim() or parameter.shape[axis] % width:
             return None
-        found[name] = axis
-    return ResidualStream(found, readers, writers)
+        found[name] = axis % parameter.dim()
+    return ResidualStream(width, found, readers, writers)

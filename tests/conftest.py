@@ -17,9 +17,15 @@ from accelerate import Accelerator
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
+    BeitConfig,
+    BeitForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -53,13 +59,39 @@ TINY_MODELS = {
 }
 
 
+# Families that differ from a plain ViT, with the config values that show it.
+OTHER_MODELS = {
+    "beit": (BeitForImageClassification, BeitConfig, {"use_relative_position_bias": True, "use_mean_pooling": True}),
+    "dinov2": (Dinov2ForImageClassification, Dinov2Config, {"mlp_ratio": 2}),
+    "swin": (
+        SwinForImageClassification,
+        SwinConfig,
+        {"patch_size": 2, "embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4, "mlp_ratio": 2.0},
+    ),
+}
+ALL_FAMILIES = (*TINY_MODELS, *OTHER_MODELS)
+# Parameters that a fresh model has at one value; random here, so that what is wrong with them shows.
+LEARNT = ("bias", "bias_table", "lambda1", "lambda_1", "lambda_2", "_token", "position_embeddings")
+
+
+def tiny_config(family, **changes):
+    """Config of a tiny model of any family."""
+    if family in TINY_MODELS:
+        return TINY_MODELS[family][1](**tiny_settings(**changes))
+    _, config_class, own = OTHER_MODELS[family]
+    settings = {**tiny_settings(), **own, **changes}
+    # Where widths follow from others, configs say so, and take the name for something else.
+    derived = {"dinov2": ("intermediate_size",), "swin": ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    return config_class(**{k: v for k, v in settings.items() if k not in derived.get(family, ())})
+
+
 def tiny_model(family="vit", seed=0, **changes):
     """A random model of a family; its biases are random too, so that dropping one shows."""
-    model_class, config_class = TINY_MODELS[family]
+    model_class = (TINY_MODELS.get(family) or OTHER_MODELS[family])[0]
     torch.manual_seed(seed)
-    model = model_class(config_class(**tiny_settings(**changes))).eval()
+    model = model_class(tiny_config(family, **changes)).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias") or parameter.dim() == 2:
+        if name.endswith(LEARNT) or parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.2)
     return model
 

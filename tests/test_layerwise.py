@@ -7,7 +7,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, ModelError
 from hf_blockprune.blocks import expand_mask, grid_shape
-from hf_blockprune.boundary import first_inputs, layer_list
+from hf_blockprune.boundary import first_inputs, layer_chain
 from hf_blockprune.data import decode_image, load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.layerwise import _stages, refit_layers
@@ -221,21 +221,29 @@ def test_stages(family, found, processor, accelerator, attention):
     model = tiny_model(family)
     model.set_attn_implementation(attention)
     masks = random_masks(model)
-    prefix, layers = layer_list(model, masks)
-    kept = first_inputs(model, layers[0], found, processor, accelerator=accelerator, batch_size=7)
+    units = layer_chain(model, masks)
+    kept = first_inputs(model, units, found, processor, accelerator=accelerator, batch_size=7)
     assert [len(batch.dense) for batch in kept] == [7, 7, 7, 3]
     assert torch.equal(torch.cat([batch.held_back for batch in kept]), HELD_BACK)
-    names = [name.removeprefix(f"{prefix}.0.") for name in masks if name.startswith(f"{prefix}.0.")]
-    stages = [(sorted(n.rpartition(".")[2] for n in s.names), s.residual) for s in _stages(layers[0], names, kept[0])]
-    assert stages == [
-        (["k_proj", "q_proj", "v_proj"], False),
-        (["o_proj"], True),
-        (["fc1"], False),
-        (["fc2"], True),
+    first = units[0]
+    names = [name.removeprefix(f"{first.name}.") for name in masks if name.startswith(f"{first.name}.")]
+
+    def stages(names):
+        found = _stages(first, names, kept[0].dense)
+        return [(sorted(n.rpartition(".")[2] for n in s.names), s.after_input, s.ends_layer) for s in found]
+
+    assert stages(names) == [
+        (["k_proj", "q_proj", "v_proj"], False, False),
+        (["o_proj"], True, False),
+        (["fc1"], False, False),
+        (["fc2"], False, True),
     ]
-    # Without all that is added to the stream, its share in the error cannot be told.
-    partial = [name for name in names if not name.endswith("o_proj")]
-    assert not any(stage.residual for stage in _stages(layers[0], partial, kept[0]))
+    # Without all that is added to the stream the first one's share in the error cannot be told, but the last one's can.
+    assert stages([name for name in names if not name.endswith("o_proj")])[-1] == (["fc2"], False, True)
+    assert stages([name for name in names if not name.endswith("fc2")])[-2:] == [
+        (["o_proj"], False, False),
+        (["fc1"], False, False),
+    ]
 
 
 def test_dropout_is_off_even_in_training_mode(found, processor, accelerator, pixels):

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import Dinov2Config, Dinov2ForImageClassification, ViTModel
+from transformers import ViTModel
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, BudgetError
 from hf_blockprune.permutation import block_saliency_kept
 from hf_blockprune.residual import choose_order, permute_statistics, permute_stream
-from hf_blockprune.structure import find_residual_stream
+from hf_blockprune.structure import find_residual_stream, fold_scales
 from hf_blockprune.targets import find_targets
 
 from .conftest import TINY_MODELS, tiny_model, tiny_settings
@@ -19,10 +19,11 @@ from .test_permutation import statistics_of
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize("family", [*TINY_MODELS, "beit", "dinov2"])
 def test_logits_stay_and_hidden_states_change_places(family):
     model = tiny_model(family)
     moved, order = copy.deepcopy(model), torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    fold_scales(moved)
     permute_stream(moved, find_residual_stream(moved), order)
     with torch.no_grad():
         before = model(pixel_values=PIXELS, output_hidden_states=True)
@@ -48,8 +49,7 @@ def test_models_with_parameters_of_an_unknown_kind_are_left_alone():
     model = tiny_model()
     model.vit.scale = nn.Parameter(torch.ones(48))
     assert find_residual_stream(model) is None
-    settings = tiny_settings(hidden_size=48)
-    assert find_residual_stream(Dinov2ForImageClassification(Dinov2Config(**settings))) is None
+    assert find_residual_stream(tiny_model("swin")) is None
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)

@@ -17,6 +17,8 @@ def transformer_shape(config: Any, tokens: float) -> VisionTransformer:
         ModelError: a config of another kind of model.
     """
     try:
+        if not isinstance(config.num_attention_heads, int):
+            raise TypeError("its stages differ in width")
         size, patch = _pair(config.image_size), _pair(config.patch_size)
         return VisionTransformer(
             image_tokens=(size[0] // patch[0]) * (size[1] // patch[1]),

@@ -1,12 +1,15 @@
-"""Block-sparse ViT and DeiT classifiers for `trust_remote_code=True`, where hf_blockprune is not installed.
+"""Block-sparse classifiers for `trust_remote_code=True`, where hf_blockprune is not installed.
 
 The classes add nothing to the native ones. Importing this file is what matters: it registers the "blockprune" method,
 and `from_pretrained` then builds `BlockSparseLinear` modules where the checkpoint's config names them.
 """
 
 from transformers import (
+    BeitForImageClassification,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    Dinov2ForImageClassification,
+    SwinForImageClassification,
     ViTForImageClassification,
 )
 
@@ -27,5 +30,23 @@ class BlockPruneDeiTForImageClassification(DeiTForImageClassification):
 
 class BlockPruneDeiTForImageClassificationWithTeacher(DeiTForImageClassificationWithTeacher):
     """`DeiTForImageClassificationWithTeacher` with block-sparse layers."""
+
+    quantization_method = QUANT_METHOD
+
+
+class BlockPruneBeitForImageClassification(BeitForImageClassification):
+    """`BeitForImageClassification` with block-sparse layers."""
+
+    quantization_method = QUANT_METHOD
+
+
+class BlockPruneDinov2ForImageClassification(Dinov2ForImageClassification):
+    """`Dinov2ForImageClassification` with block-sparse layers."""
+
+    quantization_method = QUANT_METHOD
+
+
+class BlockPruneSwinForImageClassification(SwinForImageClassification):
+    """`SwinForImageClassification` with block-sparse layers."""
 
     quantization_method = QUANT_METHOD
