@@ -1,6 +1,7 @@
 """Numbers in the README come from result files, and its Python is valid."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -49,3 +50,15 @@ def test_command_lines_in_the_readme_use_options_that_exist():
     for command, arguments in lines:
         known = {option for parameter in get_command(app).commands[command].params for option in parameter.opts}
         assert {word for word in arguments.split() if word.startswith("--")} <= known
+
+
+def test_the_page_on_new_architectures_can_be_followed(tmp_path):
+    """In a process of its own, as it registers a family."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/new-architecture.md").read_text(), re.DOTALL))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    broken = code.replace('register_family("ijepa", Family())', "")
+    assert broken != code
+    done = subprocess.run([sys.executable, "-c", broken], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
