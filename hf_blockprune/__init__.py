@@ -12,6 +12,7 @@ from .errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    HubError,
     ModelError,
 )
 from .evaluation import Evaluation
@@ -37,6 +38,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Evaluation",
+    "HubError",
     "ModelError",
     "RecoveryConfig",
     "__version__",

@@ -244,6 +244,28 @@ def inspect(
 
 @app.command()
 @one_line_errors
+def push(
+    directory: Annotated[Path, typer.Argument(help="Folder of a pruned model.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, as OWNER/NAME; made where there is none.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Who sees a new repository.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch; made where there is none.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str, typer.Option("--message", help="Title of the commit.")] = "Upload block-sparse model",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a pruned model and upload it to the Hub."""
+    set_quiet(quiet)
+    from .publish import upload_checkpoint
+
+    options = {"private": private, "revision": revision, "create_pr": create_pr, "commit_message": message}
+    commit = upload_checkpoint(directory, repo_id, **options)
+    values = {"repo_id": repo_id, "commit": commit.oid, "url": commit.pr_url or commit.commit_url}
+    emit(values, plain_table("uploaded", values), as_json=json_)
+
+
+@app.command()
+@one_line_errors
 def simulate(
     directory: Annotated[Path, typer.Argument(help="Folder of a pruned model.")],
     device: Annotated[str, typer.Option("--device", help="Device profile: its name or a YAML file.")] = "systolic-32",

@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "HubError",
     "ModelError",
 ]
 
@@ -39,3 +40,7 @@ class BudgetError(BlockPruneError):
 
 class CheckpointError(BlockPruneError):
     """A checkpoint cannot be written, or what was read is damaged."""
+
+
+class HubError(BlockPruneError):
+    """The Hub refused, or cannot be reached."""

@@ -21,6 +21,7 @@ from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import inspect_checkpoint
 from .loading import load_classifier
 from .pruning import Pruning
+from .publish import upload_checkpoint
 from .recovery import Recovery, recover
 from .report import PruneReport
 from .residual import permute_stream
@@ -290,19 +291,27 @@ class BlockPruner:
         *,
         private: bool | None = None,
         token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
         commit_message: str = "Upload block-sparse model",
-    ) -> "CommitInfo":
-        """Upload the saved folder to the Hub, creating the repository where needed.
+    ) -> "CommitInfo | None":
+        """Save to a temporary folder and upload that; see `upload_checkpoint`. Of several processes the first one does.
+
+        Returns:
+            The commit, with the pull request where one was asked for; None on the other processes.
 
         Raises:
             ModelError: nothing was pruned yet.
-            huggingface_hub.errors.HfHubHTTPError: the Hub refused.
+            HubError: the Hub refused, or cannot be reached.
         """
-        from huggingface_hub import HfApi
-
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent) / repo_id.rpartition("/")[2]
-            self.save_pretrained(folder, repo_id=repo_id)
-            api = HfApi(token=token)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        options = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        self.report()
+        commit = None
+        if self.accelerator.is_main_process:
+            with tempfile.TemporaryDirectory() as parent:
+                folder = Path(parent) / "checkpoint"
+                folder.mkdir()
+                self._write(folder, self.report(), repo_id)
+                commit = upload_checkpoint(folder, repo_id, commit_message=commit_message, **options)
+        self.accelerator.wait_for_everyone()
+        return commit

@@ -1,22 +1,31 @@
 """Push to a Hub and load from it, in processes of their own."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import AutoModelForImageClassification
 
 from .conftest import ROOT
 from .fake_hub import FakeHub
+from .hub.test_loading import Loader
+
+pytestmark = pytest.mark.slow
+REPO = "someone/pruned"
 
 PUSH = """
-import sys
+import json, sys
 from hf_blockprune import BlockPruneConfig, BlockPruner, Budget
 
 config = BlockPruneConfig(block_shape=(16, 16), method="magnitude", budget=Budget("flops", 0.75))
 pruner = BlockPruner.from_pretrained(sys.argv[1], config)
 pruner.prune()
-pruner.push_to_hub(sys.argv[2])
+for repo, options in json.loads(sys.argv[2]):
+    print(pruner.push_to_hub(repo, **options).pr_url)
+pruner.save_pretrained(sys.argv[3])
 """
 
 LOAD = """
@@ -27,26 +36,108 @@ from transformers import AutoModelForImageClassification, pipeline
 model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
 print(sum(isinstance(module, hf_blockprune.BlockSparseLinear) for module in model.modules()))
 print(len(pipeline("image-classification", model=sys.argv[1])(sys.argv[2])))
+pruner = hf_blockprune.BlockPruner.from_pretrained(sys.argv[1])
+print(pruner.report()["config"]["method"])
 """
 
+CLI = "import sys; from hf_blockprune.cli import app; app(sys.argv[1:])"
 
-@pytest.mark.slow
-def test_push_then_load(vit_folder, images, tmp_path):
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test", "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
 
-    def run(script, *arguments):
+class Client:
+    """Runs Python against a Hub."""
+
+    def __init__(self, folder, endpoint):
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_test"}
+        self.env = {**kept, **own, "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+
+    def start(self, script, *arguments):
         command = [sys.executable, "-c", script, *map(str, arguments)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout.split()
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=180)
 
-    with FakeHub({}, uploads=tmp_path / "hub") as hub:
-        env["HF_ENDPOINT"] = hub.endpoint
-        run(PUSH, vit_folder, "someone/pruned")
-        assert run(LOAD, "someone/pruned", images / "picture_000.png") == ["12", "5"]
-    pushed = tmp_path / "hub/someone/pruned"
-    assert {"README.md", "config.json", "model.safetensors", "blockprune_layout.py"} <= {
-        p.name for p in pushed.iterdir()
-    }
-    assert 'from_pretrained("someone/pruned")' in (pushed / "README.md").read_text()
+    def run(self, script, *arguments):
+        done = self.start(script, *arguments)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def pushed(vit_folder, tmp_path_factory):
+    """(Hub, client, folder of the same model) after pushes to main, to a branch and to a pull request."""
+    folder = tmp_path_factory.mktemp("push")
+    with FakeHub({}, uploads=folder / "hub") as hub:
+        client = Client(folder, hub.endpoint)
+        pushes = [
+            ("pruned", {}),
+            (REPO, {"revision": "fewer-flops", "commit_message": "On a branch"}),
+            (REPO, {"create_pr": True}),
+            ("someone/hidden", {"private": True}),
+        ]
+        printed = client.run(PUSH, vit_folder, json.dumps(pushes), folder / "saved").split()
+        assert printed == ["None", "None", f"{hub.endpoint}/{REPO}/discussions/1", "None"]
+        yield hub, client, folder / "saved"
+
+
+def test_pushed_models_load_with_the_package(pushed, images):
+    hub, client, _ = pushed
+    assert client.run(LOAD, REPO, images / "picture_000.png").split() == ["12", "5", "magnitude"]
+    assert {"README.md", "config.json", "model.safetensors", "blockprune_layout.py"} <= set(hub.files(REPO))
+    card = (hub.repos[REPO]["main"] / "README.md").read_text()
+    assert f'from_pretrained("{REPO}")' in card
+
+
+@pytest.mark.parametrize("revision", ["main", "fewer-flops", "refs/pr/1"])
+def test_pushed_models_load_without_the_package(pushed, tmp_path, revision):
+    hub, _, saved = pushed
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    loader = Loader(tmp_path, pixels)
+    result = loader.load(REPO, endpoint=hub.endpoint, trust_remote_code=True, revision=revision)
+    with torch.no_grad():
+        expected = AutoModelForImageClassification.from_pretrained(saved)(pixels).logits
+    torch.testing.assert_close(result["logits"], expected, rtol=1e-5, atol=1e-5)
+    assert all(hub.commit(REPO, revision) in name for name in result["sparse"])
+
+
+def test_pushed_models_do_not_load_with_neither(pushed, tmp_path):
+    loader = Loader(tmp_path, torch.zeros(1, 3, 32, 32))
+    done = loader.run(REPO, endpoint=pushed[0].endpoint)
+    assert done.returncode != 0
+    assert "mismatch" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "result.pt").exists()
+
+
+def test_only_what_was_asked_for_is_private(pushed):
+    assert pushed[0].private == ["someone/hidden"]
+
+
+def test_the_command_uploads_a_folder_with_its_card(pushed, tmp_path):
+    hub, client, saved = pushed
+    values = json.loads(client.run(CLI, "push", saved, "someone/by-hand", "--json", "--quiet"))
+    assert values["commit"] == hub.commit("someone/by-hand")
+    folder = hub.repos["someone/by-hand"]["main"]
+    assert 'from_pretrained("someone/by-hand")' in (folder / "README.md").read_text()
+    for name in hub.files("someone/by-hand"):
+        assert name == "README.md" or (folder / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_a_card_that_somebody_edited_is_uploaded_as_it_is(pushed, tmp_path):
+    hub, client, saved = pushed
+    edited = tmp_path / "edited"
+    subprocess.run(["cp", "-r", str(saved), str(edited)], check=True)
+    (edited / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    client.run(CLI, "push", edited, "someone/edited", "--quiet")
+    assert (hub.repos["someone/edited"]["main"] / "README.md").read_text() == "---\nlicense: mit\n---\nMine.\n"
+
+
+def test_refusals_are_one_line(pushed, tmp_path):
+    _, _, saved = pushed
+    with FakeHub({}, uploads=tmp_path, refuse=403) as hub:
+        refused = Client(tmp_path, hub.endpoint).start(CLI, "push", saved, "someone/else", "--quiet")
+        endpoint = hub.endpoint
+    gone = Client(tmp_path, endpoint).start(CLI, "push", saved, "someone/else", "--quiet")
+    bad = Client(tmp_path, endpoint).start(CLI, "push", saved, "no/such/name", "--quiet")
+    for done in (refused, gone, bad):
+        assert done.returncode == 1
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert "could not be uploaded" in done.stderr
+        assert "hf auth login" in done.stderr
