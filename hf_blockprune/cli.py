@@ -244,6 +244,31 @@ def inspect(
 
 @app.command()
 @one_line_errors
+def export(
+    directory: Annotated[str, typer.Argument(help="Pruned model: a folder or a Hub name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder (--dense) or file to write.")],
+    dense: Annotated[bool, typer.Option("--dense", help="A stock dense folder; loads without this package.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="An ONNX file of the dense form, for any batch size.")] = False,
+    torch_export: Annotated[
+        bool, typer.Option("--torch-export", help="A torch.export program; block-sparse, so it needs this package.")
+    ] = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a pruned model in another form, and check that it answers alike."""
+    set_quiet(quiet)
+    from .export import FORMATS, export_checkpoint
+
+    chosen = [form for form, wanted in zip(FORMATS, (dense, onnx, torch_export), strict=True) if wanted]
+    if len(chosen) != 1:
+        raise typer.BadParameter("give one of --dense, --onnx and --torch-export")
+    values = export_checkpoint(directory, output, chosen[0], overwrite=overwrite)
+    emit(values, plain_table("exported", values), as_json=json_)
+
+
+@app.command()
+@one_line_errors
 def push(
     directory: Annotated[Path, typer.Argument(help="Folder of a pruned model.")],
     repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, as OWNER/NAME; made where there is none.")],

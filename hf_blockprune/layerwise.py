@@ -78,8 +78,8 @@ def refit_layers(
     """Refit every masked Linear in forward order, in place; removed blocks end as zeros.
 
     Stages that write to the residual stream aim at the dense model's stream (unless `residual_targets` is false), which
-    cancels the error accumulated so far; the others at the dense output of their own Linear. So does the first writer of
-    a layer with windows, whose outputs lie in another order than the stream.
+    cancels the error accumulated so far; the others at the dense output of their own Linear. So does the first writer
+    of a layer with windows, whose outputs lie in another order than the stream.
 
     Args:
         model: the dense model.
@@ -266,7 +266,7 @@ def _shared_stages(unit: Unit, names: list[str], kept: list[BoundaryBatch], acce
 
 @torch.no_grad()
 def _stages(unit: Unit, names: list[str], states: Tensor) -> list[_Stage]:
-    """Linears of a dense layer, by the tensor that they read, in forward order; and which write to the residual stream."""
+    """Linears of a dense layer by the tensor that they read, in forward order; finds those that write to the stream."""
     seen = _Seen()
     with _watching(unit.module, names, seen, stop=False):
         out = unit.run(states)

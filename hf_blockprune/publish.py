@@ -28,7 +28,7 @@ def upload_checkpoint(
     """Upload a saved checkpoint in one commit, creating the repository and the branch where needed.
 
     Args:
-        folder: what `BlockPruner.save_pretrained` wrote. Its card gets the repository's name, unless somebody edited it.
+        folder: what `BlockPruner.save_pretrained` wrote. Its card gets the repository's name, unless it was edited.
         repo_id: "name" or "owner/name".
         private: whether a new repository is; an older one stays as it is.
         token: by default the one that `hf auth login` stored.

@@ -17,8 +17,8 @@ class FakeHub:
         repos: folder by repository name, such as {"someone/tiny-vit": Path("out")}.
         uploads: folder for repositories that are created; without it the Hub is read-only.
 
-    `requests` lists what was asked as "METHOD path", in order; `private` the repositories created so; `refuse` is a status
-    that every upload is answered with.
+    `requests` lists what was asked as "METHOD path", in order; `private` the repositories created so; `refuse` is a
+    status that every upload is answered with.
     """
 
     def __init__(self, repos, uploads=None, refuse=None):

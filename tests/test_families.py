@@ -1,6 +1,7 @@
 """Every family of models through the whole of what can be done with it, each thing by a test of its own.
 
-`scripts/compatibility.py` runs this file for docs/compatibility.md: a test's name is a capability, its parameter a family.
+`scripts/compatibility.py` runs this file for docs/compatibility.md: a test's name is a capability, its
+parameter a family.
 """
 
 import copy
@@ -9,11 +10,13 @@ import os
 import subprocess
 import sys
 
+import onnxruntime
 import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, RecoveryConfig
+from hf_blockprune.export import export_checkpoint
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.inspection import inspect_checkpoint
 
@@ -163,3 +166,12 @@ def test_export(pruner):
         program = torch.export.export(model, (), {"pixel_values": PIXELS})
         logits = program.module()(pixel_values=PIXELS).logits
     torch.testing.assert_close(logits, logits_of(pruner.model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx(folder, tmp_path):
+    export_checkpoint(folder, tmp_path / "model.onnx", "onnx")
+    loaded = AutoModelForImageClassification.from_pretrained(folder)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"pixel_values": PIXELS.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), logits_of(loaded), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,201 @@
+"""Pruned checkpoints in forms that need nothing of this package, or that other runtimes take."""
+
+import importlib.util
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import staged_directory
+from .errors import CheckpointError, ConfigError, ModelError
+from .hub.blockprune_fusion import unfuse
+from .hub.blockprune_quantizer import block_sparse_layers
+from .loading import load_classifier
+
+FORMATS = ("dense", "onnx", "torch-export")
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+INPUT, OUTPUT = "pixel_values", "logits"
+BATCHES = (1, 3)  # of the comparison; tracing sees neither
+# Largest difference of logits, over their largest magnitude.
+TOLERANCE = 1e-4
+ONNX_FILE_LIMIT = 2 << 30  # protobuf's
+
+
+def export_checkpoint(
+    directory: str | Path, output: str | Path, form: str, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write a pruned checkpoint in another form, and check that it answers as the checkpoint does.
+
+    Args:
+        directory: a block-sparse checkpoint: a folder, or a name on the Hub.
+        output: a folder for "dense", a file for the others; appears whole, once it was checked.
+        form: "dense", a stock transformers folder with zeros where blocks were removed; "onnx", the dense form for
+            other runtimes; "torch-export", a program of `torch.export` that keeps its block-sparse kernels, so that
+            whoever loads it has this package imported. The last two take any batch size. All are float32.
+        overwrite: replace what is there.
+
+    Returns:
+        JSON-ready `output`, `format`, `size_bytes` and `max_difference`, the largest of the logits.
+
+    Raises:
+        ConfigError: no such form, or a package is missing.
+        ModelError: the checkpoint cannot be loaded, holds no block-sparse layers, or cannot be exported.
+        CheckpointError: the output exists, cannot be written, or does not answer as the checkpoint does.
+    """
+    if form not in FORMATS:
+        raise ConfigError(f"form: expected one of {', '.join(FORMATS)}, got {form!r}")
+    if form == "onnx":
+        _need_onnx()
+    model, processor = load_classifier(str(directory), {"dtype": torch.float32})
+    if not next(block_sparse_layers(model), None):
+        raise ModelError(f"{directory}: holds no block-sparse layers, so there is nothing to export from it")
+    model = model.eval()
+    target = Path(output).expanduser()
+    pixels = _pixels(model.config)
+    expected = {batch: _logits(model, pixels(batch)) for batch in BATCHES}
+    write = {"dense": _write_dense, "onnx": _write_onnx, "torch-export": _write_program}[form]
+    opened = staged_directory(target, overwrite=overwrite) if form == "dense" else _staged_file(target, overwrite)
+    with opened as staging:
+        run = write(model, processor, staging, pixels)
+        difference = max(_difference(run(pixels(batch)), logits) for batch, logits in expected.items())
+        if not difference <= TOLERANCE * max(float(logits.abs().max()) for logits in expected.values()):
+            raise CheckpointError(
+                f"{output}: its predictions differ by up to {difference:.2g} from the checkpoint's, so it was not "
+                "kept; please report the model and the versions in use"
+            )
+    return {"output": str(output), "format": form, "size_bytes": _size(target), "max_difference": difference}
+
+
+Run = Callable[[Tensor], Tensor]
+
+
+def _write_dense(model: Any, processor: Any, folder: Path, pixels: Callable[[int], Tensor]) -> Run:
+    from transformers import AutoModelForImageClassification
+
+    name = f"{model.config.model_type} pruned by hf_blockprune"
+    model.dequantize()
+    # What `from_pretrained` would take for a block-sparse checkpoint is no part of a dense one.
+    for attribute in ("quantization_config", "auto_map"):
+        if hasattr(model.config, attribute):
+            delattr(model.config, attribute)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "README.md").write_text(
+        "---\nlibrary_name: transformers\npipeline_tag: image-classification\n---\n\n"
+        f"A dense copy of a {name}: removed blocks are zeros, so it is as large and as slow as before pruning.\n",
+        encoding="utf-8",
+    )
+    loaded = AutoModelForImageClassification.from_pretrained(folder)
+    return lambda x: _logits(loaded.eval(), x)
+
+
+def _write_onnx(model: Any, processor: Any, file: Path, pixels: Callable[[int], Tensor]) -> Run:
+    import onnxruntime  # pyright: ignore[reportMissingImports]
+
+    model.dequantize()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if size >= ONNX_FILE_LIMIT:
+        raise ModelError(f"its weights are {size:,} bytes, and one ONNX file holds less than {ONNX_FILE_LIMIT:,}")
+    batch = {0: torch.export.Dim("batch")}
+    with _explained("ONNX"):
+        torch.onnx.export(
+            _Logits(model),
+            (pixels(2),),
+            str(file),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=(batch,),
+        )
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
+
+
+def _write_program(model: Any, processor: Any, file: Path, pixels: Callable[[int], Tensor]) -> Run:
+    unfuse(model)  # layers that hand each other results in Python are no part of a graph
+    shapes = ({0: torch.export.Dim("batch")},)
+    with _explained("torch.export"), torch.no_grad():
+        program = torch.export.export(_Logits(model), (pixels(2),), dynamic_shapes=shapes)
+        with file.open("wb") as stream:  # torch would insist on a name of its own
+            torch.export.save(program, stream)
+        with file.open("rb") as stream:
+            loaded = torch.export.load(stream).module()
+    return lambda x: loaded(x).detach()
+
+
+class _Logits(nn.Module):
+    """A classifier that takes and gives a plain tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values=pixel_values).logits
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Failures of an exporter as errors that say what failed; its warnings speak to its own developers."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # exporters raise whatever the model's code made them stumble over
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{what} cannot export this model with these versions ({reason})") from error
+
+
+@contextmanager
+def _staged_file(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary file that takes the place of `target` when the block ends well, and vanishes when it does not."""
+    if target.is_dir():
+        raise CheckpointError(f"{target}: is a folder; name a file")
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target}: exists already; pass --overwrite (overwrite=True) or name another file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as scratch:
+            staging = Path(scratch) / target.name
+            yield staging
+            os.replace(staging, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: could not be written ({error}); nothing was changed") from error
+
+
+def _need_onnx() -> None:
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"onnx needs {', '.join(missing)}; install them with: pip install 'hf_blockprune[onnx]'")
+
+
+def _pixels(config: Any) -> Callable[[int], Tensor]:
+    """Made-up images of the model's size, the same every time."""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+
+    def make(batch: int) -> Tensor:
+        return torch.randn(batch, config.num_channels, height, width, generator=torch.Generator().manual_seed(batch))
+
+    return make
+
+
+def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(pixel_values=pixels).logits
+
+
+def _difference(have: Tensor, want: Tensor) -> float:
+    return float((have - want).abs().max())
+
+
+def _size(path: Path) -> int:
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size

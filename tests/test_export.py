@@ -1,0 +1,174 @@
+"""Exported models answer as the checkpoint does, where they are meant to be used."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from hf_blockprune import BlockPruneConfig, BlockPruner, CheckpointError, ModelError
+from hf_blockprune.cli import app
+from hf_blockprune.export import export_checkpoint
+
+from .conftest import ROOT, tiny_model
+
+WITHOUT = """
+import sys
+
+class Absent:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "hf_blockprune":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent)
+"""
+LOAD_DENSE = """
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
+AutoImageProcessor.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+LOAD_PROGRAM = """
+import sys, torch
+import hf_blockprune
+with open(sys.argv[1], "rb") as file:
+    program = torch.export.load(file).module()
+torch.save(program(torch.load(sys.argv[2])).detach(), sys.argv[3])
+"""
+# `find_spec` does not find what is hidden so, as where it is not installed.
+HIDE = """
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "onnxruntime" else found(name, package)
+"""
+RUNNER = CliRunner()
+
+
+@pytest.fixture(scope="module", params=["vit", "deit-distilled"])
+def pruned(request, processor, images, tmp_path_factory):
+    """(folder, model), with hidden units cut out of the ViT."""
+    config = BlockPruneConfig(
+        method="magnitude", block_shape=(8, 8), budget={"metric": "sparsity", "ratio": 0.4}, min_kept_per_layer=0.01
+    )
+    dense = tiny_model(request.param)
+    for layer in dense.base_model.layers:
+        layer.mlp.fc1.weight.data[:32] *= 1e-4
+        layer.mlp.fc2.weight.data[:, :32] *= 1e-4
+    pruner = BlockPruner(dense, processor, config)
+    model = pruner.prune()
+    assert sum(layer["cut_units"] for layer in pruner.report()["layers"])
+    folder = tmp_path_factory.mktemp("pruned") / request.param
+    pruner.save_pretrained(folder)
+    return folder, model
+
+
+def pixels(batch):
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def logits_of(model, x):
+    return model(pixel_values=x).logits
+
+
+def run(script, tmp_path, source, *, isolated):
+    torch.save(pixels(5), tmp_path / "pixels.pt")
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    if not isolated:
+        env["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, *(["-I"] if isolated else []), "-c", script]
+    arguments = [str(source), str(tmp_path / "pixels.pt"), str(tmp_path / "logits.pt")]
+    done = subprocess.run([*command, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return torch.load(tmp_path / "logits.pt")
+
+
+@pytest.mark.slow
+def test_a_dense_export_needs_nothing_of_the_package(pruned, tmp_path):
+    folder, model = pruned
+    values = export_checkpoint(folder, tmp_path / "dense", "dense")
+    assert values["max_difference"] < 1e-5
+    config = json.loads((tmp_path / "dense/config.json").read_text())
+    assert not {"quantization_config", "auto_map"} & set(config)
+    assert not list((tmp_path / "dense").glob("*blockprune*"))
+    with safe_open(tmp_path / "dense/model.safetensors", framework="pt") as file:
+        zeros = sum(int((file.get_tensor(key) == 0).sum()) for key in file.keys() if key.endswith("weight"))  # noqa: SIM118
+        assert zeros > 0.3 * sum(file.get_tensor(key).numel() for key in file.keys() if "layer" in key)  # noqa: SIM118
+    logits = run(WITHOUT + LOAD_DENSE, tmp_path, tmp_path / "dense", isolated=True)
+    torch.testing.assert_close(logits, logits_of(model, pixels(5)), rtol=1e-5, atol=1e-5)
+
+
+def test_an_onnx_export_takes_any_batch(pruned, tmp_path):
+    folder, model = pruned
+    file = tmp_path / "model.onnx"
+    done = RUNNER.invoke(app, ["export", str(folder), "--onnx", "-o", str(file), "--json", "--quiet"])
+    assert done.exit_code == 0, done.output
+    values = json.loads(done.stdout)
+    assert values["format"] == "onnx"
+    assert values["size_bytes"] == file.stat().st_size
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 5):
+        (found,) = session.run(["logits"], {"pixel_values": pixels(batch).numpy()})
+        np.testing.assert_allclose(found, logits_of(model, pixels(batch)).numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_program_keeps_its_kernels_and_runs_in_another_process(pruned, tmp_path):
+    folder, model = pruned
+    export_checkpoint(folder, tmp_path / "model.pt2", "torch-export")
+    with (tmp_path / "model.pt2").open("rb") as file:
+        graph = torch.export.load(file).graph
+    assert any("blockprune" in str(node.target) for node in graph.nodes)
+    logits = run(LOAD_PROGRAM, tmp_path, tmp_path / "model.pt2", isolated=False)
+    torch.testing.assert_close(logits, logits_of(model, pixels(5)), rtol=1e-5, atol=1e-5)
+
+
+def test_what_exists_is_replaced_on_demand_only(pruned, tmp_path):
+    file = tmp_path / "model.pt2"
+    file.write_text("mine")
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        export_checkpoint(pruned[0], file, "torch-export")
+    assert file.read_text() == "mine"
+    export_checkpoint(pruned[0], file, "torch-export", overwrite=True)
+    assert file.stat().st_size > 1000
+    with pytest.raises(CheckpointError, match="is a folder"):
+        export_checkpoint(pruned[0], tmp_path, "torch-export", overwrite=True)
+
+
+def test_an_export_that_answers_otherwise_is_not_kept(pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_blockprune.export.TOLERANCE", -1.0)
+    for form, name in (("dense", "dense"), ("torch-export", "model.pt2")):
+        with pytest.raises(CheckpointError, match="was not kept"):
+            export_checkpoint(pruned[0], tmp_path / name, form)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dense_models_are_not_exported(vit_folder, tmp_path):
+    with pytest.raises(ModelError, match="no block-sparse layers"):
+        export_checkpoint(vit_folder, tmp_path / "dense", "dense")
+
+
+@pytest.mark.parametrize("forms", [[], ["--dense", "--onnx"]])
+def test_one_form_is_asked_for(pruned, tmp_path, forms):
+    done = RUNNER.invoke(app, ["export", str(pruned[0]), *forms, "-o", str(tmp_path / "x")])
+    assert done.exit_code == 2
+
+
+@pytest.mark.slow
+def test_missing_packages_are_named(pruned, tmp_path):
+    command = [sys.executable, "-c", HIDE + "from hf_blockprune.cli import app; app(sys.argv[1:])"]
+    arguments = ["export", str(pruned[0]), "--onnx", "-o", str(tmp_path / "model.onnx")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "onnxruntime" in done.stderr
+    assert "pip install 'hf_blockprune[onnx]'" in done.stderr
