@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from benchmarks.accuracy import load, save
+from benchmarks.timing import load, save
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.data import load_images, load_pixels
 from hf_blockprune.environment import environment

@@ -21,6 +21,7 @@ from typing import Any
 
 import _root  # noqa: F401
 
+from benchmarks.timing import load, save
 from hf_blockprune.environment import environment
 
 KEYS = ("method", "block_shape", "budget", "seed", "samples")
@@ -60,18 +61,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--recover", action="store_true", help="also recover, and measure before and after")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write or go on with")
     return parser.parse_args()
-
-
-def load(path: Path) -> dict[str, Any]:
-    if path.exists():
-        return json.loads(path.read_text())
-    return {"environment": {}, "rows": []}
-
-
-def save(path: Path, results: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    partial.replace(path)
 
 
 def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:

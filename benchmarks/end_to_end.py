@@ -27,11 +27,12 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from transformers.utils import logging
 
 from benchmarks.kernels import torch_bsr
-from benchmarks.timing import by_turns, device_file, median, random_mask, ratio, store
+from benchmarks.timing import device_file, random_mask, store
 from hf_blockprune import BlockPruneConfig, sparsify
 from hf_blockprune.blocks import grid_shape
 from hf_blockprune.cli import parse_block_shape
 from hf_blockprune.environment import environment
+from hf_blockprune.hardware.stopwatch import by_turns, median, ratio
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.targets import find_targets
 

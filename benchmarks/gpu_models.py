@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from benchmarks.end_to_end import random_pair
-from benchmarks.timing import by_turns, median, ratio, recorded
+from benchmarks.timing import recorded
 from hf_blockprune import micro_batch
 from hf_blockprune.hardware.energy import energy_counter, measure_energy
+from hf_blockprune.hardware.stopwatch import by_turns, median, ratio
 from hf_blockprune.microbatch import whole_batches
 
 PART_SIZES = (8, 16, 32, 64)

@@ -18,8 +18,9 @@ import _root  # noqa: F401
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import by_turns, device_file, median, random_mask, ratio, recorded, store
+from benchmarks.timing import device_file, random_mask, recorded, store
 from hf_blockprune.environment import environment
+from hf_blockprune.hardware.stopwatch import by_turns, median, ratio
 from hf_blockprune.hub.blockprune_backends import available_backends
 from hf_blockprune.hub.blockprune_layout import grid_shape
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear

@@ -16,9 +16,10 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.end_to_end import random_pair
-from benchmarks.timing import by_turns, device_file, median, store
+from benchmarks.timing import device_file, store
 from hf_blockprune.hardware.calibrate import calibrate, rank_correlation
 from hf_blockprune.hardware.profiles import save_profile
+from hf_blockprune.hardware.stopwatch import by_turns, median
 from hf_blockprune.simulation import predict
 
 BLOCK_SHAPE = (32, 32)

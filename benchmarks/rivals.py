@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import by_turns, random_mask, ratio, recorded
+from benchmarks.timing import random_mask, recorded
+from hf_blockprune.hardware.stopwatch import by_turns, ratio
 
 BSR_BLOCK = 64
 SPARSITIES = (0.5, 0.7)

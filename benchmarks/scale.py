@@ -19,7 +19,7 @@ if __name__ == "__main__":  # the processes that measure inherit the path
 import numpy as np
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from benchmarks.accuracy import load, save
+from benchmarks.timing import load, save
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.environment import environment
 

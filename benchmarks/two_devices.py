@@ -14,7 +14,7 @@ import _root  # noqa: F401
 from accelerate import Accelerator
 
 from benchmarks.ablation import judges, logits
-from benchmarks.accuracy import save
+from benchmarks.timing import save
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.environment import environment
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers

@@ -18,6 +18,7 @@ from .hub import modeling_blockprune
 from .loading import HUB_OPTIONS
 
 CONFIG_FILE = "config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
 RECIPE_FILE = "blockprune_config.json"
 REPORT_FILE = "blockprune_report.json"
 HUB_CODE = Path(modeling_blockprune.__file__).parent

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .config import Budget
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
-from .tables import bytes_text, plain_table, shape_text, simulation_table, summary_table
+from .tables import bytes_text, latency_table, plain_table, shape_text, simulation_table, summary_table
 
 app = typer.Typer(
     help="Make vision transformers small and fast by removing whole blocks of their weights.",
@@ -240,6 +240,34 @@ def inspect(
 
     values = inspect_checkpoint(directory)
     emit(values, inspect_table(values), as_json=json_)
+
+
+@app.command()
+@one_line_errors
+def benchmark(
+    model: Annotated[str, typer.Argument(help="Pruned model: a folder or a Hub name.")],
+    against: Annotated[
+        str | None, typer.Option("--against", help="Dense model; by default the pruned one with zeros.")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Images; may be repeated.")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0, help="About how long for each batch size.")] = 10.0,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time a pruned and the dense model on this machine, by turns."""
+    set_quiet(quiet)
+    import torch
+
+    from .pruner import BlockPruner
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    pruner = BlockPruner.from_pretrained(model)
+    values = pruner.benchmark(against=against, batch_sizes=tuple(batch_size or [1]), seconds=seconds)
+    emit(values, latency_table(values), as_json=json_)
 
 
 @app.command()

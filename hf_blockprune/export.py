@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .checkpoint import staged_directory
 from .errors import CheckpointError, ConfigError, ModelError
+from .hardware.flops import image_size
 from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_quantizer import block_sparse_layers
 from .loading import load_classifier
@@ -57,7 +58,7 @@ def export_checkpoint(
         raise ModelError(f"{directory}: holds no block-sparse layers, so there is nothing to export from it")
     model = model.eval()
     target = Path(output).expanduser()
-    pixels = _pixels(model.config)
+    pixels = _pixels(model.config, image_size(model.config, processor.to_dict()))
     expected = {batch: _logits(model, pixels(batch)) for batch in BATCHES}
     write = {"dense": _write_dense, "onnx": _write_onnx, "torch-export": _write_program}[form]
     opened = staged_directory(target, overwrite=overwrite) if form == "dense" else _staged_file(target, overwrite)
@@ -99,6 +100,8 @@ def _write_onnx(model: Any, processor: Any, file: Path, pixels: Callable[[int], 
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
     model.dequantize()
+    # Of fused attention with a mask, as BeiT's and Swin's, torch 2.13's exporter gets the memory layout wrong.
+    model.set_attn_implementation("eager")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if size >= ONNX_FILE_LIMIT:
         raise ModelError(f"its weights are {size:,} bytes, and one ONNX file holds less than {ONNX_FILE_LIMIT:,}")
@@ -177,13 +180,11 @@ def _need_onnx() -> None:
         raise ConfigError(f"onnx needs {', '.join(missing)}; install them with: pip install 'hf_blockprune[onnx]'")
 
 
-def _pixels(config: Any) -> Callable[[int], Tensor]:
-    """Made-up images of the model's size, the same every time."""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+def _pixels(config: Any, size: tuple[int, int]) -> Callable[[int], Tensor]:
+    """Made-up images of a size, the same every time."""
 
     def make(batch: int) -> Tensor:
-        return torch.randn(batch, config.num_channels, height, width, generator=torch.Generator().manual_seed(batch))
+        return torch.randn(batch, config.num_channels, *size, generator=torch.Generator().manual_seed(batch))
 
     return make
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from .blocks import block_sizes
-from .checkpoint import CONFIG_FILE, read_json
+from .checkpoint import CONFIG_FILE, PROCESSOR_FILE, read_json
 from .errors import BlockSparseFormatError, CheckpointError, ModelError
 from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_backends import LayerArguments, choose_backend
@@ -172,9 +172,15 @@ def _dense_architecture(folder: Path) -> tuple[Any, ModelFlops]:
             delattr(config, "quantization_config")
         with torch.device("meta"):
             model = AutoModelForImageClassification.from_config(config)
-        return model, count_flops(type(model), config)
+        return model, count_flops(type(model), config, _processing(folder))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{folder}: its config.json describes no image classifier ({error})") from error
+
+
+def _processing(folder: Path) -> dict[str, Any]:
+    """Settings of the image processor, empty where the folder has none."""
+    file = folder / PROCESSOR_FILE
+    return read_json(file) if file.is_file() else {}
 
 
 def _inspect_layer(

@@ -277,7 +277,7 @@ def _stages(unit: Unit, names: list[str], states: Tensor) -> list[_Stage]:
         else:
             stages.append(_Stage([name]))
     writers = [s for s in stages if len(s.names) == 1 and seen.outputs[s.names[0]].shape == out.shape]
-    if len(writers) == 2 and _close(states + sum(seen.outputs[s.names[0]] for s in writers), out):
+    if len(writers) == 2 and _close(sum((seen.outputs[s.names[0]] for s in writers), states), out):
         writers[0].after_input = writers[1].ends_layer = True
     elif writers:
         writers[-1].ends_layer = _is_added_last(unit, writers[-1].names[0], states, out)

@@ -17,14 +17,17 @@ from .config import BlockPruneConfig, RecoveryConfig
 from .data import load_images
 from .errors import ModelError
 from .evaluation import Evaluation, predict, summarise
+from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import inspect_checkpoint
+from .latency import measure_latency
 from .loading import load_classifier
 from .pruning import Pruning
 from .publish import upload_checkpoint
 from .recovery import Recovery, recover
 from .report import PruneReport
 from .residual import permute_stream
+from .simulation import predict_checkpoint
 from .structure import find_residual_stream
 
 if TYPE_CHECKING:
@@ -257,6 +260,42 @@ class BlockPruner:
             self._report["evaluation"] = {"dataset": images.public_name, **result.to_dict()}
         return result
 
+    def benchmark(
+        self,
+        *,
+        against: "str | Path | BlockPruner | None" = None,
+        batch_sizes: tuple[int, ...] = (1,),
+        seconds: float = 10.0,
+    ) -> dict[str, Any]:
+        """Time the pruned and the dense model on this device, by turns; the result goes into report and card too.
+
+        Args:
+            against: the dense model: a name, folder or `BlockPruner`; by default the pruned one with zeros for what was
+                removed, which takes as long.
+            batch_sizes: images in one pass.
+            seconds: about how long to measure each batch size.
+
+        Returns:
+            See `measure_latency`.
+
+        Raises:
+            ModelError: the model is not pruned, or the other one cannot be loaded.
+        """
+        if not next(block_sparse_layers(self.model), None):
+            raise ModelError(f"{self.name} has no block-sparse layers to measure; call prune() first")
+        other = BlockPruner.from_pretrained(against) if isinstance(against, (str, Path)) else against
+        self.model.to(self.accelerator.device)
+        values = measure_latency(
+            self.model,
+            None if other is None else other.model,
+            image_size=image_size(self.model.config, self.processor.to_dict()),
+            batch_sizes=batch_sizes,
+            seconds=seconds,
+        )
+        if self._report is not None:
+            self._report["latency"] = values
+        return values
+
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False, repo_id: str | None = None) -> None:
         """Write the block-sparse model with everything that loads and explains it; whole or not at all.
 
@@ -281,6 +320,7 @@ class BlockPruner:
         checkpoint.add_hub_code(folder, self.model)
         stored = inspect_checkpoint(folder)
         report.update({key: stored[key] for key in ("size_bytes", "dense_size_bytes")})
+        report["predicted"] = predict_checkpoint(folder)
         self.config.save(folder / checkpoint.RECIPE_FILE)
         checkpoint.write_json(folder / checkpoint.REPORT_FILE, report)
         model_card(report, repo_id).save(folder / "README.md")

@@ -133,7 +133,7 @@ class Pruning:
         """Bring the model into the form that is pruned, and collect what the choice of masks needs."""
         fold_scales(self.model)
         seconds: dict[str, float] = {}
-        flops = count_flops(type(self.model), self.model.config)
+        flops = count_flops(type(self.model), self.model.config, self.processor.to_dict())
         statistics, calibration = {}, None
         if images is not None:
             with timed(seconds, "calibration"):
@@ -214,6 +214,7 @@ class Pruning:
             "calibration": calibration,
             "recovery": None,
             "evaluation": None,
+            "latency": None,
             "seconds": selection.seconds,
             "environment": environment(),
         }

@@ -334,7 +334,7 @@ def device_cost(
         name: Linear(round(budget.batch * tokens[name]), linear.out_features, linear.in_features, usual_dtype(profile))
         for name, linear in targets.items()
     }
-    model = transformer_shape(config, max(tokens.values()))
+    model = transformer_shape(config, flops.image_size, max(tokens.values()))
     return DeviceCost(profile, budget.metric, model, linears, shape, budget.batch)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .hardware.device_cost import usual_dtype
 from .hardware.flops import count_flops
 from .hardware.profiles import load_profile
@@ -17,6 +17,9 @@ from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_profiles import SystolicProfile
 from .hub.blockprune_systolic import weights_kept
 from .inspection import StoredLayer, open_checkpoint
+
+# What cards tell of, with the images of a pass.
+CARD_DEVICES = {"cpu-avx512": 1, "h100-sxm": 64, "systolic-32": 1}
 
 
 def simulate_checkpoint(
@@ -51,7 +54,7 @@ def simulate_checkpoint(
     stored = open_checkpoint(directory)
     tokens = stored.flops.linear_tokens
     first = stored.layers[0].module if stored.layers else next(iter(tokens))
-    shape = transformer_shape(stored.architecture.config, tokens[first])
+    shape = transformer_shape(stored.architecture.config, stored.flops.image_size, tokens[first])
     layers = [_layer(profile, layer, batch * round(tokens[layer.module]), dtype) for layer in stored.layers]
     rest = other_cost(profile, shape, batch=batch, dtype=dtype)
     result: dict[str, Any] = {"device": profile.name, "kind": profile.kind, "batch": batch, "dtype": dtype}
@@ -59,6 +62,20 @@ def simulate_checkpoint(
     if isinstance(profile, SystolicProfile):
         result |= _cycle_totals(profile, layers, rest)
     return {**result, "layers": layers}
+
+
+def predict_checkpoint(directory: str | Path) -> list[dict[str, Any]]:
+    """What a checkpoint should take, beside the dense model, on a few devices; nothing where its cost is not known.
+
+    Returns:
+        JSON-ready `device`, `batch`, `dtype`, `latency_ms`, `dense_latency_ms`, `speedup` and `energy_ratio` of each.
+    """
+    keys = ("device", "batch", "dtype", "latency_ms", "dense_latency_ms", "speedup", "energy_ratio")
+    try:
+        found = [simulate_checkpoint(directory, device, batch=batch) for device, batch in CARD_DEVICES.items()]
+    except ModelError:
+        return []
+    return [{key: values[key] for key in keys} for values in found]
 
 
 def predict(model: nn.Module, device: str | Path, *, batch: int = 1, dtype: str | None = None) -> Cost:
@@ -72,17 +89,17 @@ def predict(model: nn.Module, device: str | Path, *, batch: int = 1, dtype: str 
     """
     profile = load_profile(device)
     dtype = dtype or usual_dtype(profile)
-    tokens = count_flops(type(model), model.config).linear_tokens
+    flops = count_flops(type(model), model.config)
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, BlockSparseLinear))]
     repeated = [name for name in names if any(part.isdigit() for part in name.split("."))]
     works = []
     for name in repeated:
         layer: Any = model.get_submodule(name)
-        work = Linear(round(tokens[name]), layer.out_features, layer.in_features)
+        work = Linear(round(flops.linear_tokens[name]), layer.out_features, layer.in_features)
         if isinstance(layer, BlockSparseLinear):
             work = work._replace(mask=layer.mask().cpu().numpy(), block_shape=layer.block_shape)
         works.append(work)
-    shape = transformer_shape(model.config, tokens[repeated[0]])
+    shape = transformer_shape(model.config, flops.image_size, flops.linear_tokens[repeated[0]])
     return model_cost(profile, shape, works, batch=batch, dtype=dtype)
 
 

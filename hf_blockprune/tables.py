@@ -103,3 +103,23 @@ def plain_table(title: str, values: dict[str, Any]) -> Table:
     for key, value in values.items():
         table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     return table
+
+
+def latency_table(values: dict[str, Any]) -> Table:
+    """Measured latencies, a row for each batch size."""
+    table = Table(title=f"{values['device']}, {values['environment']['threads']} threads, {values['dtype']}")
+    for column in ("images", "dense ms", "pruned ms", "pruned img/s", "speed-up", "quartiles"):
+        table.add_column(column, justify="right")
+    for row in values["rows"]:
+        low, high = row["speedup_quartiles"]
+        times = (f"{row[key]:.2f}" for key in ("dense_latency_ms", "latency_ms"))
+        table.add_row(
+            str(row["batch"]),
+            *times,
+            f"{row['throughput_img_s']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{low:.2f} to {high:.2f}",
+        )
+    used = ", ".join(f"{count} {name}" for name, count in sorted(values["backends"].items()))
+    table.caption = f"layers by backend: {used}"
+    return table

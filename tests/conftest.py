@@ -91,7 +91,7 @@ def tiny_model(family="vit", seed=0, **changes):
     torch.manual_seed(seed)
     model = model_class(tiny_config(family, **changes)).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith(LEARNT) or parameter.dim() == 2:
+        if name.endswith("bias" if family in TINY_MODELS else LEARNT) or parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.2)
     return model
 

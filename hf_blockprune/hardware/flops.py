@@ -1,6 +1,7 @@
 """FLOPs of a whole model, counted by torch on a weightless copy: nothing is allocated, nothing computed."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +21,44 @@ class ModelFlops:
             as two.
         parameters: weights of the whole model.
         linear_tokens: rows that each Linear multiplies in one forward pass, by module name.
+        image_size: (height, width) of the image.
     """
 
     total: float
     parameters: int
     linear_tokens: dict[str, float]
+    image_size: tuple[int, int]
 
 
-def count_flops(model_class: type, config: Any) -> ModelFlops:
+def image_size(config: Any, processing: Mapping[str, Any] | None = None) -> tuple[int, int]:
+    """(height, width) of the images that a model is given.
+
+    Args:
+        config: its config.
+        processing: settings of its image processor. They win: some models, such as Dinov2, take other sizes than their
+            config's, and are given them.
+
+    Raises:
+        ModelError: neither says.
+    """
+    processing = processing or {}
+    crop = processing.get("crop_size") if processing.get("do_center_crop") else None
+    for size in (crop, processing.get("size"), getattr(config, "image_size", None)):
+        if isinstance(size, Mapping):
+            size = (size.get("height"), size.get("width"))
+        height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+        if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+            return height, width
+    raise ModelError(f"{type(config).__name__}: its config has no image_size; only vision models can be pruned")
+
+
+def count_flops(model_class: type, config: Any, processing: Mapping[str, Any] | None = None) -> ModelFlops:
     """Count the FLOPs of one image through the dense architecture.
 
     Args:
         model_class: a transformers vision model class.
         config: its config; a block-sparse checkpoint's `quantization_config` is left out of account.
+        processing: settings of its image processor, see `image_size`.
 
     Raises:
         ModelError: the model does not take images of `config.image_size`.
@@ -40,12 +66,10 @@ def count_flops(model_class: type, config: Any) -> ModelFlops:
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    height, width = image_size(config, processing)
+    config.image_size = height if height == width else (height, width)
     with torch.device("meta"):
         model = model_class(config).eval()
-        size = getattr(config, "image_size", None)
-        if size is None:
-            raise ModelError(f"{model_class.__name__}: its config has no image_size; only vision models can be pruned")
-        height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.empty(1, config.num_channels, height, width, dtype=next(model.parameters()).dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(pixel_values=pixels)
@@ -55,4 +79,4 @@ def count_flops(model_class: type, config: Any) -> ModelFlops:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
-    return ModelFlops(float(counter.get_total_flops()), model.num_parameters(), tokens)
+    return ModelFlops(float(counter.get_total_flops()), model.num_parameters(), tokens, (height, width))

@@ -6,11 +6,12 @@ from ..errors import ModelError
 from ..hub.blockprune_cost import VisionTransformer
 
 
-def transformer_shape(config: Any, tokens: float) -> VisionTransformer:
+def transformer_shape(config: Any, size: tuple[int, int], tokens: float) -> VisionTransformer:
     """A Hugging Face config as the cost model's shape.
 
     Args:
-        config: of a ViT or DeiT.
+        config: of a ViT, DeiT, BeiT or Dinov2.
+        size: (height, width) of an image.
         tokens: of an image in the layers, class tokens included.
 
     Raises:
@@ -19,7 +20,7 @@ def transformer_shape(config: Any, tokens: float) -> VisionTransformer:
     try:
         if not isinstance(config.num_attention_heads, int):
             raise TypeError("its stages differ in width")
-        size, patch = _pair(config.image_size), _pair(config.patch_size)
+        patch = _pair(config.patch_size)
         return VisionTransformer(
             image_tokens=(size[0] // patch[0]) * (size[1] // patch[1]),
             patch_inputs=config.num_channels * patch[0] * patch[1],

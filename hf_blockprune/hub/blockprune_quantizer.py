@@ -166,6 +166,8 @@ class BlockPruneHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model, dtype=None):
         unfuse(model)
+        # Of a model that was saved before, transformers gives the config's dtype by its name.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in list(block_sparse_layers(model)):
             # Cut features come back as zeros: the config says how wide the architecture is.
             model.set_submodule(name, module.to_dense(module.dense_shape).to(dtype))

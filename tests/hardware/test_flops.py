@@ -6,6 +6,7 @@ from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    Dinov2ForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -13,9 +14,9 @@ from transformers import (
 )
 
 from hf_blockprune import ModelError, sparsify
-from hf_blockprune.hardware.flops import count_flops
+from hf_blockprune.hardware.flops import count_flops, image_size
 
-from ..conftest import TINY_MODELS, tiny_model, tiny_settings
+from ..conftest import TINY_MODELS, tiny_config, tiny_model, tiny_settings
 
 EXTRA_TOKENS = {"vit": 1, "deit": 2, "deit-distilled": 2}
 HEADS = {"vit": 1, "deit": 1, "deit-distilled": 2}
@@ -85,3 +86,26 @@ def test_config_of_a_block_sparse_model_counts_its_dense_form():
 def test_model_without_an_image_size_is_refused():
     with pytest.raises(ModelError, match="its config has no image_size; only vision models can be pruned"):
         count_flops(ResNetForImageClassification, ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8))
+
+
+@pytest.mark.parametrize(
+    ("processing", "size"),
+    [
+        ({}, (32, 32)),
+        ({"size": {"height": 16, "width": 24}}, (16, 24)),
+        ({"do_center_crop": True, "crop_size": {"height": 8, "width": 8}, "size": {"shortest_edge": 12}}, (8, 8)),
+        ({"do_center_crop": False, "crop_size": {"height": 8, "width": 8}, "size": {"shortest_edge": 12}}, (32, 32)),
+        ({"size": 16}, (16, 16)),
+    ],
+)
+def test_images_are_of_the_size_that_the_processor_makes(processing, size):
+    assert image_size(ViTConfig(**tiny_settings()), processing) == size
+
+
+def test_flops_are_those_of_the_images_that_the_model_is_given():
+    """As of Dinov2, whose configs give the size it was trained on."""
+    config = tiny_config("dinov2", image_size=64)
+    smaller = count_flops(Dinov2ForImageClassification, config, {"size": {"height": 32, "width": 32}})
+    assert smaller.total == count_flops(Dinov2ForImageClassification, tiny_config("dinov2")).total
+    assert set(smaller.linear_tokens.values()) == {1, 17}
+    assert smaller.image_size == (32, 32)

@@ -237,6 +237,12 @@ def test_dequantize_gives_the_masked_dense_model(pixels, tmp_path):
     assert torch.equal(answers(load(tmp_path / "dense"), pixels), answers(dense, pixels))
 
 
+def test_dequantize_after_saving_gives_the_same(pixels, tmp_path):
+    sparse, dense = models()
+    sparse.save_pretrained(tmp_path / "sparse")
+    assert torch.equal(answers(sparse.dequantize(), pixels), answers(dense, pixels))
+
+
 def test_a_trained_model_saves_what_it_learnt(pruned_vit, pixels, tmp_path):
     model = load(pruned_vit[0])
     before = answers(model, pixels)

@@ -1,0 +1,44 @@
+"""`optimum-cli blockprune` is `blockprune`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_blockprune import BlockPruneConfig, BlockPruner
+
+from .conftest import tiny_model
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+
+
+def run(*command):
+    return subprocess.run([BIN / command[0], *map(str, command[1:])], capture_output=True, text=True, timeout=120)
+
+
+def test_it_does_and_says_what_blockprune_does(processor, tmp_path):
+    pruner = BlockPruner(tiny_model(), processor, BlockPruneConfig(method="magnitude", block_shape=(8, 8)))
+    pruner.prune()
+    pruner.save_pretrained(tmp_path / "pruned")
+    ours, theirs = (run(*command, "inspect", tmp_path / "pruned", "--json") for command in COMMANDS)
+    assert ours.returncode == theirs.returncode == 0, theirs.stderr
+    assert theirs.stdout == ours.stdout
+
+
+COMMANDS = (["blockprune"], ["optimum-cli", "blockprune"])
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["inspect", "/no/such/folder"], 1), (["prune", "--no-such"], 2)])
+def test_errors_end_it_alike(arguments, code):
+    ours, theirs = (run(*command, *arguments) for command in COMMANDS)
+    assert ours.returncode == theirs.returncode == code
+    assert theirs.stderr.splitlines()[-1] == ours.stderr.splitlines()[-1]
+
+
+def test_help_lists_every_command():
+    commands = ("prune", "evaluate", "inspect", "benchmark", "export", "push", "simulate")
+    shown = run("optimum-cli", "blockprune", "--help").stdout
+    assert all(f" {name} " in shown for name in commands)
+    assert "--block-shape" in run("optimum-cli", "blockprune", "prune", "--help").stdout
