@@ -33,6 +33,7 @@ class ImageSet:
         label_column: the column with class indices or names, None where there is none.
         class_names: names of the classes by index, where the data set knows them.
         shuffle_buffer: images that a stream's sample is drawn from, 0 to take the first ones.
+        most: images that were taken of a stream, which may hold fewer; None for all.
     """
 
     dataset: Any
@@ -41,6 +42,7 @@ class ImageSet:
     label_column: str | None
     class_names: tuple[str, ...] | None
     shuffle_buffer: int = 0
+    most: int | None = None
 
     @property
     def streaming(self) -> bool:
@@ -70,7 +72,7 @@ class ImageSet:
             stream = self.dataset
             if self.shuffle_buffer:
                 stream = stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-            return replace(self, dataset=stream.take(samples))
+            return replace(self, dataset=stream.take(samples), most=samples)
         chosen = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:samples]
         return replace(self, dataset=self.dataset.select(chosen.tolist()))
 
@@ -83,7 +85,8 @@ class ImageSet:
     def every(self, step: int, most: int) -> "ImageSet":
         """At most `most` images, one in `step`, or all where there are fewer than that; of a stream, the first ones."""
         if self.streaming:
-            return replace(self, dataset=self.dataset.take(most))
+            most = most if self.most is None else min(most, self.most)
+            return replace(self, dataset=self.dataset.take(most), most=most)
         chosen = list(range(step - 1, len(self.dataset), step)) or list(range(len(self.dataset)))
         return replace(self, dataset=self.dataset.select(chosen[:most]))
 
@@ -243,7 +246,8 @@ class _Stream(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         records = iter(self.images.dataset)
-        for index in itertools.count():
+        # `take` would read one image more before it stops, and with it perhaps a shard.
+        for index in itertools.count() if self.images.most is None else range(self.images.most):
             try:
                 record = next(records)
             except StopIteration:

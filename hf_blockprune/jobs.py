@@ -41,8 +41,8 @@ class PruneJob:
 
         A recipe holds the keys of `BlockPruneConfig` and any of model, dataset, split, evaluation and output. Overrides
         of calibration settings are merged into the recipe's. A `recover` of True adds recovery with its defaults to a
-        recipe without, False takes it out. `dataset_options` and `evaluation_options` are attributes of `DataSource` and
-        win over those in the recipe.
+        recipe without, False takes it out. `dataset_options` and `evaluation_options` are attributes of `DataSource`,
+        which win over those in the recipe.
 
         Raises:
             ConfigError: unknown or impossible settings, or no model or output anywhere.

@@ -110,7 +110,9 @@ class DataSource:
         path = Path() if files else Path(self.path).expanduser()
         try:
             if files:
-                return self._load(_builder(files, self.name), data_files={"train": files})
+                # `datasets` takes brackets in names for patterns.
+                exactly = [file if is_url(file) else glob.escape(file) for file in files]
+                return self._load(_builder(files, self.name), data_files={"train": exactly})
             return self._open_folder(path) if path.exists() else self._load(str(self.path))
         except read_errors() as error:
             named = not files and not path.exists()
@@ -250,7 +252,7 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _everything(folder: Path) -> str:
-    return str(folder.resolve() / "**")
+    return str(Path(glob.escape(str(folder.resolve()))) / "**")
 
 
 def _split_folders(path: Path) -> dict[str, list[Path]]:
