@@ -201,7 +201,7 @@ def decode_image(stored: dict[str, Any] | None) -> Image.Image:
         OSError, SyntaxError, ValueError, Image.DecompressionBombError: it is no image that can be decoded.
         DataError: it lies on the network and cannot be read.
     """
-    if stored is None:
+    if stored is None or (stored["bytes"] is None and stored["path"] is None):
         raise ValueError("no picture in this row")
     content, path = stored["bytes"], stored["path"]
     if content is None and is_url(path):

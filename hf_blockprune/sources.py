@@ -127,8 +127,6 @@ class DataSource:
         suffixes = {file.suffix.lower() for file in path.rglob("*") if file.name not in METADATA_FILES}
         if ".parquet" in suffixes or (".tar" in suffixes and not suffixes & _image_suffixes()):
             return self._load(str(path))
-        if self.config is not None:
-            raise DataError(f"{self.name}: an image folder has no configurations; leave out {self.config!r}")
         # Named splits: left to itself the loader splits a folder by words such as "test" in file names.
         splits = _split_folders(path)
         if not splits:
@@ -146,6 +144,8 @@ class DataSource:
     def _load(self, path: str, **options: Any) -> Any:
         import datasets
 
+        if self.config is not None and "data_files" in options:
+            raise DataError(f"{self.name}: files have no configurations; leave out {self.config!r}")
         return datasets.load_dataset(path, self.config, streaming=self.streaming, **options)
 
 

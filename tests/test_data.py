@@ -280,6 +280,11 @@ def test_descriptions_that_make_no_sense_are_refused(value, expected):
         DataSource.of(value)
 
 
+def test_configuration_of_files_is_refused(images):
+    with pytest.raises(DataError, match="files have no configurations; leave out 'full'"):
+        load_images(DataSource(images, config="full"))
+
+
 def test_options_win_over_a_description():
     described = {"path": "x", "label_column": "a", "split": "b"}
     assert DataSource.of(described, label_column="c", split=None) == DataSource("x", label_column="c", split="b")
@@ -492,6 +497,13 @@ def test_batch_of_corrupt_images_alone_has_no_pixels(tmp_path, processor, accele
     assert "pixel_values" not in first
     assert len(first["corrupt"]) == 1
     assert len(second["pixel_values"]) == 1
+
+
+def test_record_with_neither_bytes_nor_path_counts_as_corrupt(processor, accelerator):
+    rows = [{"content": {"bytes": None, "path": None}}, {"content": {"bytes": b"no picture", "path": "x.png"}}]
+    found = load_images(DataSource(datasets.Dataset.from_list(rows), image_column="content"))
+    (batch,) = all_batches(found, processor, accelerator)
+    assert batch["corrupt"] == ["image 0", "x.png"]
 
 
 def test_record_without_a_picture_counts_as_corrupt(processor, accelerator):
