@@ -20,6 +20,7 @@ from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_quantizer import BlockPruneQuantizationConfig, sparsify
 from .microbatch import micro_batch
 from .pruner import BlockPruner
+from .sources import DataSource
 from .version import __version__
 
 _register_cpu_kernels()
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DataSource",
     "Evaluation",
     "HubError",
     "ModelError",

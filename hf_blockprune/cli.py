@@ -121,12 +121,25 @@ Recover = Annotated[
     ),
 ]
 Config = Annotated[Path | None, typer.Option("--config", help="Recipe in YAML or JSON; options override it.")]
-Dataset = Annotated[str | None, typer.Option("--dataset", help="Calibration images: a folder or a Hub data set.")]
+Dataset = Annotated[
+    str | None, typer.Option("--dataset", help="Calibration images: a folder, file, pattern, URL or Hub data set.")
+]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the pruned model.")]
 EvaluateOn = Annotated[
     str | None, typer.Option("--evaluate-on", help="Labelled images to compare with the dense model on.")
 ]
 Split = Annotated[str | None, typer.Option("--split", help="Split of the data set.")]
+DatasetConfig = Annotated[str | None, typer.Option("--dataset-config", help="Configuration of a Hub data set.")]
+ImageColumn = Annotated[str | None, typer.Option("--image-column", help="Column with the images.")]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label-column", help="Column with the labels; json.label for a key inside of one.")
+]
+Streaming = Annotated[
+    bool | None, typer.Option("--streaming", help="Read images one by one, no further than needed.", show_default=False)
+]
+ShuffleBuffer = Annotated[
+    int | None, typer.Option("--shuffle-buffer", min=1, help="Draw a stream's images from a buffer of so many.")
+]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration images.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images in one pass.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the draw of calibration images.")]
@@ -139,6 +152,11 @@ def prune_from_options(
     samples: int | None,
     batch_size: int | None,
     seed: int | None,
+    dataset_config: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    streaming: bool | None,
+    shuffle_buffer: int | None,
     overwrite: bool,
     resume: bool,
     **settings: Any,
@@ -148,6 +166,9 @@ def prune_from_options(
 
     calibration = {"samples": samples, "batch_size": batch_size, "seed": seed}
     calibration = {key: value for key, value in calibration.items() if value is not None}
+    columns = {"image_column": image_column, "label_column": label_column, "streaming": streaming}
+    settings["dataset_options"] = {**columns, "config": dataset_config, "shuffle_buffer": shuffle_buffer}
+    settings["evaluation_options"] = columns
     budget = settings.pop("budget")
     if budget is not None:
         settings["budget"] = asdict(budget)
@@ -170,6 +191,11 @@ def prune(
     recover: Recover = None,
     evaluate_on: EvaluateOn = None,
     split: Split = None,
+    dataset_config: DatasetConfig = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    streaming: Streaming = None,
+    shuffle_buffer: ShuffleBuffer = None,
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
@@ -193,6 +219,11 @@ def prune(
         recover=recover,
         evaluation=evaluate_on,
         split=split,
+        dataset_config=dataset_config,
+        image_column=image_column,
+        label_column=label_column,
+        streaming=streaming,
+        shuffle_buffer=shuffle_buffer,
         samples=samples,
         batch_size=batch_size,
         seed=seed,
@@ -209,9 +240,13 @@ def prune(
 @one_line_errors
 def evaluate(
     model: Annotated[str, typer.Argument(help="Dense or pruned model: a Hub name or a folder.")],
-    dataset: Annotated[str, typer.Option("--dataset", help="Labelled images: a folder or a Hub data set.")],
+    dataset: Annotated[str, typer.Option("--dataset", help="Labelled images, named as for prune.")],
     against: Annotated[str | None, typer.Option("--against", help="Model to compare with, image by image.")] = None,
     split: Split = None,
+    dataset_config: DatasetConfig = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    streaming: Streaming = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images in one pass.")] = 32,
     json_: Json = False,
     quiet: Quiet = False,
@@ -219,9 +254,11 @@ def evaluate(
     """Measure top-1 and top-5 accuracy, and the paired change against another model."""
     set_quiet(quiet)
     from .pruner import BlockPruner
+    from .sources import DataSource
 
+    source = DataSource(dataset, dataset_config, split, image_column, label_column, bool(streaming))
     pruner = BlockPruner.from_pretrained(model)
-    result = pruner.evaluate(dataset, against=against, split=split, batch_size=batch_size)
+    result = pruner.evaluate(source, against=against, batch_size=batch_size)
     emit(result.to_dict(), evaluation_table(result.to_dict()), as_json=json_)
     if not quiet:
         say_skipped(result.skipped)

@@ -1,6 +1,8 @@
 """Images in, batches out: finding, decoding and sampling data sets for calibration and evaluation."""
 
 import io
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,14 +12,14 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
+from .columns import NO_LABEL, Labels, choose_columns, label_of
 from .errors import DataError
+from .sources import DataSource, choose_split, is_url, read_errors, reason
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_CORRUPT_SHARE = 0.01
-LABEL_COLUMNS = ("label", "labels", "fine_label")
-NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,10 @@ class ImageSet:
         dataset: a `datasets.Dataset`, or an `IterableDataset` when streaming.
         name: for messages.
         image_column: the column with the images.
-        label_column: the column with class indices, None where there is none.
+        label_column: the column with class indices or names, None where there is none.
         class_names: names of the classes by index, where the data set knows them.
+        shuffle_buffer: images that a stream's sample is drawn from, 0 to take the first ones.
+        most: images that were taken of a stream, which may hold fewer; None for all.
     """
 
     dataset: Any
@@ -37,6 +41,8 @@ class ImageSet:
     image_column: str
     label_column: str | None
     class_names: tuple[str, ...] | None
+    shuffle_buffer: int = 0
+    most: int | None = None
 
     @property
     def streaming(self) -> bool:
@@ -44,30 +50,43 @@ class ImageSet:
 
     @property
     def public_name(self) -> str:
-        """The name without the folders of this machine, for reports that may be published."""
+        """The name without the folders of this machine and the keys in URLs, for reports that may be published."""
+        if is_url(self.name):
+            return re.sub(r"[?#]\S*", "", re.sub(r"//[^/]*@", "//", self.name))
         path = Path(self.name).expanduser()
-        return "/".join(path.resolve().parts[-2:]) if path.exists() else self.name
+        return "/".join((path.resolve() if path.exists() else path).parts[-2:])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a sample is determined by, with the seed, as JSON-ready values."""
+        options = {key: getattr(self, key) for key in ("image_column", "label_column", "streaming", "shuffle_buffer")}
+        return {"name": self.public_name, "split": str(getattr(self.dataset, "split", None)), **options}
 
     def sample(self, samples: int, seed: int) -> "ImageSet":
-        """At most `samples` images, drawn without replacement; of a stream, the first ones.
+        """At most `samples` images, drawn without replacement; of a stream, the first ones, or out of its buffer.
 
         A smaller sample of the same seed is the beginning of a larger one, so that an image at a position that is held
         back is held back from every step.
         """
         if self.streaming:
-            return replace(self, dataset=self.dataset.take(samples))
+            stream = self.dataset
+            if self.shuffle_buffer:
+                stream = stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+            return replace(self, dataset=stream.take(samples), most=samples)
         chosen = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:samples]
         return replace(self, dataset=self.dataset.select(chosen.tolist()))
 
     def file_name(self, index: int) -> str:
         """The name of an image by its position, or the position where it has no name."""
-        stored = {} if self.streaming else self.dataset[index][self.image_column] or {}
+        record = next(iter(self.dataset.skip(index))) if self.streaming else self.dataset[index]
+        stored = record[self.image_column] or {}
         return Path(stored["path"]).name if stored.get("path") else f"number {index}"
 
     def every(self, step: int, most: int) -> "ImageSet":
         """At most `most` images, one in `step`, or all where there are fewer than that; of a stream, the first ones."""
         if self.streaming:
-            return replace(self, dataset=self.dataset.take(most))
+            most = most if self.most is None else min(most, self.most)
+            return replace(self, dataset=self.dataset.take(most), most=most)
         chosen = list(range(step - 1, len(self.dataset), step)) or list(range(len(self.dataset)))
         return replace(self, dataset=self.dataset.select(chosen[:most]))
 
@@ -98,68 +117,30 @@ def load_images(source: Any, *, split: str | None = None, prefer_splits: Sequenc
     """Open a data set.
 
     Args:
-        source: an image folder (with or without class sub-folders or metadata.csv), a folder of parquet files, the name
-            of a data set on the Hub, or a `datasets` object.
-        split: the split to use; by default the first of `prefer_splits` that exists, or the only one.
+        source: what `DataSource.path` can be, or a `DataSource` that says how to read it.
+        split: the split to use; by default the source's own, the first of `prefer_splits` that exists, or the only one.
         prefer_splits: see `split`.
 
     Raises:
-        DataError: nothing is there, it holds no images, or the split does not exist.
+        DataError: nothing is there, it holds no images, or the split or a column does not exist.
     """
     import datasets
 
-    name = str(source) if isinstance(source, (str, Path)) else "the data set"
-    dataset = _open(source, name) if isinstance(source, (str, Path)) else source
+    source = source if isinstance(source, DataSource) else DataSource(source)
+    name = source.name
+    dataset = source.open()
     if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        dataset = dataset[_choose_split([str(s) for s in dataset], split, prefer_splits, name)]
+        dataset = dataset[choose_split([str(s) for s in dataset], split or source.split, prefer_splits, name)]
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        raise DataError(f"{name}: expected an image folder, a data set name or a datasets.Dataset, got {type(source)}")
+        raise DataError(
+            f"{name}: expected an image folder, a data set name or a datasets.Dataset, got {type(source.path)}"
+        )
     if isinstance(dataset, datasets.Dataset) and not len(dataset):
         raise DataError(f"{name}: holds no images")
-    features = dataset.features or {}
-    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-    if not images:
-        raise DataError(f"{name}: no image column among {list(features)}; cast one to datasets.Image()")
-    label = next((key for key in LABEL_COLUMNS if key in features), None)
-    names = getattr(features.get(label), "names", None) if label else None
-    if label and getattr(features[label], "dtype", None) in ("string", "large_string"):
-        raise DataError(
-            f"{name}: column {label!r} holds text; give class indices, or sort the images into one folder a class"
-        )
-    dataset = dataset.select_columns([images[0], label] if label else [images[0]])
-    dataset = dataset.cast_column(images[0], datasets.Image(decode=False))
-    return ImageSet(dataset, name, images[0], label, tuple(names) if names else None)
-
-
-def _open(source: str | Path, name: str) -> Any:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    path = Path(source).expanduser()
-    try:
-        if not path.exists():
-            return datasets.load_dataset(str(source))
-        if path.is_dir() and not any(path.rglob("*.parquet")):
-            # One named split: left to itself the loader splits a folder by words such as "test" in file names.
-            return datasets.load_dataset("imagefolder", data_files={"train": str(path.resolve() / "**")})
-        return datasets.load_dataset(str(path))
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
-        found = (
-            "holds no images that can be read" if path.exists() else "no such folder, and no such data set on the Hub"
-        )
-        raise DataError(f"{name}: {found} ({type(error).__name__}: {reason})") from error
-
-
-def _choose_split(splits: list[str], split: str | None, prefer: Sequence[str], name: str) -> str:
-    if split is not None:
-        if split not in splits:
-            raise DataError(f"{name}: has no split {split!r}; choose one of {', '.join(splits)}")
-        return split
-    for candidate in (*prefer, *(splits if len(splits) == 1 else ())):
-        if candidate in splits:
-            return candidate
-    raise DataError(f"{name}: name a split; it has {', '.join(splits)}")
+    if isinstance(dataset, datasets.Dataset) and source.streaming:
+        dataset = dataset.to_iterable_dataset()
+    dataset, image, label, class_names = choose_columns(dataset, source)
+    return ImageSet(dataset, name, image, label, class_names, source.shuffle_buffer)
 
 
 @dataclass
@@ -189,8 +170,8 @@ class CorruptImages:
 class _Collate:
     """Decodes and preprocesses records; leaves out, and names, what cannot be decoded."""
 
-    def __init__(self, images: ImageSet, processor: Any, label_ids: list[int] | None) -> None:
-        self.images, self.processor, self.label_ids = images, processor, label_ids
+    def __init__(self, images: ImageSet, processor: Any, labels: Labels) -> None:
+        self.images, self.processor, self.labels = images, processor, labels
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         decoded, labels, index, corrupt = [], [], [], []
@@ -210,20 +191,34 @@ class _Collate:
         return batch
 
     def _label(self, record: dict[str, Any]) -> int:
-        if self.images.label_column is None:
-            return NO_LABEL
-        label = record[self.images.label_column]
-        label = NO_LABEL if label is None else int(label)
-        return self.label_ids[label] if self.label_ids and label >= 0 else label
+        return NO_LABEL if self.images.label_column is None else self.labels(label_of(record, self.images.label_column))
 
 
 def decode_image(stored: dict[str, Any] | None) -> Image.Image:
-    """An RGB image from the {"bytes", "path"} record of `datasets`, turned upright."""
-    if stored is None:
+    """An RGB image from the {"bytes", "path"} record of `datasets`, turned upright.
+
+    Raises:
+        OSError, SyntaxError, ValueError, Image.DecompressionBombError: it is no image that can be decoded.
+        DataError: it lies on the network and cannot be read.
+    """
+    if stored is None or (stored["bytes"] is None and stored["path"] is None):
         raise ValueError("no picture in this row")
-    source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
-    with Image.open(source) as image:
+    content, path = stored["bytes"], stored["path"]
+    if content is None and is_url(path):
+        content = _read_url(path)
+    with Image.open(path if content is None else io.BytesIO(content)) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _read_url(url: str) -> bytes:
+    """A network that fails is no corrupt image: with it left out, the result would be another one."""
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(url, "rb") as file:
+            return file.read()
+    except read_errors() as error:
+        raise DataError(f"{url}: cannot be read ({reason(error)}); try again") from error
 
 
 class _Indexed(torch.utils.data.Dataset):
@@ -237,6 +232,31 @@ class _Indexed(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.dataset[index], "index": index}
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    """A process's records of a stream, with their position in all of it.
+
+    Every process reads the whole stream and takes each `world`th batch, as of a map-style data set: shards shared out
+    over processes would give each of them other images than one process sees, at positions nobody knows.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, rank: int, world: int) -> None:
+        self.images, self.batch_size, self.rank, self.world = images, batch_size, rank, world
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        records = iter(self.images.dataset)
+        # `take` would read one image more before it stops, and with it perhaps a shard.
+        for index in itertools.count() if self.images.most is None else range(self.images.most):
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except read_errors() as error:
+                after = f"after {index} images" if index else "at its first image"
+                raise DataError(f"{self.images.name}: cannot be read {after} ({reason(error)})") from error
+            if index // self.batch_size % self.world == self.rank:
+                yield {**record, "index": index}
 
 
 def batches(
@@ -257,13 +277,11 @@ def batches(
         DataError: a label lies outside the model's classes.
     """
     from accelerate.data_loader import prepare_data_loader
-    from datasets.distributed import split_dataset_by_node
 
     rank, world = (0, 1) if everywhere else (accelerator.process_index, accelerator.num_processes)
-    collate = _Collate(images, processor, _label_ids(images.class_names, model_config))
+    collate = _Collate(images, processor, Labels(images.class_names, model_config, images.name))
     if images.streaming:
-        indexed = images.dataset.map(lambda record, index: {**record, "index": index}, with_indices=True)
-        loader = DataLoader(split_dataset_by_node(indexed, rank, world), batch_size=batch_size, collate_fn=collate)
+        loader = DataLoader(_Stream(images, batch_size, rank, world), batch_size=batch_size, collate_fn=collate)
     else:
         loader = DataLoader(_Indexed(images.dataset), batch_size=batch_size, collate_fn=collate)
         # even_batches would repeat images to give every process the same number of batches.
@@ -279,15 +297,6 @@ def batches(
 def num_batches(images: ImageSet, batch_size: int, processes: int) -> int | None:
     """Batches of the busiest process, None for a stream."""
     return None if images.streaming else -(-len(images.dataset) // (batch_size * processes))
-
-
-def _label_ids(class_names: tuple[str, ...] | None, model_config: Any) -> list[int] | None:
-    """Class indices of the model for those of the data set, where both know the same names."""
-    # A config that was given id2label alone has no label2id.
-    label2id = model_config.label2id or {name: index for index, name in (model_config.id2label or {}).items()}
-    if class_names and all(name in label2id for name in class_names):
-        return [int(label2id[name]) for name in class_names]
-    return None
 
 
 def _check_labels(labels: torch.Tensor, num_labels: int, name: str) -> None:

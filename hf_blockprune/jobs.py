@@ -10,6 +10,7 @@ from .config import BlockPruneConfig, read_settings
 from .errors import ConfigError
 from .progress import discard
 from .pruner import BlockPruner
+from .sources import DataSource
 
 CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(BlockPruneConfig))
 
@@ -21,17 +22,17 @@ class PruneJob:
     Attributes:
         model: Hub name or folder of the dense model.
         output: folder to write.
-        dataset: calibration images.
+        dataset: calibration images; in a recipe what `DataSource.path` can be, or a mapping with its attributes.
         split: their split.
-        evaluation: labelled images to compare the pruned with the dense model on, or None.
+        evaluation: labelled images to compare the pruned with the dense model on, or None; written like `dataset`.
         config: how to prune.
     """
 
     model: str
     output: str
-    dataset: str | None = None
+    dataset: DataSource | str | None = None
     split: str | None = None
-    evaluation: str | None = None
+    evaluation: DataSource | str | None = None
     config: BlockPruneConfig = field(default_factory=BlockPruneConfig)
 
     @classmethod
@@ -40,7 +41,8 @@ class PruneJob:
 
         A recipe holds the keys of `BlockPruneConfig` and any of model, dataset, split, evaluation and output. Overrides
         of calibration settings are merged into the recipe's. A `recover` of True adds recovery with its defaults to a
-        recipe without, False takes it out.
+        recipe without, False takes it out. `dataset_options` and `evaluation_options` are attributes of `DataSource`,
+        which win over those in the recipe.
 
         Raises:
             ConfigError: unknown or impossible settings, or no model or output anywhere.
@@ -50,7 +52,11 @@ class PruneJob:
         calibration = {**(settings.get("calibration") or {}), **given.pop("calibration", {})}
         if (wanted := given.pop("recover", None)) is not None:
             settings["recovery"] = (settings.get("recovery") or {}) if wanted else None
+        options = {key: given.pop(f"{key}_options", {}) for key in ("dataset", "evaluation")}
         settings = {**settings, **given, **({"calibration": calibration} if calibration else {})}
+        for key in options:
+            if settings.get(key) is not None:
+                settings[key] = DataSource.of(settings[key], **options[key])
         config = BlockPruneConfig.from_dict({k: v for k, v in settings.items() if k not in _JOB_KEYS})
         for key in ("model", "output"):
             if not isinstance(settings.get(key), str):

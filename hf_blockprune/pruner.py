@@ -123,8 +123,8 @@ class BlockPruner:
         """Remove blocks until the budget is met, and store the rest block-sparse.
 
         Args:
-            dataset: calibration images: a folder, a Hub name, or a `datasets` object. `taylor` uses labels where there
-                are any, `magnitude` without refit needs no images.
+            dataset: calibration images: a folder, files, a Hub name, a `datasets` object, or a `DataSource` that says
+                how to read them. `taylor` uses labels where there are any, `magnitude` without refit needs no images.
             split: split of the data set; "train" by default.
             work_dir: a folder that keeps the chosen masks and every layer that is refitted. A run that was interrupted
                 goes on from there when it is started again with the same folder, with the same result.
@@ -155,7 +155,7 @@ class BlockPruner:
         end, all at once, and only where images that were not learned from say that it became better.
 
         Args:
-            dataset: calibration images: a folder, a Hub name, or a `datasets` object.
+            dataset: calibration images, named as for `prune`.
             teacher: the dense model: a name, a folder or a `BlockPruner`. By default it is loaded again from where
                 `from_pretrained` found it; needed where the model was loaded pruned, or was passed in.
             split: split of the data set; "train" by default.
@@ -240,7 +240,7 @@ class BlockPruner:
         """Top-1 and top-5 accuracy, and the paired change against another model.
 
         Args:
-            dataset: labelled images.
+            dataset: labelled images, named as for `prune`.
             against: a name, folder or `BlockPruner` to compare with image by image, such as the dense model.
             split: split of the data set; "validation" or "test" by default.
             batch_size: images in one pass on each process.

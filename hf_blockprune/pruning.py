@@ -88,7 +88,7 @@ class Pruning:
         job = {
             "weights": weights_fingerprint(self.model),
             "config": self.config.replace(recovery=None).to_dict(),
-            "images": None if images is None else images.public_name,
+            "images": None if images is None else images.identity,
             "version": __version__,
         }
         return Progress(folder, job, self.accelerator)

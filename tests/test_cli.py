@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 
+import datasets
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from hf_blockprune._cpu.library import find_library
 from hf_blockprune.cli import app
+from hf_blockprune.data import load_images
 from hf_blockprune.hardware.systolic import dense_cycles
 from hf_blockprune.hub.blockprune_backends import available_backends
 
@@ -103,6 +105,43 @@ def test_recipe_with_overrides(vit_folder, images, tmp_path):
     assert report["config"]["budget"].items() >= {"metric": "sparsity", "ratio": 0.5}.items()
     assert report["config"]["calibration"] == {"samples": 6, "batch_size": 16, "seed": 3}
     assert not (tmp_path / "never").exists()
+
+
+@pytest.fixture(scope="module")
+def table(images, tmp_path_factory):
+    """A parquet file with columns of other names."""
+    path = tmp_path_factory.mktemp("table") / "pictures.parquet"
+    dataset = load_images(images).dataset.cast_column("image", datasets.Image())
+    dataset.rename_columns({"image": "photo", "label": "species"}).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_columns_by_option(pruned, vit_folder, table, tmp_path, streaming):
+    columns = ["--image-column", "photo", "--label-column", "species", *streaming]
+    arguments = ["--dataset", table, "--evaluate-on", table, "--output", tmp_path / "out", "--method", "taylor"]
+    report = json.loads(run("prune", vit_folder, *arguments, *columns, "--json", *QUICK).stdout)
+    assert report["calibration"]["num_images"] == 8
+    assert report["calibration"]["found_images"] == (None if streaming else 24)
+    assert report["evaluation"]["num_images"] == 24
+    measured = json.loads(run("evaluate", pruned, "--dataset", table, *columns, "--json", "--quiet").stdout)
+    assert measured["num_images"] == 24
+    line = refused("evaluate", pruned, "--dataset", table, "--label-column", "genus", "--quiet")
+    assert "has no column 'genus'; choose the labels from photo, species" in line
+
+
+def test_recipe_describes_its_data_sets(vit_folder, images, table, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {vit_folder}\noutput: {tmp_path / 'out'}\nblock_shape: [16, 16]\nmethod: taylor\n"
+        f"budget: {{metric: flops, ratio: 0.9}}\ncalibration: {{samples: 4}}\nevaluation: {images}\n"
+        f"dataset: {{path: {table}, label_column: species, streaming: true, shuffle_buffer: 8}}\n"
+    )
+    report = json.loads(run("prune", "--config", recipe, "--json", "--quiet").stdout)
+    assert report["calibration"]["dataset"].endswith("pictures.parquet")
+    assert report["evaluation"]["num_images"] == 24
+    recipe.write_text(recipe.read_text().replace("label_column", "labels_column"))
+    assert "unknown key 'labels_column'" in refused("prune", "--config", recipe, "--overwrite", "--quiet")
 
 
 @pytest.mark.parametrize(

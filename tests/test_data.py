@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from PIL import Image
 from transformers import ViTConfig
 
-from hf_blockprune import DataError
-from hf_blockprune.data import NO_LABEL, CorruptImages, batches, decode_image, load_images, num_batches
+from hf_blockprune import ConfigError, DataError, DataSource
+from hf_blockprune.data import NO_LABEL, CorruptImages, ImageSet, batches, decode_image, load_images, num_batches
 
 from .conftest import NUM_LABELS, tiny_settings, write_images
 
@@ -103,8 +103,13 @@ def test_missing_labels_count_as_none(processor, accelerator):
     assert labels_of(found, processor, accelerator) == [2, NO_LABEL, 5]
 
 
-def test_label_that_is_no_class_index_is_refused(processor, accelerator):
-    with pytest.raises(DataError, match="label"):
+def test_labels_in_text_are_names_of_the_model(processor, accelerator):
+    found = load_images(image_dataset(4, label=["oak", "ant", None, "oak"]))
+    assert labels_of(found, processor, accelerator, config_with_names("rose", "ant", "oak")) == [2, 1, NO_LABEL, 2]
+
+
+def test_label_in_text_that_the_model_does_not_know_is_refused(processor, accelerator):
+    with pytest.raises(DataError, match=r"label 'cat' is no class of the model; expected names such as 'class 0'"):
         labels_of(load_images(image_dataset(2, label=["cat", "dog"])), processor, accelerator)
 
 
@@ -122,6 +127,64 @@ def test_words_in_file_names_do_not_split_a_folder(tmp_path):
     assert file_names(load_images(tmp_path)) == sorted(name.rsplit("/", 1)[-1] for name in names)
 
 
+def split_folders(root, **counts):
+    """One picture for each class of each folder: `{"train/cat": 2}` with underscores for slashes."""
+    for name, count in counts.items():
+        class_folders(root, {name.replace("_", "/"): count})
+    return root
+
+
+def test_split_folders_are_splits(tmp_path):
+    split_folders(tmp_path, train_cat=2, train_dog=1, val_cat=3, val_dog=1)
+    calibration = load_images(tmp_path)
+    assert (len(calibration.dataset), calibration.class_names) == (3, ("cat", "dog"))
+    evaluation = load_images(tmp_path, prefer_splits=("validation", "test", "train"))
+    assert (len(evaluation.dataset), evaluation.class_names) == (4, ("cat", "dog"))
+    assert len(load_images(tmp_path, split="validation").dataset) == 4
+    with pytest.raises(DataError, match="has no split 'test'; choose one of train, validation"):
+        load_images(tmp_path, split="test")
+    assert load_images(DataSource(tmp_path, split="validation")).dataset.split == "validation"
+
+
+def test_folders_of_one_split_belong_together(tmp_path):
+    split_folders(tmp_path, dev_cat=1, validation_dog=2, test_cat=4)
+    found = load_images(tmp_path, split="validation")
+    assert (len(found.dataset), found.class_names) == (3, ("cat", "dog"))
+
+
+def test_split_folders_without_classes_are_no_classes(tmp_path, processor, accelerator):
+    split_folders(tmp_path, train=3, test=2)
+    found = load_images(tmp_path)
+    assert labels_of(found, processor, accelerator) == [NO_LABEL] * 3
+
+
+def test_split_folders_with_metadata_of_their_own(tmp_path):
+    write_images(tmp_path / "train", 4)
+    write_images(tmp_path / "test", 2)
+    assert [r["label"] for r in load_images(tmp_path).dataset] == [0, 1, 2, 3]
+    assert [r["label"] for r in load_images(tmp_path, split="test").dataset] == [0, 1]
+
+
+def test_metadata_beside_split_folders_is_refused(tmp_path):
+    """The loader would count its rows to every split."""
+    split_folders(tmp_path, train=1, test=1)
+    (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/0.png,0\ntest/0.png,1\n")
+    with pytest.raises(DataError, match=r"metadata\.csv lies beside split folders; give each of train, test its own"):
+        load_images(tmp_path)
+
+
+def test_class_named_like_a_split_is_a_class(tmp_path):
+    found = load_images(class_folders(tmp_path, {"bus": 1, "test": 2, "train": 3}))
+    assert (len(found.dataset), found.class_names) == (6, ("bus", "test", "train"))
+
+
+def test_folder_with_brackets_in_its_name(tmp_path):
+    found = load_images(class_folders(tmp_path / "set [1]", {"ant": 1, "bee": 2}))
+    assert len(found.dataset) == 3
+    image_dataset(2, label=[0, 1]).to_parquet(tmp_path / "part [0].parquet")
+    assert len(load_images(tmp_path / "part [0].parquet").dataset) == 2
+
+
 def test_other_files_beside_the_images_are_left_out(tmp_path):
     write_images(tmp_path, 3)
     (tmp_path / "README.md").write_text("random pictures")
@@ -133,6 +196,114 @@ def test_folder_of_parquet_files(tmp_path):
     found = load_images(tmp_path)
     assert [r["label"] for r in found.dataset] == [0, 1, 2]
     assert np.asarray(decode_image(found.dataset[2]["image"])).max() == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets_saved_to_disk(tmp_path, processor, accelerator, streaming):
+    image_dataset(3, label=[2, 1, 0]).save_to_disk(tmp_path / "one")
+    splits(train=1, test=2).save_to_disk(tmp_path / "several")
+    one = load_images(DataSource(tmp_path / "one", streaming=streaming))
+    assert one.streaming == streaming
+    assert labels_of(one, processor, accelerator) == [2, 1, 0]
+    assert shades(load_images(DataSource(tmp_path / "several", split="test", streaming=streaming))) == [0, 1]
+
+
+def test_image_files_by_pattern(tmp_path):
+    class_folders(tmp_path, {"ant": 1, "bee": 2})
+    found = load_images(str(tmp_path / "*/*.png"))
+    assert (len(found.dataset), found.class_names) == (3, ("ant", "bee"))
+
+
+@pytest.mark.parametrize("name", ["*.tar", "shard-{0..2}.tar", ["one.tar", "two.tar"], []])
+def test_files_that_are_not_there_are_refused(tmp_path, name):
+    path = [tmp_path / part for part in name] if isinstance(name, list) else str(tmp_path / name)
+    with pytest.raises(DataError, match=r"no file has such a name|no such file|list is empty"):
+        load_images(path)
+
+
+@pytest.mark.parametrize("names", [["a.zip"], ["a.tar", "b.parquet"], ["a.txt", "b.png"]])
+def test_files_of_other_or_several_kinds_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"expected \.tar shards, \.parquet files or images, of one kind, got '\."):
+        load_images([tmp_path / name for name in names])
+
+
+def test_columns_can_be_named(processor, accelerator):
+    dataset = image_dataset(3, label=[0, 0, 0], species=[4, 5, 6], photo=[picture(10 + i) for i in range(3)])
+    found = load_images(DataSource(dataset, image_column="photo", label_column="species"))
+    assert [int(np.asarray(decode_image(r["photo"])).max()) for r in found.dataset] == [10, 11, 12]
+    assert labels_of(found, processor, accelerator) == [4, 5, 6]
+    assert set(found.dataset.column_names) == {"photo", "species"}
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "both"])
+def test_named_image_column_may_hold_paths_or_bytes(tmp_path, processor, accelerator, kind):
+    file = tmp_path / "one.png"
+    picture(7).save(file)
+    value = {"path": str(file), "bytes": file.read_bytes(), "both": {"bytes": file.read_bytes(), "path": "x.png"}}[kind]
+    dataset = datasets.Dataset.from_list([{"content": value, "label": 3}])
+    found = load_images(DataSource(dataset, image_column="content"))
+    assert int(np.asarray(decode_image(found.dataset[0]["content"])).max()) == 7
+    assert labels_of(found, processor, accelerator) == [3]
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"image_column": "photo"}, "has no column 'photo'; choose the images from image, label, box"),
+        ({"label_column": "species"}, "has no column 'species'; choose the labels from image, label, box"),
+        ({"label_column": "box.left"}, r"has no column 'box\.left'"),
+        ({"image_column": "label"}, "column 'label' holds no images but Value"),
+        ({"label_column": "box"}, "column 'box' holds List, not one label an image"),
+        ({"label_column": "image"}, "column 'image' holds Image, not one label an image"),
+    ],
+)
+def test_columns_that_cannot_be_used_are_refused(columns, expected):
+    dataset = image_dataset(2, label=[0, 1], box=[[1, 2], [3, 4]])
+    with pytest.raises(DataError, match=expected):
+        load_images(DataSource(dataset, **columns))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"path": "x", "colum": "y"}, "unknown key 'colum'; choose from path, config, split"),
+        ({"split": "train"}, "name its path"),
+        ({"path": "x", "streaming": "yes"}, "streaming must be true or false, got 'yes'"),
+        ({"path": "x", "label_column": 3}, "label_column must be text, got 3"),
+        ({"path": "x", "streaming": True, "shuffle_buffer": -1}, "shuffle_buffer must be a number of images, got -1"),
+    ],
+)
+def test_descriptions_that_make_no_sense_are_refused(value, expected):
+    with pytest.raises(ConfigError, match=expected):
+        DataSource.of(value)
+
+
+def test_configuration_of_files_is_refused(images):
+    with pytest.raises(DataError, match="files have no configurations; leave out 'full'"):
+        load_images(DataSource(images, config="full"))
+
+
+def test_options_win_over_a_description():
+    described = {"path": "x", "label_column": "a", "split": "b"}
+    assert DataSource.of(described, label_column="c", split=None) == DataSource("x", label_column="c", split="b")
+    assert DataSource.of("x", streaming=True) == DataSource.of(DataSource("x"), streaming=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("https://me:word@host/a.tar?sig=abc", "https://host/a.tar"),
+        (["https://host/a.tar?sig=abc", "https://host/b.tar?sig=def"], "https://host/a.tar and 1 more"),
+        ("/home/me/private/shards/*.tar", "shards/*.tar"),
+        ("owner/set", "owner/set"),
+        ("imagenet-1k", "imagenet-1k"),
+    ],
+)
+def test_names_for_reports_hold_no_keys_and_no_folders(path, expected):
+    images = ImageSet(image_dataset(1), DataSource(path).name, "image", None, None)
+    assert images.public_name == expected
 
 
 def test_empty_folder_is_refused(tmp_path):
@@ -326,6 +497,13 @@ def test_batch_of_corrupt_images_alone_has_no_pixels(tmp_path, processor, accele
     assert "pixel_values" not in first
     assert len(first["corrupt"]) == 1
     assert len(second["pixel_values"]) == 1
+
+
+def test_record_with_neither_bytes_nor_path_counts_as_corrupt(processor, accelerator):
+    rows = [{"content": {"bytes": None, "path": None}}, {"content": {"bytes": b"no picture", "path": "x.png"}}]
+    found = load_images(DataSource(datasets.Dataset.from_list(rows), image_column="content"))
+    (batch,) = all_batches(found, processor, accelerator)
+    assert batch["corrupt"] == ["image 0", "x.png"]
 
 
 def test_record_without_a_picture_counts_as_corrupt(processor, accelerator):

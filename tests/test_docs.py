@@ -39,13 +39,14 @@ def test_python_in_the_readme_names_only_what_exists():
                 assert hasattr(hf_blockprune.BlockPruner, node.attr)
 
 
-def test_command_lines_in_the_readme_use_options_that_exist():
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_command_lines_use_options_that_exist(page):
     from typer.main import get_command
 
     from hf_blockprune.cli import app
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^blockprune (\w+) (.*)$", text, re.MULTILINE)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = re.findall(r"^ *blockprune (\w+) (.*)$", text, re.MULTILINE)
     assert lines
     for command, arguments in lines:
         known = {option for parameter in get_command(app).commands[command].params for option in parameter.opts}

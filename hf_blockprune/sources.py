@@ -1,0 +1,271 @@
+"""Where images come from: every form of data set that can be named, opened with `datasets`."""
+
+import glob
+import re
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, DataError
+
+BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
+# The words of `datasets` for folders that are splits.
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set by name, and how to read it; serves wherever a data set is asked for.
+
+    Attributes:
+        path: a folder of images, of parquet files or of webdataset shards; one such file, a pattern ("shards/*.tar"), a
+            range ("shards/{000..019}.tar"), a URL, or a list of these; the name of a data set on the Hub; or a
+            `datasets` object.
+        config: which configuration of a data set on the Hub.
+        split: the split to use, where the caller names none.
+        image_column: the column with the images; by default the first of type `datasets.Image`.
+        label_column: the column with the labels, "json.label" for a key inside of one; by default a usual name.
+        streaming: read image by image, no further than needed, and store nothing.
+        shuffle_buffer: draw a stream's sample from a buffer of so many images; 0 takes the first ones.
+
+    Example:
+        ```python
+        pruner.prune(DataSource("imagenet-1k", streaming=True, shuffle_buffer=4096))
+        ```
+    """
+
+    path: Any
+    config: str | None = None
+    split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("config", "split", "image_column", "label_column"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"data set: {name} must be text, got {getattr(self, name)!r}")
+        if not isinstance(self.streaming, bool):
+            raise ConfigError(f"data set: streaming must be true or false, got {self.streaming!r}")
+        if type(self.shuffle_buffer) is not int or self.shuffle_buffer < 0:
+            raise ConfigError(f"data set: shuffle_buffer must be a number of images, got {self.shuffle_buffer!r}")
+        if self.shuffle_buffer and self._named and not self.streaming:
+            raise ConfigError("data set: shuffle_buffer is for streams, other samples are random anyway; add streaming")
+
+    @classmethod
+    def of(cls, value: Any, **options: Any) -> "DataSource":
+        """A source from what names one: itself, the mapping of its attributes in a recipe, or a path.
+
+        Options of None change nothing.
+
+        Raises:
+            ConfigError: the mapping has no path or unknown keys, or a value is impossible.
+        """
+        given = {key: option for key, option in options.items() if option is not None}
+        if isinstance(value, DataSource):
+            return replace(value, **given)
+        if type(value) is not dict:  # A DatasetDict is a mapping too.
+            return cls(value, **given)
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(map(str, value.keys() - set(known))):
+            raise ConfigError(f"data set: unknown key {unknown[0]!r}; choose from {', '.join(known)}")
+        if "path" not in value:
+            raise ConfigError("data set: name its path, a folder, a file or a data set on the Hub")
+        return cls(**{**value, **given})
+
+    @property
+    def _named(self) -> bool:
+        parts = self.path if isinstance(self.path, (list, tuple)) else [self.path]
+        return all(isinstance(part, (str, Path)) for part in parts)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        if not self._named:
+            return "the data set"
+        if not isinstance(self.path, (list, tuple)):
+            return str(self.path)
+        more = f" and {len(self.path) - 1} more" if len(self.path) > 1 else ""
+        return f"{self.path[0]}{more}" if self.path else "the empty list"
+
+    def open(self) -> Any:
+        """What `datasets` makes of it: splits, or one data set.
+
+        Raises:
+            DataError: nothing is there, or no images that can be read.
+        """
+        if not self._named:
+            return self.path
+        files = _files(self.path)
+        path = Path() if files else Path(self.path).expanduser()
+        try:
+            if files:
+                # `datasets` takes brackets in names for patterns.
+                exactly = [file if is_url(file) else glob.escape(file) for file in files]
+                return self._load(_builder(files, self.name), data_files={"train": exactly})
+            return self._open_folder(path) if path.exists() else self._load(str(self.path))
+        except read_errors() as error:
+            named = not files and not path.exists()
+            found = "no such folder, and no such data set on the Hub" if named else "holds no images that can be read"
+            raise DataError(f"{self.name}: {found} ({reason(error)})") from error
+
+    def _open_folder(self, path: Path) -> Any:
+        import datasets
+
+        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            return datasets.load_from_disk(str(path))
+        suffixes = {file.suffix.lower() for file in path.rglob("*") if file.name not in METADATA_FILES}
+        if ".parquet" in suffixes or (".tar" in suffixes and not suffixes & _image_suffixes()):
+            return self._load(str(path))
+        # Named splits: left to itself the loader splits a folder by words such as "test" in file names.
+        splits = _split_folders(path)
+        if not splits:
+            return self._load("imagefolder", data_files={"train": _everything(path)})
+        for file in METADATA_FILES:
+            if (path / file).exists():
+                raise DataError(
+                    f"{self.name}: {file} lies beside split folders; give each of {', '.join(splits)} its own"
+                )
+        # Where pictures lie in the split folders themselves, those would be taken for classes.
+        flat = any(_is_image(file) for folders in splits.values() for folder in folders for file in folder.iterdir())
+        data_files = {split: [_everything(folder) for folder in folders] for split, folders in splits.items()}
+        return self._load("imagefolder", data_files=data_files, drop_labels=True if flat else None)
+
+    def _load(self, path: str, **options: Any) -> Any:
+        import datasets
+
+        if self.config is not None and "data_files" in options:
+            raise DataError(f"{self.name}: files have no configurations; leave out {self.config!r}")
+        return datasets.load_dataset(path, self.config, streaming=self.streaming, **options)
+
+
+def choose_split(splits: Sequence[str], split: str | None, prefer: Sequence[str], name: str) -> str:
+    """The split that was asked for, or the first preferred one, or the only one.
+
+    Raises:
+        DataError: there is none such.
+    """
+    if split is not None:
+        if split in splits:
+            return split
+        raise DataError(f"{name}: has no split {split!r}; choose one of {', '.join(splits)}")
+    for candidate in (*prefer, *(splits if len(splits) == 1 else ())):
+        if candidate in splits:
+            return candidate
+    raise DataError(f"{name}: name a split; it has {', '.join(splits)}")
+
+
+@cache
+def read_errors() -> tuple[type[Exception], ...]:
+    """What reading a data set may raise where files or the network, not this package, are at fault."""
+    from aiohttp import ClientError
+    from datasets.exceptions import DatasetsError
+
+    return (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, DatasetsError, ClientError)
+
+
+def reason(error: BaseException) -> str:
+    """One line on what went wrong."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def is_url(text: str) -> bool:
+    """Whether it names something on the network."""
+    return "://" in text
+
+
+def _files(path: str | Path | Sequence[str | Path]) -> list[str] | None:
+    """The files and URLs that were named one by one, by pattern or by range; None for folders and names on the Hub."""
+    if isinstance(path, (list, tuple)):
+        if not path:
+            raise DataError("no files were named: the list is empty")
+        return [file for part in path for file in _files(part) or [_existing(str(part))]]
+    text = str(path)
+    if is_url(text):
+        return _expand(text)
+    local = Path(text).expanduser()
+    if local.exists():
+        return [str(local.resolve())] if local.is_file() else None
+    expanded = _expand(str(local))
+    if len(expanded) > 1:
+        return [_existing(file) for file in expanded]
+    if not glob.has_magic(text):
+        return None
+    found = sorted(file for file in glob.glob(str(local.absolute()), recursive=True) if Path(file).is_file())
+    if not found:
+        raise DataError(f"{text}: no file has such a name")
+    return found
+
+
+def _expand(text: str) -> list[str]:
+    """`a{08..10}b` as a08b, a09b, a10b."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", text)
+    if match is None:
+        return [text]
+    before, after = text[: match.start()], _expand(text[match.end() :])
+    first, last = match.groups()
+    return [f"{before}{i:0{len(first)}d}{rest}" for i in range(int(first), int(last) + 1) for rest in after]
+
+
+def _existing(file: str) -> str:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise DataError(f"{file}: no such file")
+    return str(path.resolve())
+
+
+def _builder(files: Sequence[str], name: str) -> str:
+    """The loader for files of one kind."""
+    suffixes = {Path(re.sub(r"[?#].*", "", file) if is_url(file) else file).suffix.lower() for file in files}
+    if suffixes <= _image_suffixes():
+        return "imagefolder"
+    if len(suffixes) == 1 and (builder := BUILDERS.get(next(iter(suffixes)))):
+        return builder
+    raise DataError(
+        f"{name}: expected .tar shards, .parquet files or images, of one kind, got {', '.join(sorted(suffixes))!r}"
+    )
+
+
+@cache
+def _image_suffixes() -> set[str]:
+    from PIL import Image
+
+    return set(Image.registered_extensions())
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _image_suffixes() and path.is_file()
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(_is_image(path) for path in folder.rglob("*"))
+
+
+def _everything(folder: Path) -> str:
+    return str(Path(glob.escape(str(folder.resolve()))) / "**")
+
+
+def _split_folders(path: Path) -> dict[str, list[Path]]:
+    """The folders of each split, where all images lie in folders with the names of splits; else none.
+
+    A word in a file's name makes no split, nor does a class called "train" among others.
+    """
+    words = {word: split for split, group in SPLIT_FOLDERS.items() for word in group}
+    found: dict[str, list[Path]] = {split: [] for split in SPLIT_FOLDERS}
+    for entry in sorted(path.iterdir()):
+        if entry.name in words and entry.is_dir():
+            if _holds_images(entry):
+                found[words[entry.name]].append(entry)
+        elif _is_image(entry) or (entry.is_dir() and _holds_images(entry)):
+            return {}
+    return {split: folders for split, folders in found.items() if folders}
