@@ -1,4 +1,4 @@
-"""What `obs` takes on a larger model: its own pipeline on one, two and three layers of it, extrapolated to all.
+"""What `obs` takes on a larger model: its own pipeline on two, three and four layers of it, extrapolated to all.
 
     python benchmarks/scale.py --model MODEL --calibration IMAGES --output benchmarks/results/scale-cpu.json
 
@@ -24,7 +24,7 @@ from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.environment import environment
 
 WIDTHS = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}
-MEASURED_LAYERS = (1, 2, 3)
+MEASURED_LAYERS = (2, 3, 4)
 LAYERS = 12
 
 

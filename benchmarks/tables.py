@@ -18,14 +18,16 @@ def accuracy_table(results: dict[str, Any]) -> str:
         f"DeiT-Ti, {first['num_images']} labelled photographs that nothing was chosen on, dense top-1 "
         f"{first['baseline_top1']:.1%}.",
         "",
-        "| FLOPs kept, whole model | blocks | method | images | top-1 | change, 95 % interval | recovered | on disk |",
+        "| FLOPs kept | blocks | method | images, draw | top-1 | change, 95 % interval | recovered | on disk |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda row: (-asked(row), row["block_shape"], row["method"], row["samples"])):
+    for row in sorted(
+        rows, key=lambda row: (-asked(row), row["block_shape"], row["method"], row["samples"], row["seed"])
+    ):
         low, high = row["interval"]
         lines.append(
-            f"| {row['flops_ratio']:.1%} | {row['block_shape']} | `{row['method']}` | {row['samples']} | "
-            f"{row['top1']:.1%} | "
+            f"| {row['flops_ratio']:.1%} | {row['block_shape']} | `{row['method']}` | "
+            f"{row['samples']}, {row['seed']} | {row['top1']:.1%} | "
             f"{100 * row['delta']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}) | "
             f"{recovered(row)} | {row['size_bytes'] / 1e6:.1f} MB |"
         )

@@ -287,7 +287,11 @@ def _stages(unit: Unit, names: list[str], states: Tensor) -> list[_Stage]:
 def _is_added_last(unit: Unit, name: str, states: Tensor, out: Tensor) -> bool:
     """Whether what is added to a Linear's output is added to the layer's output, no more and no less."""
     more = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device) * out.std()
-    handle = unit.module.get_submodule(name).register_forward_hook(lambda module, inputs, output: output + more)
+
+    def add(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return output + more
+
+    handle = unit.module.get_submodule(name).register_forward_hook(add)
     try:
         return _close(unit.run(states), out + more)
     finally:
