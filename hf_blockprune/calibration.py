@@ -172,8 +172,10 @@ class _Accumulator:
         self.linear, self.block_shape, self.fisher = linear, block_shape, fisher
         self.index: Tensor  # positions of the images of the batch in flight
         self.num_tokens = self.num_images = 0
+        self.origin: Tensor | None = None  # what moments are taken about until the end
         out, into = linear.weight.shape
         double = {"dtype": torch.float64, "device": linear.weight.device}
+        self.weight = torch.zeros((), **double)
         self.sums: dict[str, Tensor] = {}
         if moments:
             self.sums |= {"mean": torch.zeros(into, **double), "second_moment": torch.zeros(into, into, **double)}
@@ -206,8 +208,13 @@ class _Accumulator:
 
     def _add_moments(self, x: Tensor, token_weight: Tensor) -> None:
         """x [images, tokens, in], token_weight [images, tokens, 1]."""
-        tokens = x.flatten(0, 1)
-        weighted = tokens * token_weight.flatten(0, 1)
+        tokens, weight = x.flatten(0, 1), token_weight.flatten(0, 1)
+        if self.origin is None:
+            # Near the mean: what single precision rounds off a large mean can be more than a small variance.
+            self.origin = (tokens * weight).sum(0) / weight.sum().clamp(min=1e-30)
+        tokens = tokens - self.origin
+        weighted = tokens * weight
+        self.weight += weight.sum(dtype=torch.float64)
         self.sums["mean"] += weighted.sum(0, dtype=torch.float64)
         self.sums["second_moment"] += (weighted.t() @ tokens).double()
 
@@ -238,11 +245,19 @@ class _Accumulator:
             tokens = max(gather_object([len(self.sums["token_weight"])]))
             self.sums["token_weight"] = self.sums["token_weight"].expand(tokens).clone()
 
+    def _take_moments_about_zero(self) -> None:
+        if self.origin is not None:
+            origin, mean = self.origin.double(), self.sums["mean"]
+            cross = torch.outer(origin, mean)
+            self.sums["second_moment"] += cross + cross.t() + self.weight * torch.outer(origin, origin)
+            self.sums["mean"] = mean + self.weight * origin
+
     def finish(self, accelerator: "Accelerator") -> LayerStatistics:
         """Add up over processes and divide."""
         counts = torch.tensor([self.num_tokens, self.num_images], device=accelerator.device)
         tokens, images = (int(n) for n in accelerator.reduce(counts, "sum"))
         self._agree_on_tokens()
+        self._take_moments_about_zero()
         sums: dict[str, Any] = {name: accelerator.reduce(value, "sum") for name, value in self.sums.items()}
         weight: Any = sums["token_weight"].sum().clamp(min=1e-300) if self.fisher else tokens
         divide_by = {"mean": weight, "second_moment": weight, "output_weight": tokens, "gradient": images}

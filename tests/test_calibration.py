@@ -330,6 +330,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_blockprune import calibration
 from hf_blockprune.calibration import collect
 from hf_blockprune.data import load_images
 
@@ -388,3 +389,20 @@ def test_two_processes_give_what_one_gives(vit_folder, images, tmp_path, batch_s
         assert two[name]["num_tokens"] == one[name]["num_tokens"] == 24 * NUM_TOKENS
         for key in (*STATISTICS, "block_gradients"):
             assert_close_at_scale(two[name][key], one[name][key].double(), 1e-6)
+
+
+def test_small_variances_beside_large_means_are_not_rounded_off(accelerator):
+    """As of a class token in the first layer, which hardly differs from image to image."""
+    linear = torch.nn.Linear(24, 3)
+    accumulator = calibration._Accumulator("linear", linear, moments=True, fisher=False, block_shape=None)
+    generator = torch.Generator().manual_seed(0)
+    x = 100 + 1e-2 * torch.randn(6, 5, 24, generator=generator)
+    for part in x.split(4):
+        accumulator.index = torch.arange(len(part))
+        accumulator.hook(linear, (part,), linear(part).detach())
+    found = accumulator.finish(accelerator)
+    tokens = x.double().flatten(0, 1)
+    expected = torch.cov(tokens.t(), correction=0)
+    torch.testing.assert_close(found.covariance, expected, rtol=0, atol=1e-4 * float(expected.diagonal().mean()))
+    torch.testing.assert_close(found.mean, tokens.mean(0))
+    torch.linalg.cholesky(found.covariance + 1e-3 * torch.diag(found.covariance.diagonal()))
