@@ -82,7 +82,7 @@ def predict(model: nn.Module, device: str | Path, *, batch: int = 1, dtype: str 
     """What a forward pass of a loaded model takes on a device.
 
     Args:
-        model: a ViT or DeiT classifier, dense or with block-sparse layers.
+        model: a classifier of ViT's form, dense or with block-sparse layers.
         device: a profile's name or file.
         batch: images.
         dtype: of all numbers, as for `simulate_checkpoint`.
