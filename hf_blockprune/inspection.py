@@ -21,6 +21,7 @@ from .hub.blockprune_quantizer import QUANT_METHOD, TENSOR_NAMES, BlockPruneQuan
 
 # Bytes of an element by safetensors' name of its dtype; any other counts as one byte.
 ELEMENT_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+LAYER_COUNTS = ("num_hidden_layers", "depths")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -114,6 +115,7 @@ def open_checkpoint(directory: str | Path) -> StoredModel:
     if not files:
         raise CheckpointError(f"{directory}: holds no safetensors file")
     tensors = _read_headers(files, config)
+    _check_sizes(folder, tensors)
     architecture, flops = _dense_architecture(folder)
     layers = []
     for module, name in _in_forward_order(architecture, config):
@@ -173,8 +175,22 @@ def _dense_architecture(folder: Path) -> tuple[Any, ModelFlops]:
         with torch.device("meta"):
             model = AutoModelForImageClassification.from_config(config)
         return model, count_flops(type(model), config, _processing(folder))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of whatever transformers makes of values that nobody checked
         raise ModelError(f"{folder}: its config.json describes no image classifier ({error})") from error
+
+
+def _check_sizes(folder: Path, tensors: "_Tensors") -> None:
+    """Refuse a config whose model would be larger than the files, before anything of that size is built.
+
+    Raises:
+        ModelError: naming the key.
+    """
+    most = max(sum(math.prod(shape) for shape in tensors.shapes.values()), 1)
+    for key, value in read_json(folder / CONFIG_FILE).items():
+        layers = key in LAYER_COUNTS
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > (len(tensors.shapes) if layers else most):
+                raise ModelError(f"{folder}: config.json declares {key} {number}, more than its files hold")
 
 
 def _processing(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,173 @@
+"""Checkpoints damaged or forged in many ways, and what must hold for all of them."""
+
+import json
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+
+from hf_blockprune import BlockPruneError, BlockSparseFormatError
+from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, stored_layer_name
+from hf_blockprune.inspection import inspect_checkpoint
+
+FIXTURE = Path(__file__).parent / "fixtures" / "format-2"
+PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+# What transformers and safetensors say of files that they refuse by themselves.
+THEIRS = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError)
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.integers(-3, 40),
+    st.floats(allow_nan=True),
+    st.text(max_size=8),
+    st.lists(st.integers(-2, 64), max_size=4),
+    st.dictionaries(st.text(max_size=5), st.integers(-2, 9), max_size=2),
+)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One change to a checkpoint: `place` says where, `value` what comes there."""
+
+    kind: str
+    place: Any
+    value: Any
+
+
+def _config_places(config: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    keys = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    return [place for key, value in keys for place in ((*prefix, key), *_config_places(value, (*prefix, key)))]
+
+
+CONFIG = json.loads((FIXTURE / "config.json").read_text())
+TENSORS = load_file(FIXTURE / "model.safetensors")
+SIZE = (FIXTURE / "model.safetensors").stat().st_size
+HEADER = struct.unpack("<Q", (FIXTURE / "model.safetensors").read_bytes()[:8])[0] + 8
+INDICES = sorted(name for name in TENSORS if name.endswith("_indices"))
+
+damages = st.one_of(
+    st.builds(Damage, st.just("config"), st.sampled_from(_config_places(CONFIG)), JUNK),
+    st.builds(
+        Damage,
+        st.just("config"),
+        st.sampled_from([p for p in _config_places(CONFIG) if p[0] == "quantization_config"]),
+        JUNK,
+    ),
+    st.builds(Damage, st.just("missing key"), st.sampled_from(_config_places(CONFIG)), st.none()),
+    st.builds(
+        Damage,
+        st.just("index"),
+        st.sampled_from(INDICES),
+        st.tuples(st.integers(0, 63), st.integers(-(2**31), 2**31 - 1)),
+    ),
+    st.builds(Damage, st.just("index"), st.sampled_from(INDICES), st.tuples(st.integers(0, 63), st.integers(-2, 6))),
+    st.builds(
+        Damage,
+        st.just("dtype"),
+        st.sampled_from(sorted(TENSORS)),
+        st.sampled_from(["int64", "uint8", "float16", "bool"]),
+    ),
+    st.builds(Damage, st.just("shape"), st.sampled_from(sorted(TENSORS)), st.integers(0, 5)),
+    st.builds(Damage, st.just("missing tensor"), st.sampled_from(sorted(TENSORS)), st.none()),
+    st.builds(Damage, st.just("byte"), st.integers(0, HEADER - 1), st.integers(0, 255)),
+    st.builds(Damage, st.just("cut off"), st.integers(0, SIZE - 1), st.none()),
+)
+
+
+def forge(folder: Path, changes: list[Damage]) -> None:
+    """Write the fixture with changes; those to bytes come last."""
+    config, tensors = json.loads(json.dumps(CONFIG)), {name: tensor.clone() for name, tensor in TENSORS.items()}
+    for change in changes:
+        if change.kind in ("config", "missing key"):
+            _change_config(config, change)
+        elif change.place in tensors:
+            _change_tensor(tensors, change)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    for change in changes:
+        if change.kind == "byte":
+            data[change.place % len(data)] = change.value
+        elif change.kind == "cut off":
+            del data[change.place :]
+        if not data:
+            break
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def _change_config(config: Any, change: Damage) -> None:
+    for key in change.place[:-1]:
+        if not isinstance(config, (dict, list)) or (isinstance(config, dict) and key not in config):
+            return
+        if isinstance(config, list) and not (isinstance(key, int) and key < len(config)):
+            return
+        config = config[key]
+    last = change.place[-1]
+    if (
+        (isinstance(config, dict)
+        and last in config)
+        or (isinstance(config, list)
+        and isinstance(last, int)
+        and last < len(config))
+    ):
+        if change.kind == "config":
+            config[last] = change.value
+        else:
+            del config[last]
+
+
+def _change_tensor(tensors: dict[str, torch.Tensor], change: Damage) -> None:
+    tensor = tensors[change.place]
+    if change.kind == "index" and tensor.numel():
+        position, value = change.value
+        tensor[position % len(tensor)] = value
+    elif change.kind == "dtype":
+        tensors[change.place] = tensor.to(getattr(torch, change.value))
+    elif change.kind == "shape" and tensor.dim():
+        tensors[change.place] = tensor[: change.value].contiguous()
+    elif change.kind == "missing tensor":
+        del tensors[change.place]
+
+
+def check(folder: Path) -> str:
+    """Inspect and load a forged checkpoint.
+
+    Returns:
+        What became of it: "refused", "refused on loading", "loaded for other pictures" or "loaded".
+
+    Raises:
+        AssertionError: a loaded model holds or answers something else than what is stored.
+        Exception: any error that is not a typed one.
+    """
+    try:
+        inspect_checkpoint(folder)
+    except (BlockPruneError, BlockSparseFormatError):
+        return "refused"
+    try:
+        model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    except (BlockSparseFormatError, *THEIRS):
+        return "refused on loading"
+    stored = load_file(folder / "model.safetensors")
+    for name, module in block_sparse_layers(model):
+        prefix = stored_layer_name(model, name)
+        for tensor in ("weight", "crow_indices", "col_indices"):
+            want = stored[f"{prefix}.{tensor}"]
+            assert torch.equal(getattr(module, tensor).to(want.dtype).nan_to_num(), want.nan_to_num())
+    with torch.no_grad():
+        try:
+            logits = model(PICTURE.to(model.dtype)).logits
+        except THEIRS:
+            return "loaded for other pictures"
+        expected = model.dequantize()(PICTURE.to(model.dtype)).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2, equal_nan=True)
+    return "loaded"
