@@ -38,9 +38,12 @@ class SharedInput:
 
     def serves(self, x: Tensor) -> bool:
         """Whether outputs may be kept for the other layers."""
-        return not (
-            torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        )
+        if x.is_meta or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if torch.is_autocast_enabled(x.device.type):
+            return False
+        # Offloaded weights are there only while their own layer runs.
+        return all(layer.weight.device == x.device for layer in self._layers)
 
     def output(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor:
         """The output of one of the layers."""

@@ -36,6 +36,7 @@ def _define_op() -> None:
 
     @forward.register_fake
     def _(x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual=None):
+        _check_devices(x, [weight])
         return x.new_empty(*x.shape[:-1], out_features)
 
     @torch.library.custom_op("blockprune::block_sparse_linears", mutates_args=())
@@ -54,6 +55,7 @@ def _define_op() -> None:
 
     @forward_all.register_fake
     def _(x, weights, crow_indices, col_indices, biases, out_features, activations):
+        _check_devices(x, weights)
         return [x.new_empty(*x.shape[:-1], n) for n in out_features]
 
     @torch.library.custom_op("blockprune::block_sparse_linear_backward", mutates_args=())
@@ -91,6 +93,13 @@ def _define_op() -> None:
         return grad_x, grad_weight, None, None, grad_bias, None, None, None, grad_residual
 
     forward.register_autograd(run_backward, setup_context=setup_context)
+
+
+def _check_devices(x: Tensor, weights: Sequence[Tensor]) -> None:
+    """Torch takes the shapes' kernel, which computes nothing, where any tensor has no data: not for an input that has."""
+    for weight in weights:
+        if weight.device != x.device:
+            raise ValueError(f"weight: expected on {x.device}, as the input is, got {weight.device}; move or load it")
 
 
 # A checkpoint's own copy of this file and the installed package may both be loaded; torch refuses a second definition.
@@ -141,7 +150,8 @@ def block_sparse_linear(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; choose one of {list(ACTIVATIONS)}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as torch's own autocast has it
+    # float64 stays as it is, as torch's own autocast has it, which knows no meta device.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
 from hf_blockprune.hub import blockprune_ops as ops
@@ -153,6 +154,18 @@ def test_nothing_is_kept_once_all_three_are_taken(pixels):
     model = sparse_model()
     answers(model, pixels)
     assert attention_of(model).q_proj.shared_input._last is None
+
+
+@torch.no_grad()
+def test_layers_whose_weights_are_elsewhere_are_not_computed_with_others(pixels, calls):
+    """Offloading brings a layer's weights in while that layer runs, and takes them away again."""
+    model = sparse_model()
+    expected = answers(model, pixels)
+    calls.clear()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert attention_of(model).k_proj.weight.is_meta
+    torch.testing.assert_close(answers(model, pixels), expected, rtol=1e-5, atol=1e-5)
+    assert calls == []
 
 
 @torch.no_grad()

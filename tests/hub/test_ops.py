@@ -370,3 +370,12 @@ def test_mixed_dtypes_are_refused(backend):
     case = make_case((16, 16))
     with pytest.raises(ValueError, match="float64"):
         run(case._replace(x=case.x.double()), backend=backend)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_layer_without_data_gives_shapes_and_never_numbers(mode):
+    layer = BlockSparseLinear.from_dense(nn.Linear(32, 48), torch.ones(3, 2).bool(), (16, 16)).to("meta")
+    with mode():
+        assert layer(torch.ones(2, 32, device="meta")).shape == (2, 48)
+        with pytest.raises(ValueError, match="expected on cpu, as the input is, got meta"):
+            layer(torch.ones(2, 32))
