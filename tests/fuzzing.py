@@ -113,12 +113,8 @@ def _change_config(config: Any, change: Damage) -> None:
             return
         config = config[key]
     last = change.place[-1]
-    if (
-        (isinstance(config, dict)
-        and last in config)
-        or (isinstance(config, list)
-        and isinstance(last, int)
-        and last < len(config))
+    if (isinstance(config, dict) and last in config) or (
+        isinstance(config, list) and isinstance(last, int) and last < len(config)
     ):
         if change.kind == "config":
             config[last] = change.value
