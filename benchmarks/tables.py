@@ -201,6 +201,24 @@ def ratio_text(row: dict[str, Any], key: str, spread: str) -> str:
     return f"{row[key]:.2f} ({row[spread][0]:.2f} to {row[spread][1]:.2f})" if key in row else "-"
 
 
+def families_table(results: dict[str, Any]) -> str:
+    """What works with which family of models."""
+    families = results["families"]
+    capabilities = list(dict.fromkeys(c for outcomes in families.values() for c in outcomes))
+    versions = results["environment"]["versions"]
+    lines = [
+        f"torch {versions['torch']}, transformers {versions['transformers']}.",
+        "",
+        f"| family | {' | '.join(capabilities)} |",
+        "|---|" + "---|" * len(capabilities),
+    ]
+    lines += [
+        f"| {family} | {' | '.join(outcomes.get(c, 'not run') for c in capabilities)} |"
+        for family, outcomes in families.items()
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
     "accuracy": accuracy_table,
     "ablation": ablation_table,
@@ -208,10 +226,14 @@ TABLES = {
     "kernels": kernels_table,
     "cases": cases_table,
     "end_to_end": end_to_end_table,
+    "families": families_table,
     "systolic": systolic_table,
     "promise": promise_table,
 }
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("method", "kernels", "hardware")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{page}.md" for page in ("compatibility", "method", "kernels", "hardware")),
+)
 
 
 def fill(text: str) -> str:

@@ -96,7 +96,7 @@ def _define_op() -> None:
 
 
 def _check_devices(x: Tensor, weights: Sequence[Tensor]) -> None:
-    """Where any tensor has no data torch takes the shapes' kernel, which computes nothing: not for an input that has."""
+    """Where a tensor has no data torch takes the shapes' kernel, which computes nothing: not for an input that has."""
     for weight in weights:
         if weight.device != x.device:
             raise ValueError(f"weight: expected on {x.device}, as the input is, got {weight.device}; move or load it")
