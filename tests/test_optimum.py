@@ -1,5 +1,7 @@
 """`optimum-cli blockprune` is `blockprune`."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +10,16 @@ import pytest
 
 from hf_blockprune import BlockPruneConfig, BlockPruner
 
-from .conftest import tiny_model
+from .conftest import ROOT, tiny_model
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 
 
-def run(*command):
-    return subprocess.run([BIN / command[0], *map(str, command[1:])], capture_output=True, text=True, timeout=120)
+def run(*command, **environment):
+    arguments = [BIN / command[0], *map(str, command[1:])]
+    env = {**os.environ, **environment}
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=env)
 
 
 def test_it_does_and_says_what_blockprune_does(processor, tmp_path):
@@ -42,3 +46,10 @@ def test_help_lists_every_command():
     shown = run("optimum-cli", "blockprune", "--help").stdout
     assert all(f" {name} " in shown for name in commands)
     assert "--block-shape" in run("optimum-cli", "blockprune", "prune", "--help").stdout
+
+
+def test_a_second_copy_on_the_path_does_no_harm(tmp_path):
+    shutil.copytree(ROOT / "optimum", tmp_path / "optimum")
+    done = run("optimum-cli", "blockprune", "--help", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "prune" in done.stdout

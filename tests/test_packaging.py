@@ -12,7 +12,8 @@ import pytest
 from .conftest import ROOT
 
 LIBRARY = "hf_blockprune/_cpu/libblockprune_cpu.so"
-NEEDED = ("hf_blockprune", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+PLUGIN = "optimum/commands/register/register_blockprune.py"
+NEEDED = ("hf_blockprune", "optimum", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
 def build_wheel(tmp_path: Path, **environment: str) -> Path:
@@ -37,6 +38,24 @@ def test_one_wheel_for_all_versions_of_python(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert LIBRARY in names
     assert {name for name in names if name.endswith(".so")} == {LIBRARY}
+    assert [name for name in names if name.startswith("optimum/")] == [PLUGIN]
+    assert_optimum_finds_the_plugin(wheel, tmp_path / "installed")
+
+
+def assert_optimum_finds_the_plugin(wheel: Path, folder: Path) -> None:
+    """With the wheel's files alone: without site's start-up, this checkout is not on the path."""
+    zipfile.ZipFile(wheel).extractall(folder)
+    script = f"""
+import sys
+sys.path[:0] = [{str(folder)!r}]
+sys.path += {[path for path in sys.path if path.endswith("site-packages")]}
+sys.argv = ["optimum-cli", "blockprune", "prune", "--no-such"]
+from optimum.commands.optimum_cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, cwd=folder)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert "optimum-cli blockprune prune" in done.stderr
 
 
 @pytest.mark.slow

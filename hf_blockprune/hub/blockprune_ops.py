@@ -13,6 +13,12 @@ from .blockprune_backends import LayerArguments, run, run_all
 from .blockprune_reference import ACTIVATIONS, dense_backward, reference_backward
 from .blockprune_triton_backend import register as register_triton
 
+# Spelled out, because torch 2.6 reads no lists or sequences out of annotations.
+LINEARS_SCHEMA = (
+    "(Tensor x, Tensor[] weights, Tensor[] crow_indices, Tensor[] col_indices, Tensor?[] biases, "
+    "SymInt[] out_features, str activations) -> Tensor[]"
+)
+
 
 def _define_op() -> None:
     """Define the op and its backward pass. Called once in a process, whichever copy of this file comes first."""
@@ -39,7 +45,7 @@ def _define_op() -> None:
         _check_devices(x, [weight])
         return x.new_empty(*x.shape[:-1], out_features)
 
-    @torch.library.custom_op("blockprune::block_sparse_linears", mutates_args=())
+    @torch.library.custom_op("blockprune::block_sparse_linears", mutates_args=(), schema=LINEARS_SCHEMA)
     def forward_all(
         x: Tensor,
         weights: Sequence[Tensor],

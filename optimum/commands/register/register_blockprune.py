@@ -31,4 +31,6 @@ def _blockprune(arguments: list[str]) -> None:
     app(arguments, prog_name=f"optimum-cli {NAME}")
 
 
-REGISTER_COMMANDS = [BlockPruneCommand]
+# optimum asks once for each folder of the namespace that has this file, as where a checkout is on the path beside an
+# installed package, and argparse refuses a command that comes twice: so only the first who asks gets it.
+REGISTER_COMMANDS = iter([BlockPruneCommand])
