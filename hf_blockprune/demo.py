@@ -116,7 +116,7 @@ def _digits() -> tuple[Any, Any]:
 
 
 def _processor() -> Any:
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # as in loading.py
 
     with tempfile.TemporaryDirectory() as folder:
         settings = {

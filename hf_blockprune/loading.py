@@ -3,7 +3,10 @@
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+
+# Not from `transformers` itself: up to 5.17 that refuses it where torchvision is missing, which it does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
 

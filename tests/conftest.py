@@ -16,7 +16,6 @@ if not torch.cuda.is_available():
 from accelerate import Accelerator
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     BeitConfig,
     BeitForImageClassification,
     DeiTConfig,
@@ -29,6 +28,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_blockprune.blocks import grid_shape
 from hf_blockprune.data import load_images
