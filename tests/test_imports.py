@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 import hf_blockprune
 
@@ -96,6 +97,13 @@ def test_neighbours_that_hub_files_import_exist(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             assert (PACKAGE / "hub" / f"{node.module}.py").is_file()
+
+
+@pytest.mark.parametrize("path", HUB_FILES, ids=file_id)
+def test_hub_files_demand_nothing_that_transformers_does_without(path):
+    """Loading a checkpoint's own code fails where a package that transformers finds in it is missing."""
+    demanded = set(get_imports(path)) - sys.stdlib_module_names
+    assert demanded <= {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.stem not in MAY_USE_CLI], ids=file_id)

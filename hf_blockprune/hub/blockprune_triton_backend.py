@@ -190,13 +190,11 @@ def _device_name(device: torch.device) -> str:
 
 def _milliseconds(run: Callable[[], Any], device: torch.device) -> float | None:
     """Median time of a call, None where the kernel cannot be compiled for the device or needs more than it has."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
-    from triton.testing import do_bench
+    from .blockprune_triton import NOT_FOR_THIS_DEVICE, do_bench
 
     try:
         run()
-    except (OutOfResources, PTXASError, CompilationError) as error:
+    except NOT_FOR_THIS_DEVICE as error:
         logger.info(f"a configuration of the block-sparse kernel does not run here: {error}")
         return None
     if device.type != "cuda":
