@@ -120,6 +120,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
 
     quantization_config: BlockPruneQuantizationConfig
     requires_calibration = True
+    _expected: dict[str, tuple[torch.Size, torch.dtype]]  # of the parameters of the model that is loading
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
@@ -151,13 +152,27 @@ class BlockPruneHfQuantizer(HfQuantizer):
             if (out_features, in_features) != dense_shape:
                 sparse.dense_shape = dense_shape
             model.set_submodule(name, sparse)
+        self._expected = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        self._hold_to_expected(model)
         for name, module in block_sparse_layers(model):
             module.check(name)
             module.arrange()
         fuse(model)
         return model
+
+    def _hold_to_expected(self, model):
+        """Where a quantizer is at work, transformers as late as 5.20 takes whatever shape and dtype a file has."""
+        for name, parameter in model.named_parameters():
+            shape, dtype = self._expected.get(name, (parameter.shape, parameter.dtype))
+            if parameter.shape != shape:
+                raise RuntimeError(
+                    f"{name}: size mismatch, expected {list(shape)}, the file has {list(parameter.shape)}; "
+                    "its config and its tensors do not belong together"
+                )
+            if parameter.dtype != dtype and not parameter.is_meta:
+                parameter.data = parameter.data.to(dtype)
 
     def get_state_dict_and_metadata(self, model):
         """Called by `save_pretrained` before the config is written: it must describe the model as it is now."""
