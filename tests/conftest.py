@@ -2,6 +2,9 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
@@ -35,6 +38,24 @@ from hf_blockprune.data import load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 
 ROOT = Path(__file__).resolve().parents[1]
+# Beginning of a script that is to run as where the package is not installed.
+WITHOUT_THE_PACKAGE = """
+import sys
+
+class Absent:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "hf_blockprune":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent)
+try:
+    import hf_blockprune
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("hf_blockprune can be imported; this process was to be without it")
+"""
 NUM_LABELS = 7
 
 
@@ -147,6 +168,22 @@ def accelerator():
 def found(images):
     """The labelled pictures, opened."""
     return load_images(images)
+
+
+def launch(arguments, *, processes):
+    """Run a script with its arguments, in so many processes of Accelerate's on the CPU."""
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+        command += ["--num_processes", str(processes), "--main_process_port", port]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command += map(str, arguments)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def shared_path():

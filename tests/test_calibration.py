@@ -1,10 +1,5 @@
 """Collected statistics against one autograd call an image, and one process against two."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import datasets
 import pytest
 import torch
@@ -14,7 +9,7 @@ from hf_blockprune import DataError, calibration
 from hf_blockprune.calibration import collect
 from hf_blockprune.data import decode_image, load_images
 
-from .conftest import tiny_model, write_images
+from .conftest import launch, tiny_model, write_images
 
 BLOCK_SHAPE = (16, 32)  # does not divide the 48 and 96 wide matrices evenly
 NUM_TOKENS = 17
@@ -356,12 +351,6 @@ accelerator.end_training()
 """
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "num_batches"), [(8, 3), (5, 5)])
 def test_two_processes_give_what_one_gives(vit_folder, images, tmp_path, batch_size, num_batches):
@@ -370,15 +359,10 @@ def test_two_processes_give_what_one_gives(vit_folder, images, tmp_path, batch_s
     assert num_batches % 2 == 1
     script = tmp_path / "collect.py"
     script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes"]
-    launch += ["2", "--main_process_port", str(free_port()), str(script)]
     results = []
-    for command in ([sys.executable, str(script)], launch):
-        out = tmp_path / f"{len(results)}.pt"
-        arguments = [str(vit_folder), str(images), str(batch_size), str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        launch([script, vit_folder, images, batch_size, out], processes=processes)
         results.append(torch.load(out))
     (alone, one), (together, two) = results
     assert alone.tolist() == [1, 24]

@@ -16,19 +16,8 @@ from hf_blockprune import BlockPruneConfig, BlockPruner, CheckpointError, ModelE
 from hf_blockprune.cli import app
 from hf_blockprune.export import export_checkpoint
 
-from .conftest import ROOT, tiny_model
+from .conftest import ROOT, WITHOUT_THE_PACKAGE, tiny_model
 
-WITHOUT = """
-import sys
-
-class Absent:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] == "hf_blockprune":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent)
-"""
 LOAD_DENSE = """
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -103,7 +92,7 @@ def test_a_dense_export_needs_nothing_of_the_package(pruned, tmp_path):
     with safe_open(tmp_path / "dense/model.safetensors", framework="pt") as file:
         zeros = sum(int((file.get_tensor(key) == 0).sum()) for key in file.keys() if key.endswith("weight"))  # noqa: SIM118
         assert zeros > 0.3 * sum(file.get_tensor(key).numel() for key in file.keys() if "layer" in key)  # noqa: SIM118
-    logits = run(WITHOUT + LOAD_DENSE, tmp_path, tmp_path / "dense", isolated=True)
+    logits = run(WITHOUT_THE_PACKAGE + LOAD_DENSE, tmp_path, tmp_path / "dense", isolated=True)
     torch.testing.assert_close(logits, logits_of(model, pixels(5)), rtol=1e-5, atol=1e-5)
 
 

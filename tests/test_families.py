@@ -20,22 +20,14 @@ from hf_blockprune.export import export_checkpoint
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.inspection import inspect_checkpoint
 
-from .conftest import ALL_FAMILIES, tiny_model
+from .conftest import ALL_FAMILIES, WITHOUT_THE_PACKAGE, tiny_model
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 CONFIG = BlockPruneConfig(
     block_shape=(8, 8), budget={"metric": "flops", "ratio": 0.75}, calibration={"samples": 24, "batch_size": 8}
 )
-LOAD_WITHOUT_THE_PACKAGE = """
-import importlib, json, sys
-
-class Absent:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] == "hf_blockprune":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent)
+LOAD_ALL = """
+import json
 import torch
 from transformers import AutoModelForImageClassification
 
@@ -128,7 +120,7 @@ def logits_without_the_package(folders, tmp_path_factory):
     paths = {family: str(folder) for family, folder in folders.items()}
     arguments = json.dumps([paths, str(work / "pixels.pt"), str(work / "logits.pt")])
     env = {**os.environ, "HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", LOAD_WITHOUT_THE_PACKAGE, arguments]
+    command = [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE + LOAD_ALL, arguments]
     done = subprocess.run(command, env=env, cwd=work, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     return torch.load(work / "logits.pt")

@@ -1,16 +1,11 @@
 """The recipes load, and one and two processes choose the same masks."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 from safetensors.torch import load_file
 
 from hf_blockprune.jobs import PruneJob
 
-from .conftest import ROOT
+from .conftest import ROOT, launch
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -24,21 +19,6 @@ def test_recipe_loads_and_is_named_after_what_it_does(recipe):
     assert job.model.startswith(("facebook/deit-", "google/vit-"))
 
 
-def launch(arguments, *, processes):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-        command += ["--num_processes", str(processes), "--main_process_port", port]
-    command += [str(ROOT / "recipes/prune.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
-
-
 @pytest.mark.slow
 def test_two_processes_choose_the_masks_of_one(vit_folder, images, tmp_path):
     recipe = tmp_path / "recipe.yaml"
@@ -49,7 +29,7 @@ def test_two_processes_choose_the_masks_of_one(vit_folder, images, tmp_path):
     for processes in (1, 2):
         output = tmp_path / f"out{processes}"
         arguments = ["--config", recipe, "--output", output, "--evaluate-on", images, "--quiet", "--json"]
-        done = launch(arguments, processes=processes)
+        done = launch([ROOT / "recipes/prune.py", *arguments], processes=processes)
         assert done.stdout.count('"flops_ratio"') == 1  # the main process alone reports
     one, two = (load_file(tmp_path / f"out{processes}/model.safetensors") for processes in (1, 2))
     assert one.keys() == two.keys()

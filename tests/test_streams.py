@@ -4,10 +4,6 @@ import collections
 import functools
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
 import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +18,7 @@ from PIL import Image
 from hf_blockprune import BlockPruneConfig, BlockPruner, ConfigError, DataError, DataSource
 from hf_blockprune.data import CorruptImages, batches, decode_image, load_images, load_pixels
 
-from .conftest import NUM_LABELS, tiny_model
+from .conftest import NUM_LABELS, launch, tiny_model
 
 PER_SHARD = 5
 
@@ -288,19 +284,6 @@ def test_a_model_is_pruned_and_measured_on_streams(tmp_path, processor):
     assert streamed.evaluate(source).num_images == 4 * PER_SHARD
 
 
-def launch(arguments, *, processes):
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-        command += ["--num_processes", str(processes), "--main_process_port", port]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command + arguments, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 SCRIPT = """
 import sys
 
@@ -334,7 +317,7 @@ def test_two_processes_make_of_a_stream_what_one_makes(vit_folder, shards, tmp_p
     results = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.pt"
-        launch([str(script), str(vit_folder), str(shards), str(out)], processes=processes)
+        launch([script, vit_folder, shards, out], processes=processes)
         launched, seen, statistics = torch.load(out)
         assert (launched, seen) == (processes, 17)
         results.append(statistics)
