@@ -75,7 +75,11 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
         CheckpointError: the folder is no block-sparse checkpoint, or is damaged.
         BlockSparseFormatError: config and tensors disagree.
     """
-    stored = open_checkpoint(directory)
+    return describe_checkpoint(open_checkpoint(directory))
+
+
+def describe_checkpoint(stored: StoredModel) -> dict[str, Any]:
+    """What `inspect_checkpoint` says of a checkpoint that was opened."""
     removed_flops, target_flops = 0.0, 0.0
     for layer in stored.layers:
         linear = stored.architecture.get_submodule(layer.module)
@@ -105,7 +109,8 @@ def open_checkpoint(directory: str | Path) -> StoredModel:
         ModelError: its config describes no image classifier.
     """
     folder = Path(directory).expanduser()
-    values = read_json(folder / CONFIG_FILE).get("quantization_config")
+    native = read_json(folder / CONFIG_FILE)
+    values = native.get("quantization_config")
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
             f"{directory}: is no block-sparse checkpoint (its config.json names no {QUANT_METHOD} format)"
@@ -115,7 +120,7 @@ def open_checkpoint(directory: str | Path) -> StoredModel:
     if not files:
         raise CheckpointError(f"{directory}: holds no safetensors file")
     tensors = _read_headers(files, config)
-    _check_sizes(folder, tensors)
+    _check_sizes(folder, native, tensors)
     architecture, flops = _dense_architecture(folder)
     layers = []
     for module, name in _in_forward_order(architecture, config):
@@ -168,35 +173,31 @@ def _read_headers(files: list[Path], config: BlockPruneQuantizationConfig) -> _T
 
 def _dense_architecture(folder: Path) -> tuple[Any, ModelFlops]:
     """The dense model on the meta device and its FLOPs, from the native config alone (the folder's code is not run)."""
+    file = folder / PROCESSOR_FILE
+    processing = read_json(file) if file.is_file() else None
     try:
         config = AutoConfig.from_pretrained(folder)
         if hasattr(config, "quantization_config"):
             delattr(config, "quantization_config")
         with torch.device("meta"):
             model = AutoModelForImageClassification.from_config(config)
-        return model, count_flops(type(model), config, _processing(folder))
+        return model, count_flops(type(model), config, processing)
     except Exception as error:  # of whatever transformers makes of values that nobody checked
         raise ModelError(f"{folder}: its config.json describes no image classifier ({error})") from error
 
 
-def _check_sizes(folder: Path, tensors: "_Tensors") -> None:
+def _check_sizes(folder: Path, native: dict[str, Any], tensors: "_Tensors") -> None:
     """Refuse a config whose model would be larger than the files, before anything of that size is built.
 
     Raises:
         ModelError: naming the key.
     """
     most = max(sum(math.prod(shape) for shape in tensors.shapes.values()), 1)
-    for key, value in read_json(folder / CONFIG_FILE).items():
-        layers = key in LAYER_COUNTS
+    for key, value in native.items():
+        bound = len(tensors.shapes) if key in LAYER_COUNTS else most
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and number > (len(tensors.shapes) if layers else most):
+            if isinstance(number, int) and number > bound:
                 raise ModelError(f"{folder}: config.json declares {key} {number}, more than its files hold")
-
-
-def _processing(folder: Path) -> dict[str, Any]:
-    """Settings of the image processor, empty where the folder has none."""
-    file = folder / PROCESSOR_FILE
-    return read_json(file) if file.is_file() else {}
 
 
 def _inspect_layer(

@@ -19,7 +19,7 @@ from .errors import ModelError
 from .evaluation import Evaluation, predict, summarise
 from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
-from .inspection import inspect_checkpoint
+from .inspection import describe_checkpoint, open_checkpoint
 from .latency import measure_latency
 from .loading import load_classifier
 from .pruning import Pruning
@@ -318,9 +318,10 @@ class BlockPruner:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         checkpoint.add_hub_code(folder, self.model)
-        stored = inspect_checkpoint(folder)
-        report.update({key: stored[key] for key in ("size_bytes", "dense_size_bytes")})
-        report["predicted"] = predict_checkpoint(folder)
+        stored = open_checkpoint(folder)
+        values = describe_checkpoint(stored)
+        report.update({key: values[key] for key in ("size_bytes", "dense_size_bytes")})
+        report["predicted"] = predict_checkpoint(stored)
         self.config.save(folder / checkpoint.RECIPE_FILE)
         checkpoint.write_json(folder / checkpoint.REPORT_FILE, report)
         model_card(report, repo_id).save(folder / "README.md")

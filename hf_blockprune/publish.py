@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .card import model_card
 from .checkpoint import REPORT_FILE, read_json
 from .errors import HubError
-from .inspection import inspect_checkpoint
+from .inspection import open_checkpoint
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -43,7 +43,7 @@ def upload_checkpoint(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     folder = Path(folder).expanduser()
-    inspect_checkpoint(folder)
+    open_checkpoint(folder)
     api = HfApi(token=token)
     names = (folder.name, repo_id)
     try:

@@ -16,7 +16,7 @@ from .hub.blockprune_cost import Cost, Linear, layer_cost, model_cost, other_cos
 from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_profiles import SystolicProfile
 from .hub.blockprune_systolic import weights_kept
-from .inspection import StoredLayer, open_checkpoint
+from .inspection import StoredLayer, StoredModel, open_checkpoint
 
 # What cards tell of, with the images of a pass.
 CARD_DEVICES = {"cpu-avx512": 1, "h100-sxm": 64, "systolic-32": 1}
@@ -50,8 +50,10 @@ def simulate_checkpoint(
         ModelError: a model that is no plain vision transformer.
     """
     profile = _profile(device, dataflow=dataflow, overlap=overlap, arrays=arrays)
-    dtype = dtype or usual_dtype(profile)
-    stored = open_checkpoint(directory)
+    return _simulated(open_checkpoint(directory), profile, batch, dtype or usual_dtype(profile))
+
+
+def _simulated(stored: StoredModel, profile: Any, batch: int, dtype: str) -> dict[str, Any]:
     tokens = stored.flops.linear_tokens
     first = stored.layers[0].module if stored.layers else next(iter(tokens))
     shape = transformer_shape(stored.architecture.config, stored.flops.image_size, tokens[first])
@@ -64,7 +66,7 @@ def simulate_checkpoint(
     return {**result, "layers": layers}
 
 
-def predict_checkpoint(directory: str | Path) -> list[dict[str, Any]]:
+def predict_checkpoint(stored: StoredModel) -> list[dict[str, Any]]:
     """What a checkpoint should take, beside the dense model, on a few devices; nothing where its cost is not known.
 
     Returns:
@@ -72,7 +74,8 @@ def predict_checkpoint(directory: str | Path) -> list[dict[str, Any]]:
     """
     keys = ("device", "batch", "dtype", "latency_ms", "dense_latency_ms", "speedup", "energy_ratio")
     try:
-        found = [simulate_checkpoint(directory, device, batch=batch) for device, batch in CARD_DEVICES.items()]
+        profiles = [(load_profile(device), batch) for device, batch in CARD_DEVICES.items()]
+        found = [_simulated(stored, profile, batch, usual_dtype(profile)) for profile, batch in profiles]
     except ModelError:
         return []
     return [{key: values[key] for key in keys} for values in found]
