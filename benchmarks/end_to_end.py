@@ -10,12 +10,9 @@ Random models keep blocks at random places. onnxruntime and OpenVINO run the den
 
 import argparse
 import copy
-import io
 import json
 import tempfile
-import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from hf_blockprune import BlockPruneConfig, sparsify
 from hf_blockprune.blocks import grid_shape
 from hf_blockprune.cli import parse_block_shape
 from hf_blockprune.environment import environment
+from hf_blockprune.export import to_onnx
 from hf_blockprune.hardware.stopwatch import by_turns, median, ratio
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.targets import find_targets
@@ -153,30 +151,17 @@ def other_runtimes(dense: nn.Module, pixels: torch.Tensor) -> dict[str, Callable
     except ImportError:
         return {}
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder, "dense.onnx"))
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            torch.onnx.export(Logits(dense), (pixels.clone(),), path, dynamo=True, external_data=False, verbose=False)
+        path = Path(folder, "dense.onnx")
+        to_onnx(dense, pixels.clone(), path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         # In float32 too: by itself OpenVINO takes bfloat16 where the processor has it.
-        network = openvino.compile_model(path, "CPU", {**hints, "INFERENCE_PRECISION_HINT": "f32"})
+        network = openvino.compile_model(str(path), "CPU", {**hints, "INFERENCE_PRECISION_HINT": "f32"})
     inputs = {session.get_inputs()[0].name: pixels.numpy()}
     array = pixels.numpy()
     return {"onnxruntime": lambda: session.run(None, inputs), "openvino": lambda: network(array)}
-
-
-class Logits(nn.Module):
-    """A classifier that takes and gives a plain tensor."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixels).logits
 
 
 def with_bsr(sparse: nn.Module, pixels: torch.Tensor) -> dict[str, Callable[[], Any]]:

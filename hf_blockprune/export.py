@@ -1,11 +1,12 @@
 """Pruned checkpoints in forms that need nothing of this package, or that other runtimes take."""
 
 import importlib.util
+import io
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +106,8 @@ def _write_onnx(model: Any, processor: Any, file: Path, pixels: Callable[[int], 
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if size >= ONNX_FILE_LIMIT:
         raise ModelError(f"its weights are {size:,} bytes, and one ONNX file holds less than {ONNX_FILE_LIMIT:,}")
-    batch = {0: torch.export.Dim("batch")}
-    with _explained("ONNX"):
-        torch.onnx.export(
-            _Logits(model),
-            (pixels(2),),
-            str(file),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=(batch,),
-        )
+    shapes = ({0: torch.export.Dim("batch")},)
+    to_onnx(model, pixels(2), file, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=shapes)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
 
@@ -132,6 +122,24 @@ def _write_program(model: Any, processor: Any, file: Path, pixels: Callable[[int
         with file.open("rb") as stream:
             loaded = torch.export.load(stream).module()
     return lambda x: loaded(x).detach()
+
+
+def to_onnx(model: nn.Module, pixels: Tensor, file: Path, **options: Any) -> None:
+    """Write an image classifier, dense, as one ONNX file that gives logits alone.
+
+    Args:
+        model: of transformers.
+        pixels: an example, [images, channels, height, width].
+        file: to write.
+        **options: of `torch.onnx.export`.
+
+    Raises:
+        ModelError: torch cannot export it.
+    """
+    with _explained("ONNX"), redirect_stdout(io.StringIO()):
+        torch.onnx.export(
+            _Logits(model), (pixels,), str(file), dynamo=True, external_data=False, verbose=False, **options
+        )
 
 
 class _Logits(nn.Module):

@@ -4,7 +4,6 @@ python scripts/compatibility.py --output benchmarks/results/families.json && pyt
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -29,11 +28,10 @@ def main() -> None:
         subprocess.run(command, cwd=ROOT, check=False)
         outcomes = read(report)
     sys.path.insert(0, str(ROOT))
+    from benchmarks.timing import save
     from hf_blockprune.environment import environment
 
-    partial = options.output.with_suffix(".partial")
-    partial.write_text(json.dumps({"families": outcomes, "environment": environment()}, indent=2) + "\n")
-    partial.replace(options.output)
+    save(options.output, {"families": outcomes, "environment": environment()})
 
 
 def read(report: Path) -> dict[str, dict[str, str]]:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers.utils import logging
 
+from benchmarks.timing import save
 from hf_blockprune.environment import environment
 from tests.fuzzing import Damage, check, damages, forge
 
@@ -55,7 +56,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2))
     if options.output is not None:
-        options.output.write_text(json.dumps({**result, "environment": environment()}, indent=2) + "\n")
+        save(options.output, {**result, "environment": environment()})
 
 
 if __name__ == "__main__":
