@@ -123,3 +123,41 @@ def latency_table(values: dict[str, Any]) -> Table:
     used = ", ".join(f"{count} {name}" for name, count in sorted(values["backends"].items()))
     table.caption = f"layers by backend: {used}"
     return table
+
+
+def evaluation_table(values: dict[str, Any]) -> Table:
+    """Accuracy, with the comparison where there was one."""
+    table = Table(show_header=False)
+    table.add_row("images", str(values["num_images"]))
+    table.add_row("top-1", f"{values['top1']:.2%}")
+    table.add_row("top-5", f"{values['top5']:.2%}")
+    if "delta" in values:
+        low, high = values["interval"]
+        table.add_row("baseline top-1", f"{values['baseline_top1']:.2%}")
+        table.add_row("change", f"{values['delta']:+.2%} (95 % interval {low:+.2%} to {high:+.2%})")
+        table.add_row("flipped", f"{values['flipped_to_wrong']} to wrong, {values['flipped_to_right']} to right")
+    return table
+
+
+def inspect_table(values: dict[str, Any]) -> Table:
+    """One row a layer, totals in the footer."""
+    block = shape_text(values["layers"][0]["block_shape"]) if values["layers"] else "no"
+    table = Table(title=f"{block} blocks, {values['flops_ratio']:.2%} of the model's FLOPs", show_footer=True)
+    table.add_column("layer", footer="all", no_wrap=True)
+    table.add_column("shape", justify="right")
+    table.add_column("kept blocks", justify="right")
+    table.add_column("density", justify="right", footer=f"{values['density']:.2%}")
+    table.add_column("bytes", justify="right", footer=f"{values['size_bytes']:,}")
+    table.add_column("CPU", no_wrap=True)
+    table.caption = f"weights on disk: {bytes_text(values)}"
+    for layer in values["layers"]:
+        kept = f"{layer['kept_blocks']}/{layer['blocks']}"
+        table.add_row(
+            layer["module"],
+            shape_text(layer["shape"]),
+            kept,
+            f"{layer['density']:.2%}",
+            f"{layer['size_bytes']:,}",
+            layer["cpu_backend"],
+        )
+    return table
