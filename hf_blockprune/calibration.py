@@ -175,7 +175,6 @@ class _Accumulator:
         self.origin: Tensor | None = None  # what moments are taken about until the end
         out, into = linear.weight.shape
         double = {"dtype": torch.float64, "device": linear.weight.device}
-        self.weight = torch.zeros((), **double)
         self.sums: dict[str, Tensor] = {}
         if moments:
             self.sums |= {"mean": torch.zeros(into, **double), "second_moment": torch.zeros(into, into, **double)}
@@ -214,7 +213,6 @@ class _Accumulator:
             self.origin = (tokens * weight).sum(0) / weight.sum().clamp(min=1e-30)
         tokens = tokens - self.origin
         weighted = tokens * weight
-        self.weight += weight.sum(dtype=torch.float64)
         self.sums["mean"] += weighted.sum(0, dtype=torch.float64)
         self.sums["second_moment"] += (weighted.t() @ tokens).double()
 
@@ -248,9 +246,10 @@ class _Accumulator:
     def _take_moments_about_zero(self) -> None:
         if self.origin is not None:
             origin, mean = self.origin.double(), self.sums["mean"]
+            weight = self.sums["token_weight"].sum() if self.fisher else self.num_tokens
             cross = torch.outer(origin, mean)
-            self.sums["second_moment"] += cross + cross.t() + self.weight * torch.outer(origin, origin)
-            self.sums["mean"] = mean + self.weight * origin
+            self.sums["second_moment"] += cross + cross.t() + weight * torch.outer(origin, origin)
+            self.sums["mean"] = mean + weight * origin
 
     def finish(self, accelerator: "Accelerator") -> LayerStatistics:
         """Add up over processes and divide."""

@@ -47,7 +47,7 @@ class Family:
     """
 
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PARTS)
-    scales: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scales: Mapping[str, str] = field(default_factory=dict)
     heads_stay: bool = False
     stream_axes: Mapping[str, int] = field(default_factory=lambda: STREAM_AXES)
     others: tuple[str, ...] = OTHERS
@@ -56,13 +56,13 @@ class Family:
 
 VIT = Family()
 BEIT = Family(
-    scales={"out": ("lambda_1",), "fc2": ("lambda_2",)},
+    scales={"out": "lambda_1", "fc2": "lambda_2"},
     heads_stay=True,
     stream_axes={**STREAM_AXES, "*.lambda_1": 0, "*.lambda_2": 0},
     others=(*OTHERS, "*.relative_position_bias_table"),
 )
 DINOV2 = Family(
-    scales={"out": ("layer_scale1.lambda1",), "fc2": ("layer_scale2.lambda1",)},
+    scales={"out": "layer_scale1.lambda1", "fc2": "layer_scale2.lambda1"},
     stream_axes={**STREAM_AXES, "*.layer_scale?.lambda1": 0},
 )
 SWIN = Family(heads_stay=True, one_stream=False)

@@ -43,12 +43,13 @@ def measure_latency(
     for batch in sorted(batch_sizes):
         pixels = torch.zeros(batch, pruned.config.num_channels, *image_size, device=device, dtype=dtype)
         rows.append(_row(models, pixels, seconds))
+    found = environment()
     return {
-        "device": environment()["gpu"] if device.type == "cuda" else environment()["cpu"],
+        "device": found["gpu" if device.type == "cuda" else "cpu"],
         "dtype": str(dtype).removeprefix("torch."),
         "backends": _backends(models["pruned"], pixels),
         "rows": rows,
-        "environment": environment(),
+        "environment": found,
     }
 
 

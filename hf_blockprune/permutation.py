@@ -42,9 +42,9 @@ def sorting_moves(
         products = _row_saliency(linears[layer.query], statistics[layer.query])
         products = products + _row_saliency(linears[layer.key], statistics[layer.key])
         worth = (features + products).view(layer.heads, -1).sum(dim=1)
-        heads = worth.argsort(descending=True, stable=True)
-        if layer.heads_stay:
-            heads = heads.sort().values
+        heads = torch.arange(layer.heads, device=worth.device)
+        if not layer.heads_stay:
+            heads = worth.argsort(descending=True, stable=True)
         moves.append(Move((layer.value,), layer.out, _falling(features, heads)))
         moves.append(Move((layer.query, layer.key), None, _falling(products, heads)))
     return moves

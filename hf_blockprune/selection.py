@@ -120,7 +120,8 @@ class Selection:
     def _permute(self, layers: list[TransformerLayer]) -> None:
         budget = self.budgets[0]
         share = max(0.0, 1 - budget.needed / budget.blocks)
-        coupled = {n: self.targets[n] for n in self.targets if any(n in layer.names() for layer in layers)}
+        names = {name for layer in layers for name in layer.names()}
+        coupled = {name: linear for name, linear in self.targets.items() if name in names}
         shape = self.config.block_shape
         before = block_saliency_kept(coupled, self.statistics, shape, share)
         moves = self._first_process_says(sorting_moves(layers, self.targets, self.statistics))

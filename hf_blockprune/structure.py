@@ -95,13 +95,14 @@ def fold_scales(model: Any) -> int:
         Number of scales that are ones now.
     """
     family, count = family_of(model), 0
+    if family is None:
+        return 0
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     parameters = dict(model.named_parameters())
-    for prefix in _layer_names(model) if family is not None and family.scales else ():
-        assert family is not None
+    for prefix in _layer_names(model):
         names = _part_names(prefix, family, linears)
-        for part, choices in family.scales.items():
-            scale = next((parameters[f"{prefix}.{name}"] for name in choices if f"{prefix}.{name}" in parameters), None)
+        for part, scale_name in family.scales.items():
+            scale = parameters.get(f"{prefix}.{scale_name}")
             if scale is None or names[part] is None:
                 continue
             linear = linears[names[part]]
