@@ -38,6 +38,7 @@ from hf_blockprune.data import load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 
 ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes/prune.py"
 # Beginning of a script that is to run as where the package is not installed.
 WITHOUT_THE_PACKAGE = """
 import sys

@@ -13,8 +13,7 @@ from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.layerwise import _stages, refit_layers
 from hf_blockprune.reconstruction import RIDGES
 
-from .conftest import tiny_model, whole_masks, write_images
-from .test_recipes import launch
+from .conftest import RECIPE, launch, tiny_model, whole_masks, write_images
 
 BLOCK_SHAPE = (8, 8)
 HELD_BACK = torch.arange(24) % 8 == 7  # every eighth image
@@ -380,7 +379,7 @@ def test_two_processes_give_the_model_of_one(processor, images, tmp_path):
     processor.save_pretrained(dense)
     recipe = recipe_for(dense, images, tmp_path, 21)
     for processes in (1, 2):
-        arguments = ["--config", recipe, "--output", tmp_path / f"out{processes}", "--quiet", "--json"]
+        arguments = [RECIPE, "--config", recipe, "--output", tmp_path / f"out{processes}", "--quiet", "--json"]
         launch(arguments, processes=processes)
     one, two = (load_file(tmp_path / f"out{processes}/model.safetensors") for processes in (1, 2))
     assert one.keys() == two.keys()
@@ -395,5 +394,5 @@ def test_two_processes_give_the_model_of_one(processor, images, tmp_path):
 def test_a_process_without_images_does_no_harm(vit_folder, images, tmp_path):
     """Four images in batches of four: the second process has nothing to do but add up."""
     recipe = recipe_for(vit_folder, images, tmp_path, 4)
-    launch(["--config", recipe, "--output", tmp_path / "out", "--quiet", "--json"], processes=2)
+    launch([RECIPE, "--config", recipe, "--output", tmp_path / "out", "--quiet", "--json"], processes=2)
     assert all(value.isfinite().all() for value in load_file(tmp_path / "out/model.safetensors").values())

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from hf_blockprune.jobs import PruneJob
 
-from .conftest import ROOT, launch
+from .conftest import RECIPE, ROOT, launch
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -29,7 +29,7 @@ def test_two_processes_choose_the_masks_of_one(vit_folder, images, tmp_path):
     for processes in (1, 2):
         output = tmp_path / f"out{processes}"
         arguments = ["--config", recipe, "--output", output, "--evaluate-on", images, "--quiet", "--json"]
-        done = launch([ROOT / "recipes/prune.py", *arguments], processes=processes)
+        done = launch([RECIPE, *arguments], processes=processes)
         assert done.stdout.count('"flops_ratio"') == 1  # the main process alone reports
     one, two = (load_file(tmp_path / f"out{processes}/model.safetensors") for processes in (1, 2))
     assert one.keys() == two.keys()

@@ -21,9 +21,8 @@ from hf_blockprune.data import decode_image, load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.recovery import _dense_copy, _Run, recover
 
-from .conftest import tiny_model, write_images
+from .conftest import RECIPE, launch, tiny_model, write_images
 from .test_layerwise import random_masks
-from .test_recipes import launch
 
 QUICK = {"samples": 24, "batch_size": 8, "reconstruction_epochs": 1, "epochs": 2}
 
@@ -254,7 +253,8 @@ def test_two_processes_learn_what_one_does(vit_folder, images, tmp_path):
     values = {**gentle.to_dict(), "model": str(vit_folder), "dataset": str(images)}
     recipe.write_text(json.dumps(values))
     for processes in (1, 2):
-        launch(["--config", recipe, "--output", tmp_path / str(processes), "--quiet"], processes=processes)
+        arguments = [RECIPE, "--config", recipe, "--output", tmp_path / str(processes), "--quiet"]
+        launch(arguments, processes=processes)
     one, two = (weights(AutoModelForImageClassification.from_pretrained(tmp_path / str(n))) for n in (1, 2))
     for name, value in one.items():  # Adam makes much of single gradients that are next to nothing, so not entrywise
         assert float((value - two[name]).double().norm()) <= 1e-4 * float(value.double().norm()), name
