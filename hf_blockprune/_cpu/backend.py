@@ -4,19 +4,19 @@ The kernels read `weight` where it is, provided that blocks have a multiple of 1
 (`hub.blockprune_linear.feature_major`), as `BlockSparseLinear` keeps them. Others are copied once into that form.
 """
 
+import logging
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.utils import logging
 
 from ..hub.blockprune_backends import Backend, LayerArguments, checked_bias, register_backend
 from ..hub.blockprune_layout import PackedWeight, check_packed, feature_major, is_feature_major, unpack
 from ..hub.blockprune_prepared import PreparedCache
 from .library import CpuLibrary, find_library
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATION_CODES = {"none": 0, "gelu": 1, "gelu_tanh": 2}

@@ -3,6 +3,7 @@
 Triton itself is imported when the kernel runs for the first time: not where there is no GPU.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.utils import logging
 
 from .blockprune_backends import Backend, checked_bias, register_backend
 from .blockprune_layout import (
@@ -29,7 +29,7 @@ from .blockprune_prepared import PreparedCache
 from .blockprune_reference import ACTIVATIONS, LayerArguments
 from .blockprune_tuning import Choice, Config, Problem, Tuner, candidates
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_ROWS = (16, 32, 64, 128)  # heights that tensor cores multiply

@@ -5,6 +5,7 @@ Files lie in `$BLOCKPRUNE_CACHE`, by default `$HF_HOME/blockprune`; one that can
 """
 
 import json
+import logging
 import os
 import re
 import tempfile
@@ -13,9 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub.constants import HF_HOME
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 DENSITY_STEPS = 16  # densities that round to the same sixteenth share a choice
 FORMAT = 1  # of the files; other ones are not read
