@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .checkpoint import staged_directory
 from .errors import CheckpointError, ConfigError, ModelError
 from .hardware.flops import image_size
-from .hub.blockprune_fusion import unfuse
+from .hub.blockprune_fusion import PROJECTIONS, unfuse
 from .hub.blockprune_quantizer import block_sparse_layers
 from .loading import load_classifier
 
@@ -82,6 +82,7 @@ def _write_dense(model: Any, processor: Any, folder: Path, pixels: Callable[[int
 
     name = f"{model.config.model_type} pruned by hf_blockprune"
     model.dequantize()
+    _admit_biases(model)
     # What `from_pretrained` would take for a block-sparse checkpoint is no part of a dense one.
     for attribute in ("quantization_config", "auto_map"):
         if hasattr(model.config, attribute):
@@ -95,6 +96,17 @@ def _write_dense(model: Any, processor: Any, folder: Path, pixels: Callable[[int
     )
     loaded = AutoModelForImageClassification.from_pretrained(folder)
     return lambda x: _logits(loaded.eval(), x)
+
+
+def _admit_biases(model: Any) -> None:
+    """Give q, k and v a bias each where refitting gave one of them what the architecture has for all or for none."""
+    projections: list[Any] = [m for name, m in model.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
+    if getattr(model.config, "qkv_bias", True) or all(linear.bias is None for linear in projections):
+        return
+    model.config.qkv_bias = True
+    for linear in projections:
+        if linear.bias is None:
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
 
 
 def _write_onnx(model: Any, processor: Any, file: Path, pixels: Callable[[int], Tensor]) -> Run:
@@ -115,12 +127,14 @@ def _write_onnx(model: Any, processor: Any, file: Path, pixels: Callable[[int], 
 def _write_program(model: Any, processor: Any, file: Path, pixels: Callable[[int], Tensor]) -> Run:
     unfuse(model)  # layers that hand each other results in Python are no part of a graph
     shapes = ({0: torch.export.Dim("batch")},)
+    content = io.BytesIO()  # torch's own writer ends the process where the disk is full
     with _explained("torch.export"), torch.no_grad():
-        program = torch.export.export(_Logits(model), (pixels(2),), dynamic_shapes=shapes)
-        with file.open("wb") as stream:  # torch would insist on a name of its own
-            torch.export.save(program, stream)
-        with file.open("rb") as stream:
-            loaded = torch.export.load(stream).module()
+        program = without_traces(torch.export.export(_Logits(model), (pixels(2),), dynamic_shapes=shapes))
+        program.example_inputs = None  # made-up images, larger than a small model's weights
+        torch.export.save(program, content)
+    file.write_bytes(content.getbuffer())
+    with _explained("torch.export"), file.open("rb") as stream:
+        loaded = torch.export.load(stream).module()
     return lambda x: loaded(x).detach()
 
 
@@ -136,10 +150,19 @@ def to_onnx(model: nn.Module, pixels: Tensor, file: Path, **options: Any) -> Non
     Raises:
         ModelError: torch cannot export it.
     """
-    with _explained("ONNX"), redirect_stdout(io.StringIO()):
+    with _explained("ONNX"), redirect_stdout(io.StringIO()), torch.no_grad():
+        program = torch.export.export(_Logits(model), (pixels,), dynamic_shapes=options.pop("dynamic_shapes", None))
         torch.onnx.export(
-            _Logits(model), (pixels,), str(file), dynamo=True, external_data=False, verbose=False, **options
+            without_traces(program), (), str(file), dynamo=True, external_data=False, verbose=False, **options
         )
+
+
+def without_traces(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """A program that does not say where on this machine the source of each operation lies."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else []:
+            node.meta.pop("stack_trace", None)
+    return program
 
 
 class _Logits(nn.Module):

@@ -4,15 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
-from hf_blockprune import BlockPruneConfig, BlockPruner, CheckpointError, ModelError
+from hf_blockprune import BlockPruneConfig, BlockPruner, CheckpointError, ModelError, sparsify
+from hf_blockprune.blocks import grid_shape
 from hf_blockprune.cli import app
 from hf_blockprune.export import export_checkpoint
 
@@ -119,6 +122,47 @@ def test_a_program_keeps_its_kernels_and_runs_in_another_process(pruned, tmp_pat
     assert any("blockprune" in str(node.target) for node in graph.nodes)
     logits = run(LOAD_PROGRAM, tmp_path, tmp_path / "model.pt2", isolated=False)
     torch.testing.assert_close(logits, logits_of(model, pixels(5)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "name"), [("onnx", "model.onnx"), ("torch-export", "model.pt2")])
+def test_a_file_for_others_names_no_folder_of_this_machine(pruned, tmp_path, form, name):
+    export_checkpoint(pruned[0], tmp_path / name, form)
+    content = (tmp_path / name).read_bytes()
+    for folder in (ROOT, Path(torch.__file__).parents[1]):
+        assert str(folder).encode() not in content
+
+
+def test_a_bias_that_refitting_gave_stays(processor, tmp_path):
+    """The architecture has one for q, k and v, or for none of them."""
+    model = tiny_model("vit", qkv_bias=False)
+    name = next(name for name, _ in model.named_modules() if name.endswith("q_proj"))
+    grid = grid_shape(tuple(model.get_submodule(name).weight.shape), (8, 8))
+    layer = sparsify(model, {name: torch.rand(grid) < 0.5}, (8, 8)).get_submodule(name)
+    layer.bias = torch.nn.Parameter(torch.randn(layer.out_features))
+    model.save_pretrained(tmp_path / "pruned")
+    processor.save_pretrained(tmp_path / "pruned")
+    export_checkpoint(tmp_path / "pruned", tmp_path / "dense", "dense")
+    dense = AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits_of(dense, pixels(2)), logits_of(model, pixels(2)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_full_disk_leaves_nothing(pruned, tmp_path):
+    script = f"""
+import resource, signal, sys
+from hf_blockprune import CheckpointError
+from hf_blockprune.export import export_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    export_checkpoint({str(pruned[0])!r}, {str(tmp_path / "model.pt2")!r}, "torch-export")
+except CheckpointError as error:
+    print(error)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "could not be written" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_exists_is_replaced_on_demand_only(pruned, tmp_path):
