@@ -110,7 +110,7 @@ def stored_report(name: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         kwargs: what its model was loaded with (revision, token, cache_dir, ...).
 
     Raises:
-        CheckpointError: the file holds no JSON object.
+        CheckpointError: the file holds no JSON object, or not a report's values.
     """
     path = cached_file(
         name,
@@ -119,7 +119,26 @@ def stored_report(name: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if path is None else read_json(Path(path))
+    return None if path is None else _checked_report(Path(path))
+
+
+def _checked_report(path: Path) -> dict[str, Any]:
+    """Refuse a report that lacks what the package reads of one: anyone may have written it."""
+    values = read_json(path)
+    kinds = {"base_model": str, "config": dict, "layers": list, "seconds": dict}
+    for key, kind in kinds.items():
+        if not isinstance(values.get(key), kind):
+            raise CheckpointError(
+                f"{path}: {key} must be there and be a {kind.__name__}; delete the file to go without"
+            )
+    for key in ("permutation", "calibration", "recovery", "evaluation"):
+        if values.setdefault(key, None) is not None and not isinstance(values[key], dict):
+            raise CheckpointError(f"{path}: {key} must be an object or null; delete the file to go without")
+    order = (values["permutation"] or {}).get("residual_order")
+    whole = isinstance(order, list) and all(type(feature) is int for feature in order)
+    if order is not None and not (whole and sorted(order) == list(range(len(order)))):
+        raise CheckpointError(f"{path}: permutation.residual_order must name every feature once")
+    return values
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")

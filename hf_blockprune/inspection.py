@@ -6,22 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from .blocks import block_sizes
 from .checkpoint import CONFIG_FILE, PROCESSOR_FILE, read_json
-from .errors import BlockSparseFormatError, CheckpointError, ModelError
+from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
 from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_backends import LayerArguments, choose_backend
 from .hub.blockprune_cost import linear_flops
-from .hub.blockprune_layout import PackedWeight, block_mask, check_indices, check_shapes, grid_shape
-from .hub.blockprune_quantizer import QUANT_METHOD, TENSOR_NAMES, BlockPruneQuantizationConfig, find_linear
+from .hub.blockprune_headers import (
+    ELEMENT_BYTES,
+    INDEX_NAMES,
+    TENSOR_NAMES,
+    DamagedFileError,
+    StoredTensor,
+    read_headers,
+)
+from .hub.blockprune_layout import PackedWeight, block_mask, check_indices, grid_shape
+from .hub.blockprune_quantizer import (
+    QUANT_METHOD,
+    BlockPruneQuantizationConfig,
+    match_layers,
+)
 
-# Bytes of an element by safetensors' name of its dtype; any other counts as one byte.
-ELEMENT_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 LAYER_COUNTS = ("num_hidden_layers", "depths")
+WEIGHTS_FILE = "model.safetensors"
+SHARDS_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -109,112 +121,122 @@ def open_checkpoint(directory: str | Path) -> StoredModel:
         ModelError: its config describes no image classifier.
     """
     folder = Path(directory).expanduser()
-    native = read_json(folder / CONFIG_FILE)
-    values = native.get("quantization_config")
-    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
+    values = read_json(folder / CONFIG_FILE)
+    stored = values.get("quantization_config")
+    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
             f"{directory}: is no block-sparse checkpoint (its config.json names no {QUANT_METHOD} format)"
         )
-    config = BlockPruneQuantizationConfig(**values)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{directory}: holds no safetensors file")
-    tensors = _read_headers(files, config)
-    _check_sizes(folder, native, tensors)
-    architecture, flops = _dense_architecture(folder)
+    config = BlockPruneQuantizationConfig(**stored)
+    files = _weight_files(folder)
+    headers = _read_headers(files)
+    _check_sizes(folder, values, headers)
+    architecture = _dense_architecture(folder)
+    modules, found = match_layers(architecture, config, headers)
+    _check_dense(architecture, found, set(modules.values()))
+    flops = _flops(folder, architecture)
+    stored_names = {module: name for name, module in modules.items()}
     layers = []
-    for module, name in _in_forward_order(architecture, config):
-        linear = architecture.get_submodule(module)
-        layers.append(StoredLayer(name, module, *_inspect_layer(name, linear, config.layers[name], config, tensors)))
+    for module, linear in architecture.named_modules():
+        if module in stored_names:
+            name = stored_names[module]
+            layers.append(StoredLayer(name, module, *_inspect_layer(name, linear, config, headers)))
     return StoredModel(architecture, flops, layers, sum(file.stat().st_size for file in files))
 
 
-def _in_forward_order(architecture: Any, config: BlockPruneQuantizationConfig) -> list[tuple[str, str]]:
-    """(module name, stored name) of each block-sparse layer."""
-    stored = {find_linear(architecture, name)[0]: name for name in config.layers}
-    if len(stored) != len(config.layers):
-        raise BlockSparseFormatError("quantization_config.layers: two entries name the same layer")
-    return [(module, stored[module]) for module, _ in architecture.named_modules() if module in stored]
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would load: one, or the shards that the index names.
+
+    Raises:
+        CheckpointError: there are none, or the index names files that are not the folder's own.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if not (folder / SHARDS_FILE).is_file():
+        raise CheckpointError(f"{folder}: holds no safetensors file")
+    shards = read_json(folder / SHARDS_FILE).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{folder / SHARDS_FILE}: its weight_map must give each tensor's file")
+    names = sorted(set(shards.values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{folder / SHARDS_FILE}: {name!r} is no file of this folder; download it again")
+    return [folder / name for name in names]
 
 
-def _pair(block_shape: list[int]) -> tuple[int, int]:
-    return block_shape[0], block_shape[1]
-
-
-class _Tensors:
-    """Shapes and element sizes of all tensors in a checkpoint, and the index tensors themselves."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.size_bytes: dict[str, int] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.indices: dict[str, Tensor] = {}
-
-
-def _read_headers(files: list[Path], config: BlockPruneQuantizationConfig) -> _Tensors:
-    found = _Tensors()
-    wanted = {f"{layer}.{name}" for layer in config.layers for name in TENSOR_NAMES if name != "weight"}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (a file handle, not a dict)
-                    entry = file.get_slice(key)
-                    found.shapes[key] = tuple(entry.get_shape())
-                    found.size_bytes[key] = math.prod(found.shapes[key]) * ELEMENT_BYTES.get(entry.get_dtype(), 1)
-                    found.dtypes[key] = DTYPES.get(entry.get_dtype(), torch.float32)
-                    if key in wanted:
-                        found.indices[key] = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: not a whole safetensors file ({error}); copy or download it again"
-            ) from error
-    return found
-
-
-def _dense_architecture(folder: Path) -> tuple[Any, ModelFlops]:
-    """The dense model on the meta device and its FLOPs, from the native config alone (the folder's code is not run)."""
-    file = folder / PROCESSOR_FILE
-    processing = read_json(file) if file.is_file() else None
+def _read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     try:
-        config = AutoConfig.from_pretrained(folder)
-        if hasattr(config, "quantization_config"):
-            delattr(config, "quantization_config")
-        with torch.device("meta"):
-            model = AutoModelForImageClassification.from_config(config)
-        return model, count_flops(type(model), config, processing)
-    except Exception as error:  # of whatever transformers makes of values that nobody checked
-        raise ModelError(f"{folder}: its config.json describes no image classifier ({error})") from error
+        return read_headers(files)
+    except DamagedFileError as error:
+        raise CheckpointError(str(error)) from error
 
 
-def _check_sizes(folder: Path, native: dict[str, Any], tensors: "_Tensors") -> None:
+def _check_sizes(folder: Path, native: dict[str, Any], headers: dict[str, StoredTensor]) -> None:
     """Refuse a config whose model would be larger than the files, before anything of that size is built.
 
     Raises:
         ModelError: naming the key.
     """
-    most = max(sum(math.prod(shape) for shape in tensors.shapes.values()), 1)
+    most = max(sum(math.prod(entry.shape) for entry in headers.values()), 1)
     for key, value in native.items():
-        bound = len(tensors.shapes) if key in LAYER_COUNTS else most
+        bound = len(headers) if key in LAYER_COUNTS else most
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and number > bound:
                 raise ModelError(f"{folder}: config.json declares {key} {number}, more than its files hold")
 
 
+def _check_dense(architecture: Any, found: dict[str, StoredTensor], sparse: set[str]) -> None:
+    """Refuse dense tensors of another shape than the architecture's.
+
+    Raises:
+        BlockSparseFormatError: naming the first.
+    """
+    for name, tensor in architecture.state_dict().items():
+        entry = found.get(name)
+        if entry is not None and name.rpartition(".")[0] not in sparse and entry.shape != tuple(tensor.shape):
+            raise BlockSparseFormatError(
+                f"{name}: shape {entry.shape} in the checkpoint, but config.json declares {tuple(tensor.shape)}"
+            )
+
+
+def _dense_architecture(folder: Path) -> Any:
+    """The dense model on the meta device, from the native config alone (the folder's code is not run)."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")
+        with torch.device("meta"):
+            return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers refuses a stranger's values in many ways
+        raise ModelError(f"{folder}: its config.json describes no image classifier ({error})") from error
+
+
+def _flops(folder: Path, architecture: Any) -> ModelFlops:
+    file = folder / PROCESSOR_FILE
+    processing = read_json(file) if file.is_file() else None
+    try:
+        flops = count_flops(type(architecture), architecture.config, processing)
+    except BlockPruneError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{folder}: its config.json describes no image classifier ({error})") from error
+    if not flops.total > 0:
+        raise ModelError(f"{folder}: its config.json describes a model that multiplies nothing")
+    return flops
+
+
 def _inspect_layer(
-    name: str, linear: nn.Linear, nnz_blocks: int, config: BlockPruneQuantizationConfig, tensors: _Tensors
+    name: str, linear: nn.Linear, config: BlockPruneQuantizationConfig, headers: dict[str, StoredTensor]
 ) -> tuple[dict[str, Any], Tensor]:
-    block_shape = _pair(config.block_shape)
+    nnz_blocks, block_shape = config.layers[name], _pair(config.block_shape)
     dense = (linear.out_features, linear.in_features)
     shape = config.shape_of(name, dense)
     keys = {tensor: f"{name}.{tensor}" for tensor in TENSOR_NAMES}
-    shapes = {tensor: tensors.shapes[key] for tensor, key in keys.items() if key in tensors.shapes}
-    check_shapes(
-        name, shapes, nnz_blocks=nnz_blocks, out_features=shape[0], in_features=shape[1], block_shape=block_shape
-    )
-    crow, col = tensors.indices[keys["crow_indices"]], tensors.indices[keys["col_indices"]]
+    crow, col = (_read_indices(keys[index], headers) for index in INDEX_NAMES)
     block_cols = grid_shape(*shape, block_shape)[1]
     check_indices(name, crow, col, block_cols)
     blocks = math.prod(grid_shape(*dense, block_shape))
+    dtype = headers[keys["weight"]].dtype
     layer = {
         "shape": list(dense),
         "stored_shape": list(shape),
@@ -222,12 +244,21 @@ def _inspect_layer(
         "kept_blocks": nnz_blocks,
         "blocks": blocks,
         "density": nnz_blocks / blocks,
-        "size_bytes": sum(tensors.size_bytes[key] for key in keys.values()),
-        "dense_size_bytes": dense[0] * dense[1] * _element_bytes(tensors, keys["weight"], config),
-        "cpu_backend": _cpu_backend(tensors.dtypes[keys["weight"]], shape, block_shape, crow, col),
+        "size_bytes": sum(headers[key].size_bytes for key in keys.values()),
+        "dense_size_bytes": dense[0] * dense[1] * ELEMENT_BYTES[dtype],
+        "cpu_backend": _cpu_backend(DTYPES[dtype], shape, block_shape, crow, col),
     }
-    empty = linear.weight.new_empty(nnz_blocks, 0, 0, device="cpu")
+    empty = torch.empty(nnz_blocks, 0, 0)
     return layer, block_mask(PackedWeight(empty, crow, col), block_cols)
+
+
+def _pair(block_shape: list[int]) -> tuple[int, int]:
+    return block_shape[0], block_shape[1]
+
+
+def _read_indices(key: str, headers: dict[str, StoredTensor]) -> Tensor:
+    with safe_open(headers[key].file, framework="pt") as file:
+        return file.get_tensor(key)
 
 
 def _cpu_backend(
@@ -237,11 +268,6 @@ def _cpu_backend(
     zero = torch.zeros((), dtype=dtype)  # which blocks there are decides, not what is in them
     layer = LayerArguments(zero.expand(len(col), *block_shape), crow, col, None, shape[0])
     return choose_backend(zero.expand(1, shape[1]), layer)
-
-
-def _element_bytes(tensors: _Tensors, key: str, config: BlockPruneQuantizationConfig) -> int:
-    stored = tensors.shapes[key][0] * config.block_shape[0] * config.block_shape[1]
-    return tensors.size_bytes[key] // stored if stored else 4
 
 
 def _totals(stored: StoredModel) -> dict[str, Any]:

@@ -26,10 +26,14 @@ def load_classifier(name: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         CheckpointError: the files are damaged.
         BlockSparseFormatError: a block-sparse checkpoint's config and tensors disagree.
     """
+    # Where nothing is said, transformers asks on the terminal whether a folder's code may run, and waits.
+    kwargs = {"trust_remote_code": False, **kwargs}
     try:
         model, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **kwargs)
         hub_kwargs = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
-        processor = AutoImageProcessor.from_pretrained(name, **hub_kwargs)
+        processor = AutoImageProcessor.from_pretrained(
+            name, trust_remote_code=kwargs["trust_remote_code"], **hub_kwargs
+        )
     except (BlockPruneError, BlockSparseFormatError):
         raise
     except SafetensorError as error:
@@ -38,7 +42,7 @@ def load_classifier(name: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         ) from error
     except OSError as error:
         raise ModelError(f"{name}: no such model or folder, or a file is missing ({_first_line(error)})") from error
-    except (ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # what a stranger's config makes transformers raise has no common class
         raise ModelError(f"{name}: cannot be loaded as an image classifier ({_first_line(error)})") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])

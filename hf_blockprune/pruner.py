@@ -15,7 +15,7 @@ from . import checkpoint
 from .card import model_card
 from .config import BlockPruneConfig, RecoveryConfig
 from .data import load_images
-from .errors import ModelError
+from .errors import CheckpointError, ModelError
 from .evaluation import Evaluation, predict, summarise
 from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
@@ -95,6 +95,7 @@ class BlockPruner:
         Raises:
             ModelError: nothing is there, it is no image classifier, or it lacks trained weights.
             CheckpointError: the files are damaged.
+            ConfigError: the stored settings are none.
             BlockSparseFormatError: a block-sparse checkpoint's config and tensors disagree.
         """
         model, processor = load_classifier(str(name_or_path), kwargs)
@@ -165,6 +166,7 @@ class BlockPruner:
 
         Raises:
             ModelError: the model is not pruned, the teacher is missing or another model, or the loss is not finite.
+            CheckpointError: the report beside the model was made for another dense model.
             DataError: the images cannot be used.
         """
         if not next(block_sparse_layers(self.model), None):
@@ -201,6 +203,13 @@ class BlockPruner:
         stream = find_residual_stream(dense) if order is not None else None
         if order is None or stream is None:
             return dense
+        name, axis = next(iter(stream.axes.items()))
+        width = dense.get_parameter(name).shape[axis]
+        if len(order) != width:
+            raise CheckpointError(
+                f"{self.name}: its report orders {len(order)} features, the dense model has {width}; "
+                "name the dense model it was pruned from as teacher"
+            )
         dense = copy.deepcopy(dense)
         permute_stream(dense, stream, torch.tensor(order))
         return dense

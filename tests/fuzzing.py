@@ -51,6 +51,7 @@ CONFIG = json.loads((FIXTURE / "config.json").read_text())
 TENSORS = load_file(FIXTURE / "model.safetensors")
 SIZE = (FIXTURE / "model.safetensors").stat().st_size
 HEADER = struct.unpack("<Q", (FIXTURE / "model.safetensors").read_bytes()[:8])[0] + 8
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDICES = sorted(name for name in TENSORS if name.endswith("_indices"))
 
 damages = st.one_of(
@@ -77,24 +78,33 @@ damages = st.one_of(
     ),
     st.builds(Damage, st.just("shape"), st.sampled_from(sorted(TENSORS)), st.integers(0, 5)),
     st.builds(Damage, st.just("missing tensor"), st.sampled_from(sorted(TENSORS)), st.none()),
+    st.builds(
+        Damage,
+        st.just("shard"),
+        st.sampled_from(sorted(TENSORS)),
+        st.one_of(st.sampled_from([*SHARDS, "../model.safetensors", "/model.safetensors", "config.json", ""]), JUNK),
+    ),
     st.builds(Damage, st.just("byte"), st.integers(0, HEADER - 1), st.integers(0, 255)),
     st.builds(Damage, st.just("cut off"), st.integers(0, SIZE - 1), st.none()),
 )
 
 
 def forge(folder: Path, changes: list[Damage]) -> None:
-    """Write the fixture with changes; those to bytes come last."""
+    """Write the fixture with changes, in two shards where one changes their list; those to bytes come last."""
     config, tensors = json.loads(json.dumps(CONFIG)), {name: tensor.clone() for name, tensor in TENSORS.items()}
     for change in changes:
         if change.kind in ("config", "missing key"):
             _change_config(config, change)
-        elif change.place in tensors:
+        elif change.kind != "shard" and change.place in tensors:
             _change_tensor(tensors, change)
+    shards = {change.place: change.value for change in changes if change.kind == "shard"}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    data = bytearray((folder / "model.safetensors").read_bytes())
+    weights = _write_shards(folder, tensors, shards) if shards else folder / "model.safetensors"
+    if not shards:
+        save_file(tensors, weights, metadata={"format": "pt"})
+    data = bytearray(weights.read_bytes())
     for change in changes:
         if change.kind == "byte":
             data[change.place % len(data)] = change.value
@@ -102,7 +112,18 @@ def forge(folder: Path, changes: list[Damage]) -> None:
             del data[change.place :]
         if not data:
             break
-    (folder / "model.safetensors").write_bytes(data)
+    weights.write_bytes(data)
+
+
+def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], changes: dict[str, Any]) -> Path:
+    """Two files and the list of what lies where, changed; the first file."""
+    places = {name: SHARDS[number % 2] for number, name in enumerate(sorted(tensors))}
+    for shard in SHARDS:
+        part = {name: tensors[name] for name in places if places[name] == shard}
+        save_file(part, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": {**places, **changes}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder / SHARDS[0]
 
 
 def _change_config(config: Any, change: Damage) -> None:
@@ -153,7 +174,7 @@ def check(folder: Path) -> str:
         model = AutoModelForImageClassification.from_pretrained(folder).eval()
     except (BlockSparseFormatError, *THEIRS):
         return "refused on loading"
-    stored = load_file(folder / "model.safetensors")
+    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     for name, module in block_sparse_layers(model):
         prefix = stored_layer_name(model, name)
         for tensor in ("weight", "crow_indices", "col_indices"):

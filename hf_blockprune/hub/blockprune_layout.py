@@ -10,12 +10,14 @@ blocks are stored, row by row as in torch's BSR layout:
 Where the block does not divide the matrix, the last block row or column is filled with zeros when packing.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# A block may be larger than the matrix, up to this: whoever turns the matrix dense fills up the rest with zeros.
+MAX_OVERHANGING_BLOCK = 1024
 
 
 class BlockSparseFormatError(ValueError):
@@ -32,7 +34,7 @@ class PackedWeight(NamedTuple):
 
 def grid_shape(out_features: int, in_features: int, block_shape: tuple[int, int]) -> tuple[int, int]:
     """Number of (block rows, block columns) that cover a matrix, counting partly filled edge blocks."""
-    return math.ceil(out_features / block_shape[0]), math.ceil(in_features / block_shape[1])
+    return -(-out_features // block_shape[0]), -(-in_features // block_shape[1])  # floats would round large sizes
 
 
 def pack(weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> PackedWeight:
@@ -127,6 +129,11 @@ def check_shapes(
     Raises:
         BlockSparseFormatError: naming the first tensor that is missing or has another shape.
     """
+    for block_size, size in zip(block_shape, (out_features, in_features), strict=True):
+        if not 1 <= block_size <= max(size, MAX_OVERHANGING_BLOCK):
+            raise BlockSparseFormatError(
+                f"{name}: blocks of {block_shape[0]}x{block_shape[1]} do not fit a {out_features}x{in_features} matrix"
+            )
     block_rows, block_cols = grid_shape(out_features, in_features, block_shape)
     if not 0 <= nnz_blocks <= block_rows * block_cols:
         raise BlockSparseFormatError(

@@ -5,14 +5,13 @@ method "blockprune" there; a Linear named in the checkpoint's `quantization_conf
 before its tensors are read. Nothing is quantized: the interface only carries the name.
 """
 
+import reprlib
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -23,13 +22,21 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .blockprune_fusion import fuse, unfuse
-from .blockprune_layout import BlockSparseFormatError, check_shapes
+from .blockprune_headers import (
+    INDEX_NAMES,
+    MAX_REPEATED_LAYERS,
+    StoredTensor,
+    check_allocation,
+    check_layer,
+    check_location,
+    read_headers,
+)
+from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
+from .blockprune_names import by_module, find_linears, stored_layer_name
 
 QUANT_METHOD = "blockprune"
 FORMAT_VERSION = 2  # the newest that this code reads; files that need no more than 1 say 1
-TENSOR_NAMES = ("weight", "crow_indices", "col_indices")
-INDEX_SUFFIXES = (".crow_indices", ".col_indices")
 
 
 class BlockPruneQuantizationConfig(QuantizationConfigMixin):
@@ -47,6 +54,7 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,  # a key named "self" is an unknown one too
         block_shape: tuple[int, ...] | list[int] = (),
         layers: dict[str, int] | None = None,
         format_version: int | None = None,
@@ -57,21 +65,23 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
         if format_version is None:
             format_version = 2 if cut else 1
         if quant_method != QUANT_METHOD:
-            raise BlockSparseFormatError(f"quantization_config.quant_method: {QUANT_METHOD!r}, not {quant_method!r}")
+            raise BlockSparseFormatError(
+                f"quantization_config.quant_method: {QUANT_METHOD!r}, not {reprlib.repr(quant_method)}"
+            )
         if not _is_count(format_version) or not 1 <= format_version <= FORMAT_VERSION:
             raise BlockSparseFormatError(
                 f"quantization_config.format_version: this code reads 1 to {FORMAT_VERSION}, "
-                f"got {format_version!r}; a newer hf_blockprune may read it"
+                f"got {reprlib.repr(format_version)}; a newer hf_blockprune may read it"
             )
         if cut is not None and format_version < 2:
             unknown["cut"] = cut
         if unknown:
             raise BlockSparseFormatError(
-                f"quantization_config: unknown keys {sorted(unknown)} in format {format_version}"
+                f"quantization_config: unknown keys {reprlib.repr(sorted(unknown))} in format {format_version}"
             )
         if not _is_pair(block_shape):
             raise BlockSparseFormatError(
-                f"quantization_config.block_shape: two whole numbers from 1, got {block_shape!r}"
+                f"quantization_config.block_shape: two whole numbers from 1, got {reprlib.repr(block_shape)}"
             )
         if not isinstance(layers, dict) or not all(isinstance(k, str) and _is_count(v) for k, v in layers.items()):
             raise BlockSparseFormatError("quantization_config.layers: must map layer names to numbers of kept blocks")
@@ -122,36 +132,21 @@ class BlockPruneHfQuantizer(HfQuantizer):
     requires_calibration = True
     _expected: dict[str, tuple[torch.Size, torch.dtype]]  # of the parameters of the model that is loading
 
+    def update_attn_implementation(self, config):
+        """Called before the model is built, which takes time and memory for every layer that the config declares."""
+        check_repeated_layers(vars(config))
+        return config
+
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
-        block_shape = (config.block_shape[0], config.block_shape[1])
-        shapes = _stored_shapes(checkpoint_files) if checkpoint_files else None
-        for stored_name, nnz_blocks in config.layers.items():
-            name, linear = find_linear(model, stored_name)
-            dense_shape = (linear.out_features, linear.in_features)
-            out_features, in_features = config.shape_of(stored_name, dense_shape)
-            if shapes is not None:
-                check_shapes(
-                    stored_name,
-                    {t: shapes[f"{stored_name}.{t}"] for t in TENSOR_NAMES if f"{stored_name}.{t}" in shapes},
-                    nnz_blocks=nnz_blocks,
-                    out_features=out_features,
-                    in_features=in_features,
-                    block_shape=block_shape,
-                )
-            sparse = BlockSparseLinear(
-                in_features,
-                out_features,
-                block_shape,
-                nnz_blocks,
-                # Refitting gives a bias to a Linear that had none; only the file tells.
-                bias=linear.bias is not None or (shapes is not None and f"{stored_name}.bias" in shapes),
-                device=linear.weight.device,
-                dtype=linear.weight.dtype,
-            )
-            if (out_features, in_features) != dense_shape:
-                sparse.dense_shape = dense_shape
-            model.set_submodule(name, sparse)
+        headers = None
+        if checkpoint_files:
+            check_location(checkpoint_files, model.config.name_or_path)
+            headers = read_headers(checkpoint_files)
+        modules, _ = match_layers(model, config, headers)
+        linears = {name: model.get_submodule(name) for name in modules.values()}
+        for stored_name, name in modules.items():
+            model.set_submodule(name, _empty_layer(config, stored_name, linears[name], headers))
         self._expected = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -264,55 +259,105 @@ def stored_config(model: Any) -> BlockPruneQuantizationConfig:
     )
 
 
-def _stored_shapes(checkpoint_files: list[str]) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor, from the files' headers alone; index tensors must be int32 there already.
+def check_repeated_layers(values: dict[str, Any]) -> None:
+    """Refuse a config that declares more layers than any model has.
 
     Raises:
-        BlockSparseFormatError: a file is cut off, or an index tensor has another dtype.
+        BlockSparseFormatError: naming the key.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in checkpoint_files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (a file handle, not a dict)
-                    entry = file.get_slice(key)
-                    shapes[key] = tuple(entry.get_shape())
-                    if key.endswith(INDEX_SUFFIXES) and entry.get_dtype() != "I32":
-                        raise BlockSparseFormatError(f"{key}: must be int32, got {entry.get_dtype()}")
-        except SafetensorError as error:
-            raise BlockSparseFormatError(
-                f"{path}: not a whole safetensors file ({error}); download it again"
-            ) from error
-    return shapes
+    for key in ("num_hidden_layers", "num_layers", "depth", "depths"):
+        value = values.get(key)
+        counts: Any = value if isinstance(value, (list, tuple)) else [value]
+        if sum(count for count in counts if _is_count(count)) > MAX_REPEATED_LAYERS:
+            raise BlockSparseFormatError(f"{key}: at most {MAX_REPEATED_LAYERS} layers, got {reprlib.repr(value)}")
 
 
-def find_linear(model: Any, stored_name: str) -> tuple[str, nn.Linear]:
-    """The Linear that transformers loads `stored_name.weight` into, with its module name.
+def match_layers(
+    model: Any, config: BlockPruneQuantizationConfig, headers: dict[str, StoredTensor] | None
+) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    """Find the block-sparse layers, and compare all that is stored with the config and the architecture.
 
-    Module names change between versions of transformers, names in files do not; transformers' own table of renamings
-    leads from one to the other.
+    Args:
+        model: the dense architecture on the meta device.
+        config: what it was saved with.
+        headers: what the files hold, where there are any.
+
+    Returns:
+        (module name by stored name of each block-sparse layer, what the files hold by the model's names of it).
 
     Raises:
-        BlockSparseFormatError: the model has no such Linear.
+        BlockSparseFormatError: they disagree.
     """
-    weights = {f"{name}.weight": True for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    transforms = get_model_conversion_mapping(model)
-    key, _ = rename_source_key(
-        f"{stored_name}.weight",
-        [t for t in transforms if isinstance(t, WeightRenaming)],
-        [t for t in transforms if isinstance(t, WeightConverter)],
-        model.base_model_prefix,
-        weights,
-    )
-    if key not in weights:
+    if headers is not None and len(config.layers) > len(headers):
         raise BlockSparseFormatError(
-            f"{stored_name}: listed in quantization_config.layers, but {type(model).__name__} has no such Linear"
+            f"quantization_config.layers: {len(config.layers):,} named, but the files hold {len(headers):,} tensors"
         )
-    name = key.removesuffix(".weight")
-    return name, model.get_submodule(name)
+    modules = find_linears(model, config.layers)
+    _check_cuts(model, config, modules)
+    return modules, {} if headers is None else _check_stored(model, config, modules, headers)
 
 
-def stored_layer_name(model: Any, runtime_name: str) -> str:
-    """The name under which transformers saves a module's weight (the inverse of `find_linear`)."""
-    state = revert_weight_conversion(model, {f"{runtime_name}.weight": torch.empty(0)})
-    return next(iter(state)).removesuffix(".weight")
+def _check_cuts(model: Any, config: BlockPruneQuantizationConfig, modules: dict[str, str]) -> None:
+    """Refuse cuts that do not take as many units from what reads an MLP's hidden features as from what writes them.
+
+    Raises:
+        BlockSparseFormatError: naming the layer.
+    """
+    stored_names = {module: stored_name for stored_name, module in modules.items()}
+    cut = []  # fc1, fc2, fc1, ... with their sizes
+    for name, linear in model.named_modules():
+        stored_name = stored_names.get(name, "")
+        if stored_name in getattr(config, "cut", {}):
+            dense = (linear.out_features, linear.in_features)
+            cut.append((stored_name, dense, config.shape_of(stored_name, dense)))
+    for fc1, fc2 in zip_longest(cut[::2], cut[1::2]):
+        name, dense, shape = fc1
+        fits = fc2 is not None and shape[1] == dense[1] and fc2[2] == (fc2[1][0], shape[0]) and fc2[1][1] == dense[0]
+        if not fits:
+            raise BlockSparseFormatError(
+                f"quantization_config.cut: {name} of {shape[0]}x{shape[1]} has no layer after it that is cut likewise"
+            )
+
+
+def _check_stored(
+    model: Any, config: BlockPruneQuantizationConfig, modules: dict[str, str], headers: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Compare what the files hold with the config and the architecture, before anything is allocated."""
+    linears = {name: model.get_submodule(name) for name in modules.values()}
+    for stored_name, name in modules.items():
+        linear = linears[name]
+        check_layer(
+            stored_name,
+            headers,
+            nnz_blocks=config.layers[stored_name],
+            shape=config.shape_of(stored_name, (linear.out_features, linear.in_features)),
+            block_shape=(config.block_shape[0], config.block_shape[1]),
+            bias=linear.bias is not None,
+        )
+    found = by_module(model, headers, [f"{name}.{index}" for name in linears for index in INDEX_NAMES])
+    check_allocation(model, found, headers, linears)
+    return found
+
+
+def _empty_layer(
+    config: BlockPruneQuantizationConfig,
+    stored_name: str,
+    linear: nn.Linear,
+    headers: dict[str, StoredTensor] | None,
+) -> BlockSparseLinear:
+    """The module that a layer is loaded into."""
+    dense_shape = (linear.out_features, linear.in_features)
+    out_features, in_features = config.shape_of(stored_name, dense_shape)
+    sparse = BlockSparseLinear(
+        in_features,
+        out_features,
+        (config.block_shape[0], config.block_shape[1]),
+        config.layers[stored_name],
+        # Refitting gives a bias to a Linear that had none; only the file tells.
+        bias=linear.bias is not None or (headers is not None and f"{stored_name}.bias" in headers),
+        device=linear.weight.device,
+        dtype=linear.weight.dtype,
+    )
+    if (out_features, in_features) != dense_shape:
+        sparse.dense_shape = dense_shape
+    return sparse

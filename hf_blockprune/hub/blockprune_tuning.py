@@ -6,6 +6,7 @@ Files lie in `$BLOCKPRUNE_CACHE`, by default `$HF_HOME/blockprune`; one that can
 
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -165,7 +166,7 @@ def _read(path: Path) -> dict[str, Choice]:
         return {key: _choice(value) for key, value in content["choices"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         logger.warning(f"{path} cannot be read ({error!r}); kernels are measured anew")
         return {}
 
@@ -176,9 +177,15 @@ def _choice(value: dict[str, Any]) -> Choice:
     for size, least in ((config.block_m, 16), (config.block_k, 16), (config.warps, 1)):
         if type(size) is not int or not least <= size <= 1024 or size & (size - 1):
             raise ValueError(f"impossible {config}")
-    if not (1 <= config.stages <= 8 and 1 <= config.group <= 1 << 16 and 0 <= config.per_sm <= 32):
+    for count, least, most in ((config.stages, 1, 8), (config.group, 1, 1 << 16), (config.per_sm, 0, 32)):
+        if type(count) is not int or not least <= count <= most:
+            raise ValueError(f"impossible {config}")
+    if type(config.strips) is not bool or type(config.k_major) is not bool:
         raise ValueError(f"impossible {config}")
-    return Choice(config, float(value["sparse_ms"]), float(value["dense_ms"]))
+    times = float(value["sparse_ms"]), float(value["dense_ms"])
+    if not all(0 <= ms < math.inf for ms in times):
+        raise ValueError(f"impossible times {times}")
+    return Choice(config, *times)
 
 
 def _write(path: Path, choices: dict[str, Choice]) -> None:
