@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-wheel lint clean
+.PHONY: demo test test-wheel test-versions lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py scripts/setup.sh $(wildcard hf_blockprune/_cpu/*.cpp hf_blockprune/_cpu/*.h)
 	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
@@ -18,6 +18,10 @@ test: $(VENV)/.installed
 # Builds a wheel, installs it in an empty environment, and runs the kernels' tests against it.
 test-wheel:
 	PYTHON="$(PYTHON)" sh scripts/test-wheel.sh
+
+# Runs part of the tests with the oldest and the newest versions of what the package needs, each in a new environment.
+test-versions:
+	"$(PYTHON)" scripts/test_versions.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -219,6 +219,27 @@ def families_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def versions_table(results: dict[str, Any]) -> str:
+    """Which sets of versions the tests were run with, and what came of it."""
+    sets = results["sets"]
+    packages = list(dict.fromkeys(package for each in sets.values() for package in each["versions"]))
+    lines = [
+        f"| | {' | '.join(sets)} |",
+        "|---|" + "---|" * len(sets),
+    ]
+    lines += [
+        f"| {package} | {' | '.join(each['versions'].get(package, '-') for each in sets.values())} |"
+        for package in packages
+    ]
+    lines += [
+        f"| tests {which} | {' | '.join(str(each[which]) for each in sets.values())} |"
+        for which in ("passed", "failed", "skipped")
+    ]
+    lines.append(f"| tests left out | {' | '.join(str(len(each['without'])) for each in sets.values())} |")
+    lines.append(f"| on | {' | '.join(each['date'] for each in sets.values())} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "accuracy": accuracy_table,
     "ablation": ablation_table,
@@ -229,6 +250,7 @@ TABLES = {
     "families": families_table,
     "systolic": systolic_table,
     "promise": promise_table,
+    "versions": versions_table,
 }
 PAGES = (
     ROOT / "README.md",

@@ -78,7 +78,7 @@ def test_inspect_says_what_multiplies_with_each_layer(pruned):
 
 def test_env_names_machine_versions_and_backends():
     values = json.loads(run("env", "--json").stdout)
-    assert values["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(values["versions"]["torch"])  # which may lack +cu124
     assert values["backends"]["registered"].split(", ") == available_backends()
     assert values["backends"]["cpu"] == find_library()[1]
     shown = run("env").stdout
