@@ -18,7 +18,7 @@ from .blocks import block_sizes
 from .config import DEVICE_METRICS, BlockPruneConfig, Budget
 from .coupling import correct, drop_unused
 from .devices import meet_devices
-from .errors import ModelError
+from .errors import BudgetError, ModelError
 from .hardware.device_cost import DeviceCost, usual_dtype
 from .hardware.flops import ModelFlops
 from .hardware.profiles import load_profile
@@ -231,8 +231,11 @@ class Selection:
                 replace(b, ratio=min(1.0, b.ratio + share * more / b.whole))
                 for b, more in zip(self.budgets, spare, strict=True)
             ]
-            current = self._used_part(layers, self._allocate(traces, loose))
-            if min(self._left(current)) >= 0:
+            try:
+                current = self._used_part(layers, self._allocate(traces, loose))
+            except BudgetError:  # blocks may be too coarse for what lies in between
+                current = None
+            if current is not None and min(self._left(current)) >= 0:
                 low, best = share, max(best, current, key=lambda a: a.kept_cost[0])
             else:
                 high = share
