@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-wheel test-versions lint clean
+.PHONY: demo docs test test-wheel test-versions lint clean
 
 $(VENV)/.installed: pyproject.toml setup.py scripts/setup.sh $(wildcard hf_blockprune/_cpu/*.cpp hf_blockprune/_cpu/*.h)
 	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
@@ -28,5 +28,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site, in site/.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

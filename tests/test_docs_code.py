@@ -1,0 +1,143 @@
+"""Every `python` and `sh` block of the README and of docs/ runs, in the order of its page; `yaml` and `json` is valid.
+
+Names in them stand for what is made here: facebook/deit-base-patch16-224 is a folder with a tiny model, IMAGES one with
+pictures. `console` marks what a user types elsewhere, such as installing the package.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from hf_blockprune.jobs import PruneJob
+
+from .conftest import NUM_LABELS, ROOT, tiny_model, write_images
+from .fake_hub import FakeHub
+
+pytestmark = pytest.mark.slow
+
+MODEL = "facebook/deit-base-patch16-224"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = {str(page.relative_to(ROOT)): page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+
+
+def blocks_of(name, *kinds):
+    """(kind, text) of a page's blocks of these kinds."""
+    return [(kind, text) for kind, text in BLOCK.findall(PAGES[name].read_text(encoding="utf-8")) if kind in kinds]
+
+
+CODE = [name for name in PAGES if blocks_of(name, "python", "sh")]
+DATA = [name for name in PAGES if blocks_of(name, "yaml", "json")]
+PRUNE = f"prune {MODEL} --dataset IMAGES --method magnitude --block-shape 8x8 --budget flops=0.8 --quiet --output"
+# What a page takes for granted, by page.
+BEFORE = {
+    "docs/export.md": f"""
+blockprune('{PRUNE} OUT')
+blockprune('export OUT --torch-export -o model.pt2')
+pixel_values = torch.zeros(2, 3, 32, 32)
+""",
+    "docs/faq.md": f"blockprune('{PRUNE} OUT')",
+    "docs/kernels.md": f"""
+blockprune('{PRUNE} PRUNED')
+pipeline_on_cpu()
+x, weight, mask = torch.randn(4, 64), torch.randn(64, 64), torch.eye(2) > 0
+""",
+    "docs/share.md": f"blockprune('{PRUNE} OUT')",
+    "docs/data.md": f"""
+from hf_blockprune import BlockPruneConfig, BlockPruner, Budget
+config = BlockPruneConfig(method="magnitude", block_shape=(8, 8), budget=Budget("flops", 0.8))
+pruner = BlockPruner.from_pretrained("{MODEL}", config)
+""",
+}
+DRIVER = """
+import json, shlex, shutil, subprocess, sys
+import torch
+
+def blockprune(line):
+    from hf_blockprune.cli import app
+    app(shlex.split(line), standalone_mode=False)
+
+def pipeline_on_cpu():
+    import functools, transformers
+    whole = transformers.pipeline
+    transformers.pipeline = lambda *args, device, **kwargs: whole(*args, device="cpu", **kwargs)
+
+def shell(text):
+    for line in text.splitlines():
+        if "prune" in line and "--output OUT" in line:
+            shutil.rmtree("OUT", ignore_errors=True)  # each example writes there
+        if line.startswith("blockprune "):
+            blockprune(line.partition("#")[0].removeprefix("blockprune "))
+        elif line:
+            subprocess.run(["bash", "-ec", line], check=True)
+
+names = {"__name__": "__main__", "torch": torch, "blockprune": blockprune, "pipeline_on_cpu": pipeline_on_cpu}
+for kind, text in json.load(open(sys.argv[1])):
+    print(text, flush=True)
+    exec(text, names) if kind == "python" else shell(text)
+"""
+
+
+@pytest.fixture
+def world(tmp_path, processor):
+    """A folder in which the names that pages use are there."""
+    model = tiny_model("deit", hidden_size=192, intermediate_size=384)
+    for saved in (model, processor):
+        saved.save_pretrained(tmp_path / MODEL)
+    write_images(tmp_path / "IMAGES", 24)
+    for name in ("LABELLED_IMAGES", "path/to/calibration/images", "path/to/labelled/images", "photos/train"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "IMAGES")
+    (tmp_path / "photos/validation").symlink_to(tmp_path / "IMAGES")
+    (tmp_path / "MODEL").symlink_to(tmp_path / MODEL)
+    for name in ("recipes", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    pictures = sorted((tmp_path / "IMAGES").glob("*.png"))
+    (tmp_path / "tables").mkdir()
+    table = Dataset.from_dict(
+        {
+            "photo": [{"bytes": picture.read_bytes(), "path": None} for picture in pictures],
+            "species": [i % NUM_LABELS for i in range(len(pictures))],
+        }
+    )
+    for name in ("tables/train-0.parquet", "table.parquet", "owner/name/train.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(tmp_path / name)
+    (tmp_path / "shards").mkdir()
+    for number in range(147):
+        with tarfile.open(tmp_path / f"shards/{number:03d}.tar", "w") as shard:
+            shard.add(pictures[number % len(pictures)], f"{number}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_runs(name, world):
+    blocks = [("python", BEFORE.get(name, "")), *blocks_of(name, "python", "sh")]
+    (world / "blocks.json").write_text(json.dumps(blocks))
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    local = {"PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with FakeHub({}, world / "uploads") as hub:
+        hub_settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(world / "home"), "HF_TOKEN": "hf_test"}
+        command = [sys.executable, "-c", DRIVER, str(world / "blocks.json")]
+        env = {**kept, **local, **hub_settings, "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(command, cwd=world, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_settings_are_valid(name, tmp_path):
+    for kind, text in blocks_of(name, "yaml", "json"):
+        if kind == "json":
+            json.loads(text if text.startswith("{") else f"{{{text}}}")
+        else:
+            job = {"model": "MODEL", "dataset": "IMAGES", "output": "OUT", **yaml.safe_load(text)}
+            (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(job))
+            PruneJob.read(tmp_path / "recipe.yaml")
