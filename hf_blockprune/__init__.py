@@ -16,6 +16,7 @@ from .errors import (
     ModelError,
 )
 from .evaluation import Evaluation
+from .html_report import write_report
 from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_quantizer import BlockPruneQuantizationConfig, sparsify
 from .microbatch import micro_batch
@@ -46,4 +47,5 @@ __all__ = [
     "__version__",
     "micro_batch",
     "sparsify",
+    "write_report",
 ]

@@ -158,5 +158,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of its own, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -281,6 +281,32 @@ def inspect(
 
 @app.command()
 @one_line_errors
+def report(
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Pruned models: folders or Hub names; several are compared.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", help="Device profile to predict for: a name or a YAML file; may be repeated."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a pass on --device.")] = 1,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML page about pruned models: what they keep, cost and get right."""
+    set_quiet(quiet)
+    from .html_report import write_report
+
+    made = write_report(checkpoints, output, devices=device, batch_size=batch_size, overwrite=overwrite)
+    values = {"output": str(output), "checkpoints": [checkpoint.values for checkpoint in made]}
+    shown = {"output": str(output), "size bytes": output.expanduser().stat().st_size, "models": len(made)}
+    emit(values, plain_table("report", shown), as_json=json_)
+
+
+@app.command()
+@one_line_errors
 def benchmark(
     model: Annotated[str, typer.Argument(help="Pruned model: a folder or a Hub name.")],
     against: Annotated[

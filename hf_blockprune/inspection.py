@@ -78,8 +78,9 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
         directory: a folder written by `BlockPruner.save_pretrained`, or downloaded from the Hub.
 
     Returns:
-        JSON-ready values: `flops_ratio` (whole model), `linear_flops_ratio` (pruned layers alone), `density`,
-        `size_bytes` and `dense_size_bytes` (weights on disk, and what they would be dense), and `layers`, a list of
+        JSON-ready values: `flops_ratio` (whole model), `linear_flops_ratio` (pruned layers alone), `params_ratio`
+        (weights of the whole model), `density`, `size_bytes` and `dense_size_bytes` (weights on disk, and what they
+        would be dense), and `layers`, a list of
         {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes, cpu_backend}, the
         last being what would multiply with it on this machine's CPU ("dense" where kernels would not pay).
 
@@ -92,7 +93,7 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
 
 def describe_checkpoint(stored: StoredModel) -> dict[str, Any]:
     """What `inspect_checkpoint` says of a checkpoint that was opened."""
-    removed_flops, target_flops = 0.0, 0.0
+    removed_flops, target_flops, removed_weights = 0.0, 0.0, 0.0
     for layer in stored.layers:
         linear = stored.architecture.get_submodule(layer.module)
         shape, block_shape = _pair(layer.values["stored_shape"]), _pair(layer.values["block_shape"])
@@ -100,9 +101,11 @@ def describe_checkpoint(stored: StoredModel) -> dict[str, Any]:
         tokens, weights = stored.flops.linear_tokens[layer.module], linear.out_features * linear.in_features
         removed_flops += linear_flops(tokens, weights - kept)
         target_flops += linear_flops(tokens, weights)
+        removed_weights += weights - kept
     return {
         "flops_ratio": 1 - removed_flops / stored.flops.total,
         "linear_flops_ratio": 1 - removed_flops / target_flops if target_flops else 1.0,
+        "params_ratio": 1 - removed_weights / stored.flops.parameters,
         "dense_flops": stored.flops.total,
         **_totals(stored),
         "layers": [{"name": layer.name, "module": layer.module, **layer.values} for layer in stored.layers],

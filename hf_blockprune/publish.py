@@ -60,14 +60,15 @@ def upload_checkpoint(
                 revision=revision,
                 create_pr=create_pr,
             )
-    except _hub_errors() as error:
+    except hub_errors() as error:
         raise HubError(
             f"{repo_id}: could not be uploaded ({' '.join(str(error).split())[:300]}); check the name and the network, "
             "and log in with a token that may write (hf auth login)"
         ) from error
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What talking to the Hub may raise where the name, the network or the Hub is at fault."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # Its bases are those of a lost connection too, in whichever library huggingface_hub calls the Hub through.

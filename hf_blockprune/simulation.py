@@ -50,10 +50,11 @@ def simulate_checkpoint(
         ModelError: a model that is no plain vision transformer.
     """
     profile = _profile(device, dataflow=dataflow, overlap=overlap, arrays=arrays)
-    return _simulated(open_checkpoint(directory), profile, batch, dtype or usual_dtype(profile))
+    return simulate_stored(open_checkpoint(directory), profile, batch, dtype or usual_dtype(profile))
 
 
-def _simulated(stored: StoredModel, profile: Any, batch: int, dtype: str) -> dict[str, Any]:
+def simulate_stored(stored: StoredModel, profile: Any, batch: int, dtype: str) -> dict[str, Any]:
+    """What `simulate_checkpoint` says of a checkpoint that was opened."""
     tokens = stored.flops.linear_tokens
     first = stored.layers[0].module if stored.layers else next(iter(tokens))
     shape = transformer_shape(stored.architecture.config, stored.flops.image_size, tokens[first])
@@ -75,7 +76,7 @@ def predict_checkpoint(stored: StoredModel) -> list[dict[str, Any]]:
     keys = ("device", "batch", "dtype", "latency_ms", "dense_latency_ms", "speedup", "energy_ratio")
     try:
         profiles = [(load_profile(device), batch) for device, batch in CARD_DEVICES.items()]
-        found = [_simulated(stored, profile, batch, usual_dtype(profile)) for profile, batch in profiles]
+        found = [simulate_stored(stored, profile, batch, usual_dtype(profile)) for profile, batch in profiles]
     except ModelError:
         return []
     return [{key: values[key] for key in keys} for values in found]

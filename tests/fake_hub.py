@@ -146,6 +146,12 @@ class _Handler(BaseHTTPRequestHandler):
         branch = self._known(repo, revision or "main")
         if branch is None:
             return
+        if action == "tree":
+            files = [
+                {"type": "file", "path": name, **self._size(repo, branch, name)}
+                for name in self.hub.files(repo, branch)
+            ]
+            return self._answer_json(files)
         if action not in ("", "revision"):
             return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         info = {
@@ -159,6 +165,10 @@ class _Handler(BaseHTTPRequestHandler):
             "siblings": [{"rfilename": name} for name in self.hub.files(repo, branch)],
         }
         self._answer_json(info)
+
+    def _size(self, repo, branch, name):
+        body = (self.hub.repos[repo][branch] / name).read_bytes()
+        return {"size": len(body), "oid": hashlib.sha1(body).hexdigest()}
 
     def _answer_file(self, repo, branch, name):
         commit = {"X-Repo-Commit": self.hub.commit(repo, branch)}
