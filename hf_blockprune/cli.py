@@ -13,7 +13,15 @@ from rich.table import Table
 
 from .config import Budget
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
-from .tables import evaluation_table, inspect_table, latency_table, plain_table, simulation_table, summary_table
+from .tables import (
+    evaluation_table,
+    inspect_table,
+    latency_table,
+    plain_table,
+    simulation_table,
+    summary_table,
+    sweep_table,
+)
 
 app = typer.Typer(
     help="Make vision transformers small and fast by removing whole blocks of their weights.",
@@ -40,6 +48,20 @@ def parse_budget(text: str) -> Budget:
         return Budget.parse(text)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def parse_each(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Comma-separated values, each read by itself."""
+
+    def parse_list(text: str) -> tuple[Any, ...]:
+        return tuple(parse(part.strip()) for part in text.split(",") if part.strip())
+
+    return parse_list
+
+
+def parse_flops_or_budget(text: str) -> Budget:
+    """A share of the FLOPs, or METRIC=RATIO."""
+    return parse_budget(text if "=" in text else f"flops={text}")
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -146,7 +168,7 @@ Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the dra
 Patterns = Annotated[list[str] | None, typer.Option("--ignore", help="Leave layers that match dense; may be repeated.")]
 
 
-def prune_from_options(
+def job_from_options(
     recipe: Path | None,
     *,
     samples: int | None,
@@ -157,22 +179,27 @@ def prune_from_options(
     label_column: str | None,
     streaming: bool | None,
     shuffle_buffer: int | None,
-    overwrite: bool,
-    resume: bool,
     **settings: Any,
-) -> dict[str, Any]:
-    """Run a job from a recipe and the options that `blockprune prune` and `recipes/prune.py` share."""
-    from .jobs import PruneJob, run_prune
+) -> Any:
+    """A `PruneJob` from a recipe and the options that commands which prune share."""
+    from .jobs import PruneJob
 
     calibration = {"samples": samples, "batch_size": batch_size, "seed": seed}
     calibration = {key: value for key, value in calibration.items() if value is not None}
     columns = {"image_column": image_column, "label_column": label_column, "streaming": streaming}
     settings["dataset_options"] = {**columns, "config": dataset_config, "shuffle_buffer": shuffle_buffer}
     settings["evaluation_options"] = columns
-    budget = settings.pop("budget")
-    if budget is not None:
-        settings["budget"] = asdict(budget)
-    return run_prune(PruneJob.read(recipe, calibration=calibration, **settings), overwrite=overwrite, resume=resume)
+    return PruneJob.read(recipe, calibration=calibration, **settings)
+
+
+def prune_from_options(
+    recipe: Path | None, *, budget: Budget | None, overwrite: bool, resume: bool, **settings: Any
+) -> dict[str, Any]:
+    """Run a job from a recipe and the options that `blockprune prune` and `recipes/prune.py` share."""
+    from .jobs import run_prune
+
+    job = job_from_options(recipe, budget=None if budget is None else asdict(budget), **settings)
+    return run_prune(job, overwrite=overwrite, resume=resume)
 
 
 @app.command()
@@ -277,6 +304,87 @@ def inspect(
 
     values = inspect_checkpoint(directory)
     emit(values, inspect_table(values), as_json=json_)
+
+
+@app.command()
+@one_line_errors
+def sweep(
+    budgets: Annotated[
+        Any,
+        typer.Option(
+            "--budgets",
+            parser=parse_each(parse_flops_or_budget),
+            metavar="RATIO,...",
+            help="Shares of the FLOPs, or budgets as for prune, with commas between.",
+        ),
+    ],
+    model: Annotated[str | None, typer.Argument(help="Dense model: a Hub name or a folder.")] = None,
+    config: Config = None,
+    dataset: Dataset = None,
+    evaluate_on: Annotated[str | None, typer.Option("--evaluate", help="Labelled images to compare on.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for results and checkpoints.")] = None,
+    block_shapes: Annotated[
+        Any,
+        typer.Option(
+            "--block-shapes", parser=parse_each(parse_block_shape), metavar="ROWSxCOLS,...", help="Blocks to try."
+        ),
+    ] = "32x32",
+    methods: Annotated[
+        Any, typer.Option("--methods", parser=parse_each(str), metavar="METHOD,...", help="obs, taylor, magnitude.")
+    ] = "obs",
+    keep: Annotated[str, typer.Option("--keep", help="Checkpoints to keep: all, frontier or none.")] = "frontier",
+    refit: Refit = None,
+    recover: Recover = None,
+    split: Split = None,
+    dataset_config: DatasetConfig = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    streaming: Streaming = None,
+    shuffle_buffer: ShuffleBuffer = None,
+    samples: Samples = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    ignore: Patterns = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a model at every point of a grid and compare them; the same command goes on where it stopped."""
+    set_quiet(quiet)
+    from .sweep import KEEP, Grid, run_sweep
+
+    if keep not in KEEP:
+        raise typer.BadParameter(f"expected one of {', '.join(KEEP)}, got {keep!r}", param_hint="--keep")
+    job = job_from_options(
+        config,
+        model=model,
+        dataset=dataset,
+        output=output,
+        evaluation=evaluate_on,
+        refit=refit,
+        recover=recover,
+        split=split,
+        dataset_config=dataset_config,
+        image_column=image_column,
+        label_column=label_column,
+        streaming=streaming,
+        shuffle_buffer=shuffle_buffer,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        ignore=ignore or None,
+    )
+    values = run_sweep(job, Grid(budgets, block_shapes, methods), keep=keep, on_point=None if quiet else say_point)  # type: ignore[arg-type]
+    emit(values, sweep_table(values), as_json=json_)
+    if failed := [point for point in values["points"] if point["status"] == "failed"]:
+        for point in failed:
+            err.print(f"error: {point['name']}: {point['error']}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def say_point(point: dict[str, Any]) -> None:
+    """One line on a sweep's point that is done."""
+    result = f"top-1 {point['evaluation']['top1']:.2%}" if point["status"] == "done" else "failed"
+    err.print(f"{point['name']}: {result}, {point['wall_seconds']:.0f} s", markup=False, highlight=False)
 
 
 @app.command()

@@ -11,9 +11,12 @@ from typing import Any
 
 from .checkpoint import write_text
 from .checkpoint_report import CheckpointReport, describe
+from .config import DEVICE_METRICS
 from .drawings import Bar, Mark, bar_chart, mask_picture, scatter
 from .errors import CheckpointError
+from .intervals import wilson_interval
 from .pareto import frontier
+from .stored_values import flat
 from .version import __version__
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -185,3 +188,58 @@ def dense_marks(evaluations: Any) -> list[Mark]:
     if len(found) != 1 or top1 is None:
         return []
     return [Mark("dense", "the dense model", 1.0, top1, evaluation["baseline_interval"], dense=True)]
+
+
+def sweep_page(sweep: dict[str, Any]) -> str:
+    """The page about a sweep, as text.
+
+    Args:
+        sweep: what its `sweep.json` holds, or will hold.
+    """
+    numbered = [(number, _point(point)) for number, point in enumerate(sweep["points"], 1)]
+    done = [(number, point) for number, point in numbered if point["status"] == "done"]
+    marks = [
+        Mark(
+            label=str(number),
+            title=point["name"],
+            cost=point["flops_ratio"],
+            gain=point["evaluation"]["top1"],
+            interval=point["top1_interval"],
+            best=point["frontier"],
+            href=f"#point-{number}",
+        )
+        for number, point in done
+    ]
+    dense = sweep["dense"]
+    interval = wilson_interval(dense["top1"], dense["num_images"])
+    marks.append(Mark("dense", "the dense model", 1.0, dense["top1"], interval, dense=True))
+    settings = {key: value for key, value in sweep["settings"].items() if key != "points"}
+    return render(
+        "sweep_template.html.j2",
+        sweep=sweep,
+        done=done,
+        failed=[(number, point) for number, point in numbered if point["status"] != "done"],
+        total=len(sweep["settings"]["points"]),
+        plot=scatter(marks) if done else None,
+        settings=flat(settings),
+        environment=flat(sweep["environment"]),
+    )
+
+
+def _point(point: dict[str, Any]) -> dict[str, Any]:
+    """A sweep's point with what the template adds to it."""
+    if point["status"] != "done":
+        return point
+    evaluation, budget = point["evaluation"], point["budget"]
+    return {
+        **point,
+        "top1_interval": wilson_interval(evaluation["top1"], evaluation["num_images"]),
+        "budget_text": budget_text(budget),
+    }
+
+
+def budget_text(budget: dict[str, Any]) -> str:
+    """A budget as the command line writes it."""
+    unit = DEVICE_METRICS.get(budget["metric"])
+    amount = f"{budget['ratio']:g}" if budget["value"] is None else f"{budget['value']:g}{unit}"
+    return f"{budget['metric']}={amount}" + (f"@{budget['device']}" if budget["device"] else "")

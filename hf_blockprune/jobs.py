@@ -8,8 +8,10 @@ from typing import Any
 from .checkpoint import check_output
 from .config import BlockPruneConfig, read_settings
 from .errors import ConfigError
+from .evaluation import Predictions
 from .progress import discard
 from .pruner import BlockPruner
+from .shared_statistics import SharedStatistics
 from .sources import DataSource
 
 CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(BlockPruneConfig))
@@ -85,14 +87,35 @@ def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False) -
     if not resume and pruner.accelerator.is_main_process:
         discard(work_dir)
     pruner.accelerator.wait_for_everyone()
-    pruner.prune(job.dataset, split=job.split, work_dir=work_dir)
-    if job.evaluation is not None:
-        pruner.evaluate(job.evaluation, against=job.model)
-    if job.config.recovery is not None:
-        pruner.recover(job.dataset, split=job.split)
-        if job.evaluation is not None:
-            pruner.evaluate(job.evaluation, against=job.model)
+    prune_and_measure(pruner, job, work_dir=work_dir)
     pruner.save_pretrained(job.output, overwrite=overwrite)
     if pruner.accelerator.is_main_process:
         discard(work_dir)
     return {"output": job.output, **pruner.report()}
+
+
+def prune_and_measure(
+    pruner: BlockPruner,
+    job: PruneJob,
+    *,
+    work_dir: Path,
+    dense: Predictions | None = None,
+    shared: SharedStatistics | None = None,
+) -> None:
+    """The steps of a job between loading and saving.
+
+    Args:
+        pruner: with the dense model.
+        job: what to do.
+        work_dir: keeps the state of an unfinished run.
+        dense: what the dense model answers on the labelled images; by default it is loaded again and asked.
+        shared: statistics of other runs on the same dense model.
+    """
+    against = job.model if dense is None else dense
+    pruner.prune(job.dataset, split=job.split, work_dir=work_dir, shared=shared)
+    if job.evaluation is not None:
+        pruner.evaluate(job.evaluation, against=against)
+    if job.config.recovery is not None:
+        pruner.recover(job.dataset, split=job.split)
+        if job.evaluation is not None:
+            pruner.evaluate(job.evaluation, against=against)

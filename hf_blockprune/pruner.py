@@ -16,7 +16,7 @@ from .card import model_card
 from .config import BlockPruneConfig, RecoveryConfig
 from .data import load_images
 from .errors import CheckpointError, ModelError
-from .evaluation import Evaluation, predict, summarise
+from .evaluation import Evaluation, Predictions, predict, summarise
 from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import describe_checkpoint, open_checkpoint
@@ -27,6 +27,7 @@ from .publish import upload_checkpoint
 from .recovery import Recovery, recover
 from .report import PruneReport
 from .residual import permute_stream
+from .shared_statistics import SharedStatistics
 from .simulation import predict_checkpoint
 from .structure import find_residual_stream
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
+EVALUATION_SPLITS = ("validation", "test", "train")
 
 
 class BlockPruner:
@@ -119,7 +121,12 @@ class BlockPruner:
         return self._accelerator or Accelerator()
 
     def prune(
-        self, dataset: Any = None, *, split: str | None = None, work_dir: str | Path | None = None
+        self,
+        dataset: Any = None,
+        *,
+        split: str | None = None,
+        work_dir: str | Path | None = None,
+        shared: SharedStatistics | None = None,
     ) -> "PreTrainedModel":
         """Remove blocks until the budget is met, and store the rest block-sparse.
 
@@ -129,6 +136,7 @@ class BlockPruner:
             split: split of the data set; "train" by default.
             work_dir: a folder that keeps the chosen masks and every layer that is refitted. A run that was interrupted
                 goes on from there when it is started again with the same folder, with the same result.
+            shared: one for several runs on the same dense model, which then calibrate together where they can.
 
         Returns:
             The pruned transformers model, which is `self.model`.
@@ -142,7 +150,8 @@ class BlockPruner:
         """
         if next(block_sparse_layers(self.model), None):
             raise ModelError(f"{self.name} is block-sparse already; prune the dense model it was made from")
-        self._report = Pruning(self.model, self.processor, self.config, self.name, self.accelerator).run(
+        shared = shared or SharedStatistics()
+        self._report = Pruning(self.model, self.processor, self.config, self.name, self.accelerator, shared).run(
             dataset, split, work_dir
         )
         return self.model
@@ -242,7 +251,7 @@ class BlockPruner:
         self,
         dataset: Any,
         *,
-        against: "str | Path | BlockPruner | None" = None,
+        against: "str | Path | BlockPruner | Predictions | None" = None,
         split: str | None = None,
         batch_size: int = 32,
     ) -> Evaluation:
@@ -250,7 +259,8 @@ class BlockPruner:
 
         Args:
             dataset: labelled images, named as for `prune`.
-            against: a name, folder or `BlockPruner` to compare with image by image, such as the dense model.
+            against: a name, folder or `BlockPruner` to compare with image by image, such as the dense model; or its
+                `predictions`, where it is compared with several times.
             split: split of the data set; "validation" or "test" by default.
             batch_size: images in one pass on each process.
 
@@ -258,16 +268,21 @@ class BlockPruner:
             DataError: images that are missing, unlabelled, corrupt past 1 %, or labelled outside the model's classes.
             ModelError: the other model cannot be loaded.
         """
-        images = load_images(dataset, split=split, prefer_splits=("validation", "test", "train"))
+        images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS)
         options = {"accelerator": self.accelerator, "batch_size": batch_size}
-        baseline = None
-        if against is not None:
+        baseline = against if isinstance(against, Predictions) else None
+        if against is not None and not isinstance(against, Predictions):
             other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
             baseline = predict(other.model, images, other.processor, **options)
         result = summarise(predict(self.model, images, self.processor, **options), baseline)
         if self._report is not None:
             self._report["evaluation"] = {"dataset": images.public_name, **result.to_dict()}
         return result
+
+    def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> Predictions:
+        """The model's answers on labelled images, for `evaluate` of others to compare with; arguments are its."""
+        images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS)
+        return predict(self.model, images, self.processor, accelerator=self.accelerator, batch_size=batch_size)
 
     def benchmark(
         self,

@@ -1,6 +1,6 @@
 """One pruning run, from calibration to block-sparse layers; an interrupted one goes on where it was."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from .layerwise import LayerRefit, refit_layers
 from .progress import SELECTION, Progress, weights_fingerprint
 from .report import PruneReport, add_cuts, add_refits, describe_masks
 from .selection import Selection, timed
+from .shared_statistics import SharedStatistics
 from .structure import find_transformer_layers, fold_scales
 from .targets import find_targets
 from .version import __version__
@@ -45,6 +46,7 @@ class Pruning:
         config: how.
         name: what to call the model in the report.
         accelerator: device and processes.
+        shared: statistics of other runs on the same dense model, to use where they are those that are needed.
     """
 
     model: "PreTrainedModel"
@@ -52,6 +54,7 @@ class Pruning:
     config: BlockPruneConfig
     name: str
     accelerator: "Accelerator"
+    shared: SharedStatistics = field(default_factory=SharedStatistics)
 
     @cached_property
     def targets(self) -> dict[str, nn.Linear]:
@@ -145,18 +148,18 @@ class Pruning:
         return selection, calibration
 
     def _calibrate(self, images: ImageSet, found: int | None) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
-        settings = self.config.calibration
-        statistics, corrupt = collect(
-            self.model,
-            images,
-            self.processor,
-            self.targets,
-            accelerator=self.accelerator,
-            batch_size=settings.batch_size,
-            gradients=self.config.method == "taylor",
-            fisher=self.config.method != "taylor",
-            block_shape=self.config.block_shape,
-            seed=settings.seed,
+        gradients = self.config.method == "taylor"
+        options = {
+            "batch_size": self.config.calibration.batch_size,
+            "gradients": gradients,
+            "fisher": not gradients,
+            "block_shape": self.config.block_shape if gradients else (1, 1),
+            "seed": self.config.calibration.seed,
+        }
+        key = {**options, "images": images.identity, "samples": self.config.calibration.samples}
+        statistics, corrupt = self.shared.get(
+            {**key, "targets": list(self.targets)},
+            lambda: collect(self.model, images, self.processor, self.targets, accelerator=self.accelerator, **options),
         )
         calibration = {
             "dataset": images.public_name,

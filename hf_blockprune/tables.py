@@ -161,3 +161,31 @@ def inspect_table(values: dict[str, Any]) -> Table:
             layer["cpu_backend"],
         )
     return table
+
+
+def sweep_table(values: dict[str, Any]) -> Table:
+    """A sweep's points, cheapest first; those that no other beats are marked."""
+    dense = values["dense"]
+    table = Table(title=f"{values['model']}, dense top-1 {dense['top1']:.1%} of {dense['num_images']} images")
+    table.add_column("")
+    table.add_column("point", no_wrap=True)
+    for column in ("FLOPs kept", "top-1", "change, 95 % interval", "seconds"):
+        table.add_column(column, justify="right")
+    done = [point for point in values["points"] if point["status"] == "done"]
+    for point in sorted(done, key=lambda p: (p["flops_ratio"], -p["evaluation"]["top1"])):
+        e = point["evaluation"]
+        low, high = (f"{100 * bound:+.1f}" for bound in e["interval"])
+        table.add_row(
+            "*" if point["frontier"] else "",
+            point["name"],
+            f"{point['flops_ratio']:.1%}",
+            f"{e['top1']:.1%}",
+            f"{100 * e['delta']:+.1f} ({low} to {high})",
+            f"{point['wall_seconds']:.0f}",
+            style="bold" if point["frontier"] else None,
+        )
+    for point in values["points"]:
+        if point["status"] != "done":
+            table.add_row("!", point["name"], "failed", style="red")
+    table.caption = "* no other point is as cheap and as accurate"
+    return table

@@ -1,0 +1,186 @@
+"""One model pruned at every point of a grid of settings, measured, and compared; goes on where it was interrupted."""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+from .config import BlockPruneConfig, Budget
+from .data import load_images
+from .environment import environment
+from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
+from .evaluation import Predictions, summarise
+from .html_report import sweep_page
+from .inspection import inspect_checkpoint
+from .jobs import PruneJob, prune_and_measure
+from .pareto import frontier
+from .progress import discard, weights_fingerprint
+from .pruner import EVALUATION_SPLITS, BlockPruner
+from .shared_statistics import SharedStatistics
+from .sweep_folder import SweepFolder
+from .version import __version__
+
+FORMAT_VERSION = 1
+KEEP = ("all", "frontier", "none")
+REPORTED = ("flops_ratio", "linear_flops_ratio", "params_ratio", "density", "size_bytes", "dense_size_bytes")
+MEASURED = ("calibration", "evaluation", "recovery", "predicted", "budgets", "seconds")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The settings that a sweep varies; it goes through them with budgets innermost.
+
+    Attributes:
+        budgets: what may remain.
+        block_shapes: (rows, cols).
+        methods: "obs", "taylor" or "magnitude".
+    """
+
+    budgets: tuple[Budget, ...]
+    block_shapes: tuple[tuple[int, int], ...] = ((32, 32),)
+    methods: tuple[str, ...] = ("obs",)
+
+    def points(self, config: BlockPruneConfig) -> dict[str, BlockPruneConfig]:
+        """The config of each point by its name, which serves as a folder's too.
+
+        Raises:
+            ConfigError: the grid is empty, two points are the same, or settings contradict each other.
+        """
+        found: dict[str, BlockPruneConfig] = {}
+        for method, shape, budget in product(self.methods, self.block_shapes, self.budgets):
+            name = f"{method}-{shape[0]}x{shape[1]}-{_budget_name(budget)}"
+            if name in found:
+                raise ConfigError(f"{name}: is twice in the grid; name each method, block shape and budget once")
+            found[name] = config.replace(method=method, block_shape=shape, budget=budget)
+        if not found:
+            raise ConfigError("the grid is empty; name at least one method, one block shape and one budget")
+        return found
+
+
+def _budget_name(budget: Budget) -> str:
+    amount = budget.ratio if budget.value is None else budget.value
+    where = "" if budget.device is None else f"-{Path(budget.device).stem}-{budget.batch}"
+    return re.sub(r"[^\w.-]", "_", f"{budget.metric}-{amount:g}{where}")
+
+
+def run_sweep(
+    job: PruneJob,
+    grid: Grid,
+    *,
+    keep: Literal["all", "frontier", "none"] = "frontier",
+    on_point: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Prune, measure and compare at every point that is not done yet.
+
+    Points on one dense model share what they can: its answers on the labelled images, and calibration where method and,
+    for taylor, block shape are the same. After each point `sweep.json` and `sweep.html` in the output are whole and
+    up to date.
+
+    Args:
+        job: the model, images and settings that all points have in common; `output` is the sweep's folder.
+        grid: what varies.
+        keep: whose checkpoints stay in `checkpoints/`: of all points, of those that no other beats in accuracy and
+            FLOPs, or of none.
+        on_point: called with each point as soon as it is done.
+
+    Returns:
+        What `sweep.json` holds. A point that failed has the status "failed" and an `error`; it is tried again when the
+        sweep is started again.
+
+    Raises:
+        ConfigError: the grid or its settings make no sense, or there are no labelled images.
+        CheckpointError: the folder holds something else, a sweep with other settings, or cannot be written.
+        ModelError, DataError: the model or the images cannot be used at all.
+    """
+    if keep not in KEEP:
+        raise ConfigError(f"keep: expected one of {', '.join(KEEP)}, got {keep!r}")
+    if job.evaluation is None:
+        raise ConfigError("evaluation: a sweep compares accuracies; name labelled images")
+    configs = grid.points(job.config)
+    folder = SweepFolder(Path(job.output).expanduser().resolve(), list(configs))
+    folder.check()
+    dense = BlockPruner.from_pretrained(job.model)
+    if dense.accelerator.num_processes > 1:
+        raise ConfigError("a sweep runs in one process; start it without accelerate launch")
+    return _Sweep(job, configs, dense, folder, keep).run(on_point or (lambda point: None))
+
+
+@dataclass
+class _Sweep:
+    job: PruneJob
+    configs: dict[str, BlockPruneConfig]
+    dense: BlockPruner
+    folder: SweepFolder
+    keep: str
+
+    def run(self, on_point: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        values = self.folder.open({"format_version": FORMAT_VERSION, "settings": self._settings(), "points": []})
+        done = {point["name"]: point for point in values["points"] if point["status"] == "done"}
+        values["points"] = list(done.values())
+        if missing := [name for name in self.configs if name not in done]:
+            answers, shared = self.dense.predictions(self.job.evaluation), SharedStatistics()
+            values |= {"model": self.dense.name, "dense": summarise(answers).to_dict(), "environment": environment()}
+            for name in missing:
+                values["points"].append(point := self._point(name, answers, shared))
+                self._write(values)
+                on_point(point)
+        self._write(values)  # checkpoints may be kept by another rule than before
+        self.folder.end()
+        return values
+
+    def _settings(self) -> dict[str, Any]:
+        """All that decides the results, as JSON-ready values."""
+        calibration = None
+        if self.job.dataset is not None:
+            calibration = load_images(self.job.dataset, split=self.job.split).identity
+        evaluation = load_images(self.job.evaluation, prefer_splits=EVALUATION_SPLITS).identity
+        return {
+            "model": self.dense.name,
+            "weights": weights_fingerprint(self.dense.model),
+            "calibration": calibration,
+            "evaluation": evaluation,
+            "points": {name: config.to_dict() for name, config in self.configs.items()},
+            "version": __version__,
+        }
+
+    def _point(self, name: str, answers: Predictions, shared: SharedStatistics) -> dict[str, Any]:
+        """Prune, measure and save one point; errors that a user can act on become part of it."""
+        config = self.configs[name]
+        shape = list(config.block_shape)
+        point = {"name": name, "method": config.method, "block_shape": shape, "budget": asdict(config.budget)}
+        start = perf_counter()
+        try:
+            found = self._prune(name, config, answers, shared)
+        except (BlockPruneError, BlockSparseFormatError) as error:
+            discard(self.folder.work_dir(name))
+            found = {"status": "failed", "error": " ".join(str(error).split())}
+        return {**point, **found, "wall_seconds": round(perf_counter() - start, 1)}
+
+    def _prune(
+        self, name: str, config: BlockPruneConfig, answers: Predictions, shared: SharedStatistics
+    ) -> dict[str, Any]:
+        pruner = BlockPruner.from_pretrained(self.job.model, config, accelerator=self.dense.accelerator)
+        job, work_dir = replace(self.job, config=config), self.folder.work_dir(name)
+        prune_and_measure(pruner, job, work_dir=work_dir, dense=answers, shared=shared)
+        checkpoint = self.folder.checkpoint(name)
+        pruner.save_pretrained(checkpoint, overwrite=True)
+        discard(work_dir)
+        report, stored = pruner.report(), inspect_checkpoint(checkpoint)
+        return {
+            "status": "done",
+            **{key: stored[key] for key in REPORTED},
+            **{key: report[key] for key in MEASURED},
+        }
+
+    def _write(self, values: dict[str, Any]) -> None:
+        """Mark the frontier, drop checkpoints that are not to be kept, and write both files."""
+        points = [point for point in values["points"] if point["status"] == "done"]
+        marks = frontier([(point["flops_ratio"], point["evaluation"]["top1"]) for point in points])
+        for point, on_frontier in zip(points, marks, strict=True):
+            point["frontier"] = on_frontier
+            kept = self.keep == "all" or (self.keep == "frontier" and on_frontier)
+            point["checkpoint"] = self.folder.keep(point["name"]) if kept else self.folder.drop(point["name"])
+        self.folder.write(values, sweep_page(values))
