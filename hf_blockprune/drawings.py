@@ -130,7 +130,6 @@ class Mark:
         interval: of the gain.
         best: whether it lies on the frontier.
         dense: whether it is the model that the others were made from.
-        href: where on the page more is said of it.
     """
 
     label: str
@@ -140,7 +139,6 @@ class Mark:
     interval: tuple[float, float]
     best: bool = False
     dense: bool = False
-    href: str | None = None
 
 
 def scatter(marks: Sequence[Mark]) -> dict[str, Any]:

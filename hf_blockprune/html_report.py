@@ -170,7 +170,6 @@ def _comparison(reports: Sequence[CheckpointReport]) -> dict[str, Any] | None:
             gain=report.values["evaluation"]["top1"],
             interval=report.values["evaluation"]["top1_interval"],
             best=on_frontier,
-            href=f"#model-{i}",
         )
         for (i, report), on_frontier in zip(measured, best, strict=True)
     ]
@@ -206,7 +205,6 @@ def sweep_page(sweep: dict[str, Any]) -> str:
             gain=point["evaluation"]["top1"],
             interval=point["top1_interval"],
             best=point["frontier"],
-            href=f"#point-{number}",
         )
         for number, point in done
     ]

@@ -48,7 +48,7 @@ class SweepFolder:
         file = self.path / RESULTS
         if not file.is_file():
             try:
-                (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+                self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CheckpointError(f"{self.path}: cannot be created ({error.strerror or error})") from error
             self.write(fresh, None)

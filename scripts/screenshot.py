@@ -50,15 +50,14 @@ MEASURE = """JSON.stringify((() => {
 
 @dataclass(frozen=True)
 class Screen:
-    """A window to look through: its sides in CSS pixels, device pixels in one of these, and the preferred colours."""
+    """A window to look through: its width in CSS pixels, device pixels in one of these, and the preferred colours."""
 
     width: int
-    height: int
     scale: int
     dark: bool
 
 
-SCREENS = {"desktop-light": Screen(1200, 1500, 1, False), "phone-dark": Screen(390, 1500, 2, True)}
+SCREENS = {"desktop-light": Screen(1200, 1, False), "phone-dark": Screen(390, 2, True)}
 
 
 class Page(QWebEnginePage):
@@ -78,6 +77,7 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--anchor", help="id of the element to begin the pictures at")
+    parser.add_argument("--height", type=int, default=1500, help="CSS pixels of the page to show")
     parser.add_argument("--screen", choices=SCREENS, help="one of the pictures, instead of all")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -87,25 +87,25 @@ def main() -> None:
     screen = SCREENS[options.screen]
     os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = f"{FLAGS}{0 if screen.dark else 1}"
     app = QApplication(sys.argv[:1])
-    result = look(options.page, screen, options.output / f"{options.screen}.png", options.anchor)
+    result = look(options, screen, options.output / f"{options.screen}.png")
     print(json.dumps({"screen": options.screen, **result}), flush=True)
     app.quit()
     os._exit(1 if result["wrong"] else 0)  # Qt complains of the order in which Python would clear up
 
 
-def look(page: Path, screen: Screen, picture: Path, anchor: str | None) -> dict[str, Any]:
-    """Open the page, measure it and photograph its top."""
+def look(options: argparse.Namespace, screen: Screen, picture: Path) -> dict[str, Any]:
+    """Open the page, measure it and photograph it from its top, or from an element, down."""
     view = QWebEngineView()
     view.setPage(Page(view))
     view.settings().setAttribute(QWebEngineSettings.WebAttribute.ShowScrollBars, False)
-    view.resize(QSize(screen.width, screen.height) * screen.scale)
+    view.resize(QSize(screen.width, options.height) * screen.scale)
     view.setZoomFactor(screen.scale)
     view.show()
-    loaded = wait(view.loadFinished.connect, lambda: view.load(QUrl.fromLocalFile(str(page.resolve()))))
+    loaded = wait(view.loadFinished.connect, lambda: view.load(QUrl.fromLocalFile(str(options.page.resolve()))))
     pause(500)
     found = json.loads(wait(lambda take: view.page().runJavaScript(MEASURE, take)))
-    if anchor is not None:
-        go = f"document.getElementById({json.dumps(anchor)}).scrollIntoView(); 0"
+    if options.anchor is not None:
+        go = f"document.getElementById({json.dumps(options.anchor)}).scrollIntoView(); 0"
         wait(lambda take: view.page().runJavaScript(go, take))
     pause(500)
     image = view.grab().toImage()

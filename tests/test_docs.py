@@ -39,7 +39,7 @@ def test_python_in_the_readme_names_only_what_exists():
                 assert hasattr(hf_blockprune.BlockPruner, node.attr)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/report.md"])
 def test_command_lines_use_options_that_exist(page):
     from typer.main import get_command
 

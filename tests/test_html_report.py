@@ -279,6 +279,7 @@ def test_command(checkpoints, tmp_path):
     assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
 
 
+@pytest.mark.slow
 def test_from_the_hub(checkpoints, tmp_path):
     """In a process of its own, as the Hub's address is read once."""
     with FakeHub({"someone/pruned": checkpoints / "kept-0.7"}) as hub:

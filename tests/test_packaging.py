@@ -63,6 +63,7 @@ def test_without_a_compiler_the_package_builds_without_kernels(tmp_path):
     wheel = build_wheel(tmp_path, CC="/bin/false", CXX="/bin/false")
     names = zipfile.ZipFile(wheel).namelist()
     assert "hf_blockprune/_cpu/backend.py" in names
+    assert {f"hf_blockprune/templates/{path.name}" for path in (ROOT / "hf_blockprune/templates").iterdir()} <= {*names}
     assert LIBRARY not in names
 
 

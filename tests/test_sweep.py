@@ -231,6 +231,7 @@ def test_usage(small_folder, images, tmp_path):
     assert "holds a sweep with other settings (points)" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(small_folder, images, tmp_path):
     """Killed after its first point, with what a process that is killed while it writes leaves behind."""
     folder = tmp_path / "out"
