@@ -61,7 +61,7 @@ def describe(
     wanted = CARD_DEVICES if devices is None else dict.fromkeys(devices, batch_size)
     profiles = [(load_profile(device), batch) for device, batch in wanted.items()]
     folder = checkpoint_folder(source)
-    name = folder.resolve().name if Path(source).expanduser().exists() else str(source)
+    name = short(folder.resolve().name if Path(source).expanduser().exists() else str(source))
     stored = open_checkpoint(folder)
     values = {"name": name, **describe_checkpoint(stored), "notes": []}
     for layer in values["layers"]:

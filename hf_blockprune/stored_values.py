@@ -1,6 +1,7 @@
 """Values of a checkpoint's JSON files, which anybody may have written: of the type that is expected, or refused."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from .errors import CheckpointError
 MAX_TEXT = 200
 MAX_ROWS = 200
 MAX_DEPTH = 4
+# Control characters, halves of surrogate pairs, and what turns the direction of all the text that follows.
+UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 MAX_NUMBER = 1e100  # so that whole numbers of any length can be shown
 
 
@@ -89,9 +92,13 @@ def is_number(value: Any) -> bool:
 
 
 def short(value: Any) -> str:
-    """A value as text of bounded length."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
+    """A value as text of bounded length that can be written and shown in one direction."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except RecursionError:
+        text = "something nested too deeply"
+    text = text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
+    return UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -232,6 +232,29 @@ def test_long_values_are_cut():
         StoredValues({"a": True}, "file").number("a")
 
 
+def test_texts_that_cannot_be_shown_are_shown_as_such(checkpoints, tmp_path):
+    odd = "a\x00b\ud800c\u202ed"
+    folder = changed(
+        checkpoints / "kept-0.7", tmp_path / "odd", lambda r: r.update(base_model=odd, environment={odd: odd})
+    )
+    write_report(folder, tmp_path / "page.html")
+    words = Page((tmp_path / "page.html").read_text(encoding="utf-8")).words
+    assert words.count("a\ufffdb\ufffdc\ufffdd") == 3
+
+
+def test_bottomless_files_are_refused(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints / "kept-0.7", tmp_path / "deep")
+    (folder / REPORT).write_text('{"config": ' * 100_000 + "{}" + "}" * 100_000)
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        describe(folder)
+    for depth in (100, 900):
+        (folder / REPORT).write_text('{"environment": {"a": ' + "[" * depth + "]" * depth + "}}")
+        try:
+            assert dict(describe(folder).values["environment"]).keys() == {"a"}
+        except CheckpointError as error:
+            assert "is not valid JSON" in str(error)  # noqa: PT017 (how deep Python reads depends on its version)
+
+
 def test_a_report_that_contradicts_the_weights_is_pointed_out(checkpoints, tmp_path):
     def lie(values):
         values["layers"][3]["kept_blocks"] += 1
