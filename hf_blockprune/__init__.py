@@ -16,6 +16,7 @@ from .errors import (
     ModelError,
 )
 from .evaluation import Evaluation
+from .finetune_config import AugmentConfig, DistillationConfig, FinetuneConfig, GradualConfig
 from .html_report import write_report
 from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_quantizer import BlockPruneQuantizationConfig, sparsify
@@ -27,6 +28,7 @@ from .version import __version__
 _register_cpu_kernels()
 
 __all__ = [
+    "AugmentConfig",
     "BlockPruneConfig",
     "BlockPruneError",
     "BlockPruneQuantizationConfig",
@@ -40,7 +42,10 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DataSource",
+    "DistillationConfig",
     "Evaluation",
+    "FinetuneConfig",
+    "GradualConfig",
     "HubError",
     "ModelError",
     "RecoveryConfig",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,10 @@ from typing import Any, Literal
 
 import yaml
 
+from .checks import check_keys as _check_keys
+from .checks import check_whole as _check_whole
+from .checks import is_number as _is_number
+from .checks import refuse as _refuse
 from .errors import ConfigError
 
 FORMAT_VERSION = 1
@@ -17,28 +20,6 @@ METHODS = ("magnitude", "taylor", "obs")
 BUDGET_METRICS = ("flops", "params", "sparsity", "latency", "energy")
 DEVICE_METRICS = {"latency": "ms", "energy": "mJ"}  # and the units of their absolute values
 MAX_SEED = 2**32
-
-
-def _refuse(key: str, expected: str, got: Any) -> None:
-    raise ConfigError(f"{key}: expected {expected}, got {got!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def _check_whole(key: str, value: Any, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        _refuse(key, f"a whole number from {minimum}", value)
-
-
-def _check_keys(cls: type, values: Any, where: str) -> None:
-    if not isinstance(values, Mapping):
-        _refuse(where, "a mapping of settings", values)
-    known = [f.name for f in dataclasses.fields(cls)]
-    unknown = [str(key) for key in values if key not in known]
-    if unknown:
-        raise ConfigError(f"{where}: unknown key {', '.join(unknown)}; known keys are {', '.join(known)}")
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,7 @@ def batches(
         )
     for batch in loader:
         if "labels" in batch:
-            _check_labels(batch["labels"], model_config.num_labels, images.name)
+            check_labels(batch["labels"], model_config.num_labels, images.name)
         yield {key: value.to(accelerator.device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
@@ -299,7 +299,8 @@ def num_batches(images: ImageSet, batch_size: int, processes: int) -> int | None
     return None if images.streaming else -(-len(images.dataset) // (batch_size * processes))
 
 
-def _check_labels(labels: torch.Tensor, num_labels: int, name: str) -> None:
+def check_labels(labels: torch.Tensor, num_labels: int, name: str) -> None:
+    """Raise DataError where a label lies outside the classes."""
     wrong = labels[(labels < NO_LABEL) | (labels >= num_labels)]
     if len(wrong):
         raise DataError(

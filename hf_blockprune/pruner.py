@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel
 
+    from .finetune_config import FinetuneConfig
+
 logger = logging.get_logger(__name__)
 EVALUATION_SPLITS = ("validation", "test", "train")
 
@@ -195,6 +197,62 @@ class BlockPruner:
         )
         if self._report is not None:
             self._describe_recovery(result, settings, images.public_name)
+        return self.model
+
+    def finetune(
+        self,
+        dataset: Any,
+        settings: "FinetuneConfig | None" = None,
+        *,
+        teacher: "str | Path | BlockPruner | None" = None,
+        split: str | None = None,
+        evaluation: Any = None,
+        work_dir: str | Path | None = None,
+    ) -> "PreTrainedModel":
+        """Train a pruned model on images, with labels, a dense model's answers or both; masks stay, or shrink slowly.
+
+        Args:
+            dataset: images to learn from, named as for `prune`.
+            settings: how; where `settings.gradual` is set the model may be dense.
+            teacher: the dense model, named as for `recover`; not needed without distillation.
+            split: split of the data set; "train" by default.
+            evaluation: labelled images, other ones, that choose which epoch's weights to keep; None keeps the last.
+            work_dir: a folder that keeps the state of the run. One that was interrupted goes on from there when it is
+                started again with the same folder, with the same result.
+
+        Returns:
+            The trained model, which is `self.model`.
+
+        Raises:
+            ModelError: the model is not pruned, the teacher is missing or another model, or the loss is not finite.
+            ConfigError: the settings do not fit the model or the accelerator.
+            DataError: the images or labels cannot be used.
+            BudgetError: `settings.gradual` asks for what no masks meet.
+            CheckpointError: `work_dir` holds the state of another run, or cannot be written.
+        """
+        from .finetune import Finetuning
+        from .finetune_config import FinetuneConfig
+        from .finetune_report import with_finetuning
+
+        settings = settings or FinetuneConfig()
+        dense = self._in_same_order(self._teacher(teacher).model) if settings.distillation.needs_teacher else None
+        judged = None
+        if evaluation is not None:
+            judged = load_images(evaluation, prefer_splits=("validation", "test", "train"))
+        run = Finetuning(
+            self.model,
+            self.processor,
+            load_images(dataset, split=split),
+            settings,
+            self.accelerator,
+            teacher=dense,
+            evaluation=judged,
+            work_dir=work_dir,
+        )
+        run.run()
+        if self._report is None or run.gradual is not None:
+            self.config = run.pruning_config(self.config)
+        self._report = with_finetuning(self._report, run, self.config, self.name)
         return self.model
 
     def _teacher(self, teacher: "str | Path | BlockPruner | None") -> "BlockPruner":

@@ -68,6 +68,21 @@ def removal_trace(
     raise ValueError(f"unknown method {method!r}")
 
 
+def gone_first(trace: RemovalTrace, gone: Tensor) -> RemovalTrace:
+    """The trace of a layer of which some blocks are gone: these leave first, at no loss, the others in their order.
+
+    Args:
+        trace: made from a weight with zeros for what is gone, so that these blocks added nothing to its losses.
+        gone: bool [block_rows, block_cols].
+    """
+    left = gone.to(trace.order.device).flatten()[trace.order]  # [units, steps]
+    last = left.sum(dim=1, keepdim=True)
+    places = (~left).to(torch.uint8).argsort(dim=1, stable=True)
+    loss = torch.cat([trace.loss[:, :1], trace.loss[:, 1:].gather(1, places)], dim=1)
+    step = torch.arange(loss.shape[1], device=loss.device)
+    return RemovalTrace(trace.order.gather(1, places), loss.masked_fill(step <= last, 0.0), trace.grid)
+
+
 def _obs_trace_of(
     weight: Tensor, statistics: LayerStatistics | None, block_shape: tuple[int, int], **settings: Any
 ) -> RemovalTrace:

@@ -27,7 +27,7 @@ from .hub.blockprune_cost import Linear, linear_flops, weights_energy_mj
 from .layer_statistics import LayerStatistics
 from .permutation import apply_moves, block_saliency_kept, packing_moves, sorting_moves
 from .residual import choose_order, permute_statistics, permute_stream
-from .saliency import RemovalTrace, removal_trace
+from .saliency import RemovalTrace, gone_first, removal_trace
 from .structure import TransformerLayer, find_residual_stream, find_transformer_layers
 from .true_loss import loss_factors, true_losses
 
@@ -51,6 +51,7 @@ class Selection:
         accelerator: the processes.
         pixels: images to measure true losses on, [images, channels, height, width]; needed where the config has
             rounds of them.
+        gone: blocks that left before, bool [block_rows, block_cols] by name; where there are any, they stay gone.
 
     Attributes:
         seconds: time of each stage.
@@ -71,6 +72,7 @@ class Selection:
     permutation: dict[str, Any] | None = None
     trace_seconds: dict[str, float] = field(default_factory=dict)
     loss_factors: dict[str, float] = field(default_factory=dict)
+    gone: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def devices(self) -> list[DeviceCost | None]:
@@ -176,7 +178,8 @@ class Selection:
         weight, config = self.targets[name].weight.detach(), self.config
         settings = {"damping": config.damping, "memory_bytes": config.memory_mb << 20}
         try:
-            return removal_trace(weight, statistics, config.block_shape, config.method, **settings)
+            trace = removal_trace(weight, statistics, config.block_shape, config.method, **settings)
+            return gone_first(trace, self.gone[name]) if name in self.gone else trace
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise ModelError(
                 f"{name}: its inputs are too dependent for obs ({error}); raise damping or use more calibration images"

@@ -29,6 +29,12 @@ def summary_table(report: dict[str, Any]) -> Table:
     recovery = report["recovery"]
     if recovery is not None and recovery["evaluation_before"] is not None:
         table.add_row("top-1 before recovery", f"{recovery['evaluation_before']['top1']:.2%}")
+    if report.get("finetuning") is not None:
+        f = report["finetuning"]
+        epochs = f["settings"]["epochs"]
+        table.add_row(
+            "trained", f"{epochs} epochs on {f['num_images']} images of {f['dataset']}, kept {f['kept_epoch']}"
+        )
     if report["evaluation"] is not None:
         e = report["evaluation"]
         dense = f", dense {e['baseline_top1']:.2%}" if "baseline_top1" in e else ""

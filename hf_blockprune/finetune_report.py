@@ -1,0 +1,72 @@
+"""What a report says of a training run."""
+
+import copy
+from typing import Any
+
+from .allocation import Allocation
+from .config import BlockPruneConfig
+from .environment import environment
+from .finetune import Finetuning
+from .finetune_pruning import cut_unused, masks_of, uncut
+from .hardware.flops import count_flops
+from .report import PruneReport, add_cuts, describe_masks
+
+
+def with_finetuning(report: dict[str, Any] | None, run: Finetuning, config: BlockPruneConfig, name: str) -> PruneReport:
+    """The report of a model after training; where blocks left, or it had none, with its masks described anew.
+
+    Hidden units that lost all their blocks are cut out of the model's shapes, as pruning does it.
+
+    Args:
+        report: the one before, None for a model without.
+        run: the training, which is done.
+        config: what the model is pruned by.
+        name: of the model before.
+    """
+    described = PruneReport(report or {})
+    before = described.get("evaluation")
+    if report is None or run.gradual is not None:
+        described |= _describe(run, config, name)
+        add_cuts(described, cut_unused(run.model))
+    history = run.history
+    described["finetuning"] = {
+        "dataset": run.images.public_name,
+        "num_images": run.data.count,
+        "settings": run.settings.to_dict(),
+        "steps": history.step,
+        "losses": history.losses,
+        "evaluated_on": None if run.evaluation is None else run.evaluation.public_name,
+        "evaluations": history.evaluations,
+        "kept_epoch": history.best_epoch or history.epoch,
+        "pruning": history.pruning,
+        "skipped": history.skipped,
+        "evaluation_before": before,
+    }
+    described["evaluation"] = described["latency"] = None  # those were of the model before
+    described["seconds"] = {**described["seconds"], "finetuning": round(history.seconds, 3)}
+    return described
+
+
+def _describe(run: Finetuning, config: BlockPruneConfig, name: str) -> dict[str, Any]:
+    """What a pruning run would say of the model's masks."""
+    model = copy.deepcopy(run.model)
+    uncut(model)
+    masks = masks_of(model)
+    chosen = None if run.gradual is None else run.gradual.allocation
+    losses = dict.fromkeys(masks, 0.0) if chosen is None else chosen.loss
+    flops = count_flops(type(model), model.config, run.processor.to_dict())
+    targets = {layer: model.get_submodule(layer) for layer in masks}
+    seconds = dict.fromkeys(masks, 0.0)
+    return {
+        "base_model": name,
+        "model_class": type(model).__name__,
+        "config": config.to_dict(),
+        **describe_masks(targets, flops, Allocation(masks, (), losses, 0.0), config.block_shape, {}, seconds),
+        "permutation": None,
+        "power_weight": 0.0,
+        "budgets": [] if run.gradual is None else [run.gradual.account()],
+        "calibration": None,
+        "recovery": None,
+        "seconds": {},
+        "environment": environment(),
+    }

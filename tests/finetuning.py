@@ -1,0 +1,91 @@
+"""A training run in a process of its own, or in several: `accelerate launch tests/finetuning.py JOB.json`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from hf_blockprune import BlockPruner, FinetuneConfig
+from hf_blockprune.data import load_images
+from hf_blockprune.finetune import Finetuning
+from hf_blockprune.finetune_pruning import masks_of
+from hf_blockprune.finetune_state import whole
+from hf_blockprune.finetune_student import Student
+from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+
+
+def check_masks(model, masks):
+    """Indices are as they were, and nothing lies outside of kept blocks, nor in the part of an edge block beyond."""
+    for name, layer in block_sparse_layers(model):
+        rows, cols = layer.block_shape
+        weight = whole(layer.weight)
+        assert torch.equal(layer.mask().cpu(), masks[name])
+        blocks = masks[name].repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+        # What `to_dense` gives, with the padding of edge blocks.
+        full = torch.zeros(masks[name].shape[0], masks[name].shape[1], rows, cols)
+        full[masks[name]] = weight.cpu()
+        full = full.transpose(1, 2).reshape(blocks.shape)
+        assert not full[~blocks].any()
+        assert not full[layer.out_features :].any()
+        assert not full[:, layer.in_features :].any()
+
+
+class Watched:
+    """Checks the masks after every step of every student, while it is entered."""
+
+    def __init__(self, masks):
+        self.masks, self.steps, self.step = masks, 0, Student.step
+
+    def __enter__(self):
+        def step(student, *args, **kwargs):
+            result = self.step(student, *args, **kwargs)
+            check_masks(student.model, self.masks)
+            self.steps += 1
+            return result
+
+        Student.step = step
+        return self
+
+    def __exit__(self, *_):
+        Student.step = self.step
+
+
+def train(pruned, dense, images, settings, *, accelerator, **options):
+    """(the run, its steps); masks are watched where they are to stay."""
+    pruner = BlockPruner.from_pretrained(pruned, accelerator=accelerator)
+    teacher = BlockPruner.from_pretrained(dense, accelerator=accelerator)
+    run = Finetuning(
+        pruner.model,
+        pruner.processor,
+        load_images(images),
+        settings,
+        accelerator,
+        teacher=pruner._in_same_order(teacher.model),
+        **options,
+    )
+    if settings.gradual is not None:
+        run.run()
+        return run, run.history.step
+    with Watched(masks_of(run.model)) as watched:
+        run.run()
+    check_masks(run.model, watched.masks)
+    return run, watched.steps
+
+
+def main():
+    job = json.loads(Path(sys.argv[1]).read_text())
+    settings = FinetuneConfig.from_dict(job["settings"])
+    accelerator = Accelerator(mixed_precision=settings.precision)
+    run, steps = train(job["pruned"], job["dense"], job["images"], settings, accelerator=accelerator)
+    if accelerator.is_main_process:
+        save_file({n: t.contiguous() for n, t in run.model.state_dict().items()}, job["output"])
+        print(json.dumps({"steps": steps, "losses": run.history.losses, "kind": str(accelerator.distributed_type)}))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
