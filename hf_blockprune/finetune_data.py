@@ -29,9 +29,7 @@ def num_images(images: ImageSet, settings: FinetuneConfig) -> int:
     """
     if not images.streaming:
         if settings.epoch_images is not None:
-            raise DataError(
-                f"{images.name}: is no stream and holds {len(images.dataset)} images; take out epoch_images"
-            )
+            raise DataError(f"{images.name}: is no stream, {len(images.dataset)} images long; take out epoch_images")
         return len(images.dataset)
     if settings.epoch_images is None:
         raise DataError(f"{images.name}: a stream does not say how many images it has; set epoch_images")

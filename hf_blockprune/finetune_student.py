@@ -56,8 +56,16 @@ class Student:
             self.average = Average(self.parameters, settings.ema)
 
     def _make_shardable(self) -> None:
-        """FSDP shards weights that are contiguous, and would otherwise load them from the first process."""
-        self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+        """Fit model and plugin to each other.
+
+        FSDP shards contiguous weights alone. Left to itself the plugin loads weights from the first process, where all
+        hold them, and shards a vision model's embeddings twice.
+        """
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.cpu_ram_efficient_loading = False
+        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        if plugin.transformer_cls_names_to_wrap is None:
+            plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for part in lists for layer in part})
         for parameter in self.model.parameters():
             parameter.data = parameter.data.contiguous()
 

@@ -69,18 +69,22 @@ def removal_trace(
 
 
 def gone_first(trace: RemovalTrace, gone: Tensor) -> RemovalTrace:
-    """The trace of a layer of which some blocks are gone: these leave first, at no loss, the others in their order.
+    """The trace of a layer of which some blocks are gone: these leave first, the others in their order.
+
+    Each gone block lowers the loss by next to nothing, so that none stays while a block leaves that costs nothing.
 
     Args:
         trace: made from a weight with zeros for what is gone, so that these blocks added nothing to its losses.
         gone: bool [block_rows, block_cols].
     """
     left = gone.to(trace.order.device).flatten()[trace.order]  # [units, steps]
-    last = left.sum(dim=1, keepdim=True)
     places = (~left).to(torch.uint8).argsort(dim=1, stable=True)
+    last = left.sum(dim=1, keepdim=True)
+    step = torch.arange(left.shape[1] + 1, device=left.device)
     loss = torch.cat([trace.loss[:, :1], trace.loss[:, 1:].gather(1, places)], dim=1)
-    step = torch.arange(loss.shape[1], device=loss.device)
-    return RemovalTrace(trace.order.gather(1, places), loss.masked_fill(step <= last, 0.0), trace.grid)
+    loss = loss.masked_fill(step <= last, 0.0)
+    gain = max(float(loss.max()), 1e-30) * 1e-12
+    return RemovalTrace(trace.order.gather(1, places), loss - gain * torch.minimum(step, last), trace.grid)
 
 
 def _obs_trace_of(

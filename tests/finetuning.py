@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 from hf_blockprune import BlockPruner, FinetuneConfig
@@ -75,10 +76,20 @@ def train(pruned, dense, images, settings, *, accelerator, **options):
     return run, watched.steps
 
 
+def shard(accelerator):
+    """Let an accelerator shard weights with FSDP2, which it does by itself on devices other than CPUs alone."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    accelerator.state.fsdp_plugin = plugin
+    for state in (accelerator.state, PartialState()):
+        state.distributed_type = DistributedType.FSDP
+
+
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
     settings = FinetuneConfig.from_dict(job["settings"])
     accelerator = Accelerator(mixed_precision=settings.precision)
+    if job.get("shard"):
+        shard(accelerator)
     run, steps = train(job["pruned"], job["dense"], job["images"], settings, accelerator=accelerator)
     if accelerator.is_main_process:
         save_file({n: t.contiguous() for n, t in run.model.state_dict().items()}, job["output"])
