@@ -1,4 +1,4 @@
-"""A training run in a process of its own, or in several: `accelerate launch tests/finetuning.py JOB.json`."""
+"""Training runs in processes of their own: `accelerate launch tests/finetuning.py JOBS.json`."""
 
 import json
 import sys
@@ -85,15 +85,16 @@ def shard(accelerator):
 
 
 def main():
-    job = json.loads(Path(sys.argv[1]).read_text())
-    settings = FinetuneConfig.from_dict(job["settings"])
-    accelerator = Accelerator(mixed_precision=settings.precision)
-    if job.get("shard"):
-        shard(accelerator)
-    run, steps = train(job["pruned"], job["dense"], job["images"], settings, accelerator=accelerator)
-    if accelerator.is_main_process:
-        save_file({n: t.contiguous() for n, t in run.model.state_dict().items()}, job["output"])
-        print(json.dumps({"steps": steps, "losses": run.history.losses, "kind": str(accelerator.distributed_type)}))
+    accelerator = Accelerator()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        if job["shard"]:
+            shard(accelerator)
+        settings = FinetuneConfig.from_dict(job["settings"])
+        run, steps = train(job["pruned"], job["dense"], job["images"], settings, accelerator=accelerator)
+        accelerator.free_memory()
+        if accelerator.is_main_process:
+            save_file({n: t.contiguous() for n, t in run.model.state_dict().items()}, job["output"])
+            print(json.dumps({"steps": steps, "losses": run.history.losses, "kind": str(accelerator.distributed_type)}))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

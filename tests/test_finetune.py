@@ -102,34 +102,33 @@ def test_every_family_trains_with_its_masks(family, processor, some, accelerator
     assert all(parameter.requires_grad for parameter in pruner.model.parameters())
 
 
-def launched(models, images, settings, folder, *, processes, **more):
-    """(weights, printed values) of a run in processes of its own."""
-    folder.mkdir()
-    job = {"settings": settings.to_dict(), "images": str(images), "output": str(folder / "weights.safetensors"), **more}
-    (folder / "job.json").write_text(json.dumps({**job, "pruned": str(models[0]), "dense": str(models[1])}))
-    done = launch([SCRIPT, folder / "job.json"], processes=processes)
-    return load_file(folder / "weights.safetensors"), json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_take_the_steps_of_one(models, some, accelerator, tmp_path, sharded):
-    """With micro-batches of which one process has none in the ragged last batch; the script watches the masks."""
+def test_two_processes_take_the_steps_of_one(models, some, accelerator, tmp_path):
+    """With DDP and with FSDP2, with micro-batches of which one process has none in the ragged last batch.
+
+    The script watches the masks; its second run has a hundred steps of them.
+    """
     settings = settings_of(epochs=3, micro_batch=2)
-    run, steps = train(*models, some, settings, accelerator=accelerator)
-    two, values = launched(models, some, settings, tmp_path / "two", processes=2, shard=sharded)
-    assert values["kind"] == ("DistributedType.FSDP" if sharded else "DistributedType.MULTI_CPU")
-    assert values["steps"] == steps == 9
-    assert values["losses"] == pytest.approx(run.history.losses, rel=1e-5)
-    close(run.model.state_dict(), two, 1e-5)
-
-
-@pytest.mark.slow
-def test_masks_are_exact_after_a_hundred_steps_of_two_processes(models, some, tmp_path):
-    settings = settings_of(epochs=34, augment=None, distillation={"kind": "none"}, weight_decay=0.5)
-    before = BlockPruner.from_pretrained(models[0]).model.state_dict()
-    after, values = launched(models, some, settings, tmp_path / "two", processes=2)
-    assert values["steps"] == 102
+    long = settings_of(epochs=34, augment=None, distillation={"kind": "none"}, weight_decay=0.5)
+    common = {"pruned": str(models[0]), "dense": str(models[1]), "images": str(some)}
+    runs = {"ddp": (settings, False), "long": (long, False), "fsdp2": (settings, True)}
+    outputs = {name: tmp_path / f"{name}.safetensors" for name in runs}
+    jobs = [
+        {**common, "settings": run.to_dict(), "shard": sharded, "output": str(outputs[name])}
+        for name, (run, sharded) in runs.items()
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = launch([SCRIPT, tmp_path / "jobs.json"], processes=2)
+    printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    values = dict(zip(runs, printed, strict=True))
+    one, steps = train(*models, some, settings, accelerator=accelerator)
+    for name, kind in (("ddp", "MULTI_CPU"), ("fsdp2", "FSDP")):
+        assert values[name]["kind"] == f"DistributedType.{kind}"
+        assert values[name]["steps"] == steps == 9
+        assert values[name]["losses"] == pytest.approx(one.history.losses, rel=1e-5)
+        close(one.model.state_dict(), load_file(outputs[name]), 1e-5)
+    assert values["long"]["steps"] == 102
+    before, after = BlockPruner.from_pretrained(models[0]).model.state_dict(), load_file(outputs["long"])
     same({n: v for n, v in before.items() if "indices" in n}, {n: v for n, v in after.items() if "indices" in n})
 
 
@@ -288,8 +287,9 @@ def test_the_state_of_another_run_is_refused(models, some, accelerator, tmp_path
 
 @pytest.mark.slow
 def test_a_killed_recipe_is_resumed_bit_for_bit(models, some, tmp_path):
+    """In mixed precision, which leaves the weights themselves in single precision."""
     recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(settings_of(epochs=40, micro_batch=2, save_every=2).to_dict()))
+    recipe.write_text(json.dumps(settings_of(epochs=10, save_every=2, precision="bf16").to_dict()))
     command = [sys.executable, str(RECIPE), "--config", str(recipe), "--model", str(models[0]), "--quiet", "--json"]
     command += ["--teacher", str(models[1]), "--dataset", str(some), "--output"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
@@ -299,7 +299,7 @@ def test_a_killed_recipe_is_resumed_bit_for_bit(models, some, tmp_path):
     deadline = time.monotonic() + 120
     while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.002)
-    time.sleep(0.5)
+    time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert state.exists()
@@ -308,21 +308,13 @@ def test_a_killed_recipe_is_resumed_bit_for_bit(models, some, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     whole = subprocess.run([*command, str(tmp_path / "whole")], **options)
     assert whole.returncode == 0, whole.stderr
-    same(*(load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
+    same(*weights)
+    assert {value.dtype for value in weights[0].values()} == {torch.float32, torch.int32}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.json", "whole"]
     report = json.loads(resumed.stdout)
-    assert report["finetuning"]["steps"] == 120
+    assert report["finetuning"]["steps"] == 30
     assert report["finetuning"]["losses"] == json.loads(whole.stdout)["finetuning"]["losses"]
-
-
-@pytest.mark.parametrize("precision", ["bf16"])
-@pytest.mark.slow
-def test_mixed_precision_trains_single_precision_weights(models, some, tmp_path, precision):
-    settings = settings_of(epochs=1, precision=precision)
-    weights, values = launched(models, some, settings, tmp_path / "bf16", processes=1)
-    assert all(v.dtype in (torch.float32, torch.int32) for v in weights.values())
-    assert len(values["losses"]) == 1
-    assert 0 < values["losses"][0] < 10
 
 
 def test_a_half_precision_checkpoint_stays_one(models, some, processor, accelerator):
@@ -384,9 +376,9 @@ def test_labels_are_not_needed_where_they_weigh_nothing(models, accelerator, tmp
 
 
 def test_hard_distillation_learns_the_teachers_classes(models, some, accelerator):
-    settings = settings_of(label_weight=0, distillation={"kind": "hard"}, augment=None, epochs=20, lr=3e-3, ema=None)
+    settings = settings_of(label_weight=0, distillation={"kind": "hard"}, augment=None, epochs=8, lr=3e-3, ema=None)
     run, _ = train(*models, some, settings, accelerator=accelerator)
-    assert run.history.losses[-1] < 0.5 * run.history.losses[0]
+    assert run.history.losses[-1] < 0.7 * run.history.losses[0]
 
 
 @pytest.mark.parametrize(

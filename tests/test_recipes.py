@@ -3,11 +3,13 @@
 import pytest
 from safetensors.torch import load_file
 
+from hf_blockprune.finetune_jobs import FinetuneJob
 from hf_blockprune.jobs import PruneJob
 
 from .conftest import RECIPE, ROOT, launch
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+TRAINING = sorted((ROOT / "recipes").glob("finetune-*.yaml"))
+RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - set(TRAINING))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -16,7 +18,18 @@ def test_recipe_loads_and_is_named_after_what_it_does(recipe):
     rows, cols = job.config.block_shape
     assert recipe.stem.endswith(f"{rows}x{cols}")
     assert job.config.budget.metric == "flops"
-    assert job.model.startswith(("facebook/deit-", "google/vit-"))
+    assert job.model.startswith(("facebook/deit-", "google/vit-", "microsoft/swin-"))
+
+
+@pytest.mark.parametrize("recipe", TRAINING, ids=lambda path: path.stem)
+def test_training_recipe_takes_what_a_pruning_recipe_gives(recipe):
+    job = FinetuneJob.read(recipe)
+    name, _, kept = recipe.stem.removeprefix("finetune-").partition("-flops")
+    pruning = PruneJob.read(ROOT / f"recipes/{name}.yaml")
+    assert job.model == (pruning.output if not kept else f"{name}-flops{kept}")
+    assert job.config.lr == pytest.approx(5e-4 * job.config.batch_size / 512)
+    assert job.teacher == (pruning.model if job.config.distillation.needs_teacher else None)
+    assert f"| `{recipe.stem}` | {job.config.batch_size} |" in (ROOT / "recipes/README.md").read_text()
 
 
 @pytest.mark.slow
