@@ -141,6 +141,11 @@ class Finetuning:
                 f"precision: {settings.precision!r} is not that of the accelerator, "
                 f"{self.accelerator.mixed_precision!r}; give both the same"
             )
+        if settings.precision != "no" and not self.accelerator.native_amp:
+            raise ConfigError(
+                f"precision: {settings.precision!r} does not work on this device ({self.accelerator.device.type}); use "
+                "bf16 or 'no'"
+            )
         if settings.label_weight and self.images.label_column is None:
             raise DataError(
                 f"{self.images.name}: has no labels; set label_weight to 0 to learn from the dense model alone"

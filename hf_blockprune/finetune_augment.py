@@ -26,7 +26,9 @@ def draws(seed: int, epoch: int, index: int, what: int = VIEW) -> np.random.Gene
     return np.random.default_rng([seed, epoch, index, what])
 
 
-def view(image: Image.Image, settings: AugmentConfig, size: tuple[int, int], fill: Colour, rng: np.random.Generator):
+def view(
+    image: Image.Image, settings: AugmentConfig, *, size: tuple[int, int], fill: Colour, rng: np.random.Generator
+) -> Image.Image:
     """A random view, before it becomes a tensor.
 
     Args:
@@ -64,13 +66,18 @@ def crop_box(size: tuple[int, int], smallest: float, rng: np.random.Generator) -
     width, height = size
     for _ in range(CROP_TRIES):
         area = width * height * rng.uniform(smallest, 1)
-        ratio = math.exp(rng.uniform(*map(math.log, CROP_RATIOS)))
+        ratio = _ratio(CROP_RATIOS, rng)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     ratio = min(max(width / height, CROP_RATIOS[0]), CROP_RATIOS[1])
     w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _ratio(limits: tuple[float, float], rng: np.random.Generator) -> float:
+    """A side over the other, as likely as its inverse."""
+    return math.exp(rng.uniform(math.log(limits[0]), math.log(limits[1])))
 
 
 def erase(pixels: Tensor, share: float, rng: np.random.Generator) -> Tensor:
@@ -85,8 +92,8 @@ def erase(pixels: Tensor, share: float, rng: np.random.Generator) -> Tensor:
     if rng.random() >= share:
         return pixels
     for _ in range(ERASING_TRIES):
-        area = height * width * rng.uniform(*ERASED_AREA)
-        ratio = math.exp(rng.uniform(*map(math.log, ERASED_RATIOS)))
+        area = height * width * rng.uniform(ERASED_AREA[0], ERASED_AREA[1])
+        ratio = _ratio(ERASED_RATIOS, rng)
         h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < h < height and 0 < w < width:
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))

@@ -246,11 +246,10 @@ class FinetuneConfig:
     def _normalise(self) -> None:
         """Accept what YAML and JSON can write: lists for tuples, mappings for the nested settings."""
         for key, cls in _NESTED.items():
-            value = getattr(self, key)
-            if isinstance(value, cls) or (value is None and key != "distillation"):
-                continue
-            check_keys(cls, value, key)
-            object.__setattr__(self, key, cls(**value))
+            value: Any = getattr(self, key)
+            if not isinstance(value, cls) and (value is not None or key == "distillation"):
+                check_keys(cls, value, key)
+                object.__setattr__(self, key, cls(**dict(value)))
         for key in ("betas", "trackers"):
             if isinstance(value := getattr(self, key), list):
                 object.__setattr__(self, key, tuple(value))
@@ -275,13 +274,13 @@ class FinetuneConfig:
             raise ConfigError(f"lr: {self.lr} is the peak; min_lr and warmup_lr may not lie above it")
         if self.warmup_epochs > self.epochs:
             raise ConfigError(f"warmup_epochs: {self.warmup_epochs} are more than the {self.epochs} epochs")
-        for key in ("ema", "label_smoothing"):
-            value = getattr(self, key)
-            if (value is not None or key != "ema") and (not is_number(value) or not 0 <= value < 1):
+        shares: dict[str, Any] = {"label_smoothing": self.label_smoothing, "ema": 0 if self.ema is None else self.ema}
+        for key, value in shares.items():
+            if not is_number(value) or not 0 <= value < 1:
                 refuse(key, "a share from 0 to below 1", value)
-        for key in ("clip", "eps"):
-            value = getattr(self, key)
-            if (value is not None or key != "clip") and (not is_number(value) or value <= 0):
+        positive: dict[str, Any] = {"eps": self.eps, "clip": 1 if self.clip is None else self.clip}
+        for key, value in positive.items():
+            if not is_number(value) or value <= 0:
                 refuse(key, "a number above 0 (YAML reads 1e-8 as text: write 1.0e-8)", value)
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:
             refuse("betas", "two numbers such as [0.9, 0.999]", self.betas)
@@ -319,7 +318,7 @@ class FinetuneConfig:
         return {key: value for key, value in self.to_dict().items() if key not in NO_PART_OF_THE_RESULT}
 
 
-_NESTED = {"distillation": DistillationConfig, "augment": AugmentConfig, "gradual": GradualConfig}
+_NESTED: dict[str, Any] = {"distillation": DistillationConfig, "augment": AugmentConfig, "gradual": GradualConfig}
 
 
 def _plain(value: Any) -> Any:

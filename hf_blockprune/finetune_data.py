@@ -197,7 +197,7 @@ class Views:
         if augment is None:
             return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
         rng = draws(self.settings.seed, self.epoch, index)
-        image = view(image, augment, self.size, self.fill, rng)
+        image = view(image, augment, size=self.size, fill=self.fill, rng=rng)
         pixels = self.processor(images=[image], do_resize=False, do_center_crop=False, return_tensors="pt")
         return erase(pixels["pixel_values"][0], augment.erasing, rng)
 

@@ -63,11 +63,9 @@ def uncut(model: Any) -> None:
     for name, module in cut:
         mask = torch.zeros(grid_shape(module.dense_shape, module.block_shape), dtype=torch.bool)
         rows, cols = module.grid_shape
-        mask[:rows, :cols] = module.mask().cpu()
+        mask[:rows, :cols] = module.mask()
         dense = module.to_dense(module.dense_shape)
-        model.set_submodule(
-            name, BlockSparseLinear.from_dense(dense, mask.to(module.weight.device), module.block_shape)
-        )
+        model.set_submodule(name, BlockSparseLinear.from_dense(dense, mask, module.block_shape))
     fuse(model)
     update_config(model)
 

@@ -1,5 +1,6 @@
 """What a training run holds beside its model, as plain tensors: of one process, of several, or sharded over them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,12 +38,12 @@ class Average:
         decay: share of the average that stays.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
         self.values = {name: value.detach().clone() for name, value in parameters.items()}
 
     @torch.no_grad()
-    def update(self, parameters: dict[str, Tensor]) -> None:
+    def update(self, parameters: Mapping[str, Tensor]) -> None:
         """After a step."""
         for name, value in self.values.items():
             value.lerp_(parameters[name].detach(), 1 - self.decay)

@@ -61,7 +61,7 @@ class Student:
         FSDP shards contiguous weights alone. Left to itself the plugin loads weights from the first process, where all
         hold them, and shards a vision model's embeddings twice.
         """
-        plugin = self.accelerator.state.fsdp_plugin
+        plugin: Any = self.accelerator.state.fsdp_plugin
         plugin.cpu_ram_efficient_loading = False
         lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
         if plugin.transformer_cls_names_to_wrap is None:
@@ -111,7 +111,8 @@ class Student:
                 self.accelerator.backward(losses.sum() * scale)
             sums[0] += losses.detach().double().sum()
             sums[1] += len(batch["labels"])
-        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        reduced: Any = self.accelerator.reduce(sums, "sum")
+        total, count = reduced.tolist()
         if not abs(total) < float("inf"):
             raise ModelError(f"step {number + 1}: the loss is not finite; lower lr, or set clip")
         return total, int(count)

@@ -8,6 +8,7 @@ for the images that a process takes at once, which is counted on one image of th
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DeiTConfig, DeiTForImageClassification, SwinConfig, SwinForImageClassification
@@ -17,10 +18,11 @@ from hf_blockprune.config import read_settings
 from hf_blockprune.hardware.flops import count_flops
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-SWIN = {"image_size": 224, "patch_size": 4, "window_size": 7, "num_labels": 1000}
+SWIN: dict[str, Any] = {"image_size": 224, "patch_size": 4, "window_size": 7, "num_labels": 1000}
+DEIT: dict[str, Any] = {"num_labels": 1000}
 CONFIGS = {
-    "deit-small": DeiTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000),
-    "deit-base": DeiTConfig(num_labels=1000),
+    "deit-small": DeiTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, **DEIT),
+    "deit-base": DeiTConfig(**DEIT),
     "swin-tiny": SwinConfig(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], **SWIN),
     "swin-base": SwinConfig(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], **SWIN),
 }

@@ -106,12 +106,13 @@ def test_every_family_trains_with_its_masks(family, processor, some, accelerator
 def test_two_processes_take_the_steps_of_one(models, some, accelerator, tmp_path):
     """With DDP and with FSDP2, with micro-batches of which one process has none in the ragged last batch.
 
-    The script watches the masks; its second run has a hundred steps of them.
+    Blocks leave in the second run; in the others the script watches the masks, in the third for a hundred steps.
     """
     settings = settings_of(epochs=3, micro_batch=2)
     long = settings_of(epochs=34, augment=None, distillation={"kind": "none"}, weight_decay=0.5)
     common = {"pruned": str(models[0]), "dense": str(models[1]), "images": str(some)}
-    runs = {"ddp": (settings, False), "long": (long, False), "fsdp2": (settings, True)}
+    gradual = settings_of(gradual={"budget": {"ratio": 0.5}, "every": 2, "end": 0.8, "samples": 8})
+    runs = {"ddp": (settings, False), "gradual": (gradual, False), "long": (long, False), "fsdp2": (settings, True)}
     outputs = {name: tmp_path / f"{name}.safetensors" for name in runs}
     jobs = [
         {**common, "settings": run.to_dict(), "shard": sharded, "output": str(outputs[name])}
@@ -127,6 +128,8 @@ def test_two_processes_take_the_steps_of_one(models, some, accelerator, tmp_path
         assert values[name]["steps"] == steps == 9
         assert values[name]["losses"] == pytest.approx(one.history.losses, rel=1e-5)
         close(one.model.state_dict(), load_file(outputs[name]), 1e-5)
+    shrunk, _ = train(*models, some, gradual, accelerator=accelerator)
+    close(shrunk.model.state_dict(), load_file(outputs["gradual"]), 1e-5)
     assert values["long"]["steps"] == 102
     before, after = BlockPruner.from_pretrained(models[0]).model.state_dict(), load_file(outputs["long"])
     same({n: v for n, v in before.items() if "indices" in n}, {n: v for n, v in after.items() if "indices" in n})
@@ -437,10 +440,35 @@ def test_models_that_do_not_fit_are_refused(models, some, accelerator, processor
         Finetuning(dense, processor, images, settings, teacher=dense, **options)
 
 
-def test_a_tracker_that_is_missing_and_a_precision_the_device_lacks_are_refused(tmp_path, monkeypatch):
+def test_a_tracker_that_is_missing_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="trackers: wandb is not installed; pip install wandb, or take it out"):
         make_accelerator(FinetuneConfig(trackers=["wandb"]), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_precision_that_the_device_lacks_is_one_line(models, some, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("precision: fp16\n")
+    command = [sys.executable, str(RECIPE), "--config", str(tmp_path / "recipe.yaml"), "--model", str(models[0])]
+    command += ["--teacher", str(models[1]), "--dataset", str(some), "--output", str(tmp_path / "out")]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: precision: 'fp16' does not work on this device (cpu)")
+
+
+def test_a_tracker_is_told_losses_rates_and_accuracy(models, some, processor, tmp_path):
+    settings = settings_of(trackers=["tensorboard"], distillation={"kind": "none"})
+    accelerator = make_accelerator(settings, tmp_path / "logs")
+    model = BlockPruner.from_pretrained(models[0]).model
+    images = load_images(some)
+    run = Finetuning(model, processor, images, settings, accelerator, evaluation=images)
+    run.run()
+    accelerator.end_training()
+    (events,) = (path for path in (tmp_path / "logs").rglob("*tfevents*") if path.parent.name == "hf_blockprune")
+    content = events.read_bytes()
+    assert content.count(b"loss") == content.count(b"lr") == 6
+    assert content.count(b"top1") == 2
 
 
 def test_jobs_are_read_from_recipes_and_overrides(tmp_path):

@@ -200,7 +200,7 @@ def test_a_view_is_a_crop_resized_and_perhaps_mirrored():
     image, settings = picture(40, 60), AugmentConfig(**{**PLAIN, "smallest_crop": 0.2, "flip": 0.5})
     mirrored = 0
     for index in range(200):
-        got = values(view(image, settings, (16, 12), FILL, draws(0, 2, index)))
+        got = values(view(image, settings, size=(16, 12), fill=FILL, rng=draws(0, 2, index)))
         rng = draws(0, 2, index)
         left, top, width, height = crop_box((60, 40), 0.2, rng)
         crop = image.crop((left, top, left + width, top + height)).resize((12, 16), Image.Resampling.BICUBIC)
