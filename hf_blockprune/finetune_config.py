@@ -246,10 +246,10 @@ class FinetuneConfig:
     def _normalise(self) -> None:
         """Accept what YAML and JSON can write: lists for tuples, mappings for the nested settings."""
         for key, cls in _NESTED.items():
-            value: Any = getattr(self, key)
-            if not isinstance(value, cls) and (value is not None or key == "distillation"):
-                check_keys(cls, value, key)
-                object.__setattr__(self, key, cls(**dict(value)))
+            off = getattr(self, key) is None and key != "distillation"
+            if not off and not isinstance(getattr(self, key), cls):
+                check_keys(cls, getattr(self, key), key)
+                object.__setattr__(self, key, cls(**getattr(self, key)))
         for key in ("betas", "trackers"):
             if isinstance(value := getattr(self, key), list):
                 object.__setattr__(self, key, tuple(value))

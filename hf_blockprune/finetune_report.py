@@ -1,6 +1,7 @@
 """What a report says of a training run."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from .allocation import Allocation
@@ -39,7 +40,7 @@ def with_finetuning(report: dict[str, Any] | None, run: Finetuning, config: Bloc
         "evaluations": history.evaluations,
         "kept_epoch": history.best_epoch or history.epoch,
         "pruning": history.pruning,
-        "skipped": history.skipped,
+        "skipped": [Path(file).name for file in history.skipped],
         "evaluation_before": before,
     }
     described["evaluation"] = described["latency"] = None  # those were of the model before

@@ -1,8 +1,14 @@
 """The recipes load, and one and two processes choose the same masks."""
 
+import dataclasses
+import re
+import subprocess
+import sys
+
 import pytest
 from safetensors.torch import load_file
 
+from hf_blockprune import AugmentConfig, DistillationConfig, FinetuneConfig, GradualConfig
 from hf_blockprune.finetune_jobs import FinetuneJob
 from hf_blockprune.jobs import PruneJob
 
@@ -47,3 +53,17 @@ def test_two_processes_choose_the_masks_of_one(vit_folder, images, tmp_path):
     one, two = (load_file(tmp_path / f"out{processes}/model.safetensors") for processes in (1, 2))
     assert one.keys() == two.keys()
     assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_the_page_on_training_names_every_setting_and_options_that_exist():
+    text = (ROOT / "docs/finetune.md").read_text()
+    configs = (FinetuneConfig, DistillationConfig, AugmentConfig, GradualConfig)
+    settings = {field.name for config in configs for field in dataclasses.fields(config)}
+    # Those of pruning while training that it shares with pruning are described there.
+    described = {"format_version", "min_kept_per_layer", "damping", "targets", "ignore"}
+    assert {name for name in settings - described if not re.search(rf"\b{name}\b", text)} == set()
+    done = subprocess.run([sys.executable, str(ROOT / "recipes/finetune.py"), "--help"], capture_output=True, text=True)
+    known = set(re.findall(r"--[a-z][a-z-]+", done.stdout))
+    commands = re.findall(r"recipes/finetune\.py((?:.|\\\n)*)", text)
+    assert len(commands) > 1
+    assert {option for command in commands for option in re.findall(r"--[a-z-]+", command)} <= known
