@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
+import runpy
 
 import pytest
+import typer
 from safetensors.torch import load_file
+from typer.main import get_command
 
 from hf_blockprune import AugmentConfig, DistillationConfig, FinetuneConfig, GradualConfig
 from hf_blockprune.finetune_jobs import FinetuneJob
@@ -62,8 +63,9 @@ def test_the_page_on_training_names_every_setting_and_options_that_exist():
     # Those of pruning while training that it shares with pruning are described there.
     described = {"format_version", "min_kept_per_layer", "damping", "targets", "ignore"}
     assert {name for name in settings - described if not re.search(rf"\b{name}\b", text)} == set()
-    done = subprocess.run([sys.executable, str(ROOT / "recipes/finetune.py"), "--help"], capture_output=True, text=True)
-    known = set(re.findall(r"--[a-z][a-z-]+", done.stdout))
+    recipe = typer.Typer()
+    recipe.command()(runpy.run_path(str(ROOT / "recipes/finetune.py"))["main"])
+    known = {option for parameter in get_command(recipe).params for option in parameter.opts}
     commands = re.findall(r"recipes/finetune\.py((?:.|\\\n)*)", text)
     assert len(commands) > 1
     assert {option for command in commands for option in re.findall(r"--[a-z-]+", command)} <= known
