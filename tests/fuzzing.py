@@ -11,11 +11,11 @@ import torch
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification
 
 from hf_blockprune import BlockPruneError, BlockSparseFormatError
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, stored_layer_name
 from hf_blockprune.inspection import inspect_checkpoint
+from hf_blockprune.loading import load_classifier
 
 FIXTURE = Path(__file__).parent / "fixtures" / "format-2"
 PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
@@ -101,6 +101,7 @@ def forge(folder: Path, changes: list[Damage]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
     weights = _write_shards(folder, tensors, shards) if shards else folder / "model.safetensors"
     if not shards:
         save_file(tensors, weights, metadata={"format": "pt"})
@@ -160,20 +161,22 @@ def check(folder: Path) -> str:
     """Inspect and load a forged checkpoint.
 
     Returns:
-        What became of it: "refused", "refused on loading", "loaded for other pictures" or "loaded".
+        What became of it: "refused" by both, "refused on loading", or "loaded"; where inspection alone refused it, or
+        it takes other pictures, with these words added.
 
     Raises:
         AssertionError: a loaded model holds or answers something else than what is stored.
         Exception: any error that is not a typed one.
     """
+    refused = ""
     try:
         inspect_checkpoint(folder)
     except (BlockPruneError, BlockSparseFormatError):
-        return "refused"
+        refused = ", refused by inspection"
     try:
-        model = AutoModelForImageClassification.from_pretrained(folder).eval()
-    except (BlockSparseFormatError, *THEIRS):
-        return "refused on loading"
+        model = load_classifier(str(folder), {})[0].eval()
+    except (BlockPruneError, BlockSparseFormatError):
+        return "refused" if refused else "refused on loading"
     stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     for name, module in block_sparse_layers(model):
         prefix = stored_layer_name(model, name)
@@ -184,7 +187,7 @@ def check(folder: Path) -> str:
         try:
             logits = model(PICTURE.to(model.dtype)).logits
         except THEIRS:
-            return "loaded for other pictures"
+            return f"loaded{refused}, for other pictures"
         expected = model.dequantize()(PICTURE.to(model.dtype)).logits
     torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2, equal_nan=True)
-    return "loaded"
+    return f"loaded{refused}"

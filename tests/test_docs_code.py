@@ -16,6 +16,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
+from hf_blockprune.finetune_jobs import FinetuneJob
 from hf_blockprune.jobs import PruneJob
 
 from .conftest import NUM_LABELS, ROOT, tiny_model, write_images
@@ -36,6 +37,11 @@ def blocks_of(name, *kinds):
 CODE = [name for name in PAGES if blocks_of(name, "python", "sh")]
 DATA = [name for name in PAGES if blocks_of(name, "yaml", "json")]
 PRUNE = f"prune {MODEL} --dataset IMAGES --method magnitude --block-shape 8x8 --budget flops=0.8 --quiet --output"
+PRUNER = f"""
+from hf_blockprune import BlockPruneConfig, BlockPruner, Budget
+config = BlockPruneConfig(method="magnitude", block_shape=(8, 8), budget=Budget("flops", 0.8))
+pruner = BlockPruner.from_pretrained("{MODEL}", config)
+"""
 # What a page takes for granted, by page.
 BEFORE = {
     "docs/export.md": f"""
@@ -49,12 +55,19 @@ blockprune('{PRUNE} PRUNED')
 pipeline_on_cpu()
 x, weight, mask = torch.randn(4, 64), torch.randn(64, 64), torch.eye(2) > 0
 """,
-    "docs/share.md": f"blockprune('{PRUNE} OUT')",
-    "docs/data.md": f"""
-from hf_blockprune import BlockPruneConfig, BlockPruner, Budget
-config = BlockPruneConfig(method="magnitude", block_shape=(8, 8), budget=Budget("flops", 0.8))
-pruner = BlockPruner.from_pretrained("{MODEL}", config)
+    "docs/finetune.md": f"""
+blockprune('{PRUNE} pruned')
+import os; os.symlink("{MODEL}", "dense")
 """,
+    "docs/report.md": f"""
+blockprune('{PRUNE} OUT')
+{PRUNER}pruner.prune("IMAGES")
+import importlib.resources, shutil
+profiles = importlib.resources.files("hf_blockprune.hardware") / "profiles"
+shutil.copy(profiles / "cpu-avx512.yaml", "my-device.yaml")
+""",
+    "docs/share.md": f"blockprune('{PRUNE} OUT')",
+    "docs/data.md": PRUNER,
 }
 DRIVER = """
 import json, shlex, shutil, subprocess, sys
@@ -92,10 +105,10 @@ def world(tmp_path, processor):
     for saved in (model, processor):
         saved.save_pretrained(tmp_path / MODEL)
     write_images(tmp_path / "IMAGES", 24)
-    for name in ("LABELLED_IMAGES", "path/to/calibration/images", "path/to/labelled/images", "photos/train"):
+    splits = [f"{folder}/{split}" for folder in ("photos", "images") for split in ("train", "validation")]
+    for name in ("LABELLED_IMAGES", "path/to/calibration/images", "path/to/labelled/images", *splits):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(tmp_path / "IMAGES")
-    (tmp_path / "photos/validation").symlink_to(tmp_path / "IMAGES")
     (tmp_path / "MODEL").symlink_to(tmp_path / MODEL)
     for name in ("recipes", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -140,4 +153,4 @@ def test_settings_are_valid(name, tmp_path):
         else:
             job = {"model": "MODEL", "dataset": "IMAGES", "output": "OUT", **yaml.safe_load(text)}
             (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(job))
-            PruneJob.read(tmp_path / "recipe.yaml")
+            (FinetuneJob if "finetune" in name else PruneJob).read(tmp_path / "recipe.yaml")

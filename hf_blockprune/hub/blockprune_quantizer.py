@@ -137,6 +137,8 @@ class BlockPruneHfQuantizer(HfQuantizer):
         check_repeated_layers(vars(config))
         return config
 
+    update_tp_plan = update_attn_implementation  # what older transformers calls at that point
+
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
         headers = None
@@ -163,8 +165,8 @@ class BlockPruneHfQuantizer(HfQuantizer):
             shape, dtype = self._expected.get(name, (parameter.shape, parameter.dtype))
             if parameter.shape != shape:
                 raise RuntimeError(
-                    f"{name}: size mismatch, expected {list(shape)}, the file has {list(parameter.shape)}; "
-                    "its config and its tensors do not belong together"
+                    f"{name}: size mismatch, expected {list(shape)}, the file has {list(parameter.shape)}: its config "
+                    "and tensors do not belong together (ignore_mismatched_sizes needs a newer transformers here)"
                 )
             if parameter.dtype != dtype and not parameter.is_meta:
                 parameter.data = parameter.data.to(dtype)
