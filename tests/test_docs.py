@@ -63,3 +63,9 @@ def test_the_page_on_new_architectures_can_be_followed(tmp_path):
     assert broken != code
     done = subprocess.run([sys.executable, "-c", broken], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
+
+
+def test_model_cards_are_those_of_the_result_file():
+    command = [sys.executable, str(ROOT / "scripts/model_cards.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
