@@ -29,6 +29,13 @@ def test_prune_then_classify(vit_folder, images, tmp_path):
     assert all("class " in answer for answer in answers)
 
 
+def test_quickstart(vit_folder, images, tmp_path):
+    said = example("quickstart.py", vit_folder, images, images, tmp_path / "out")
+    assert "times as fast" in said
+    assert "on 24 images" in said
+    assert (tmp_path / "out.html").stat().st_size > 10_000
+
+
 def test_compare_methods(vit_folder, images):
     lines = example("compare_methods.py", vit_folder, images, images).splitlines()
     assert [line.split()[0] for line in lines] == ["magnitude", "taylor"]
