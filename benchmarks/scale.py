@@ -26,6 +26,13 @@ from hf_blockprune.environment import environment
 WIDTHS = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}
 MEASURED_LAYERS = (2, 3, 4)
 LAYERS = 12
+# Width, width of the MLP, layers, images a side over the patch's, of ViTs that are estimated from DeiT-B.
+LARGER = {
+    "vit-large-patch16": (1024, 4096, 24, 14),
+    "vit-huge-patch14": (1280, 5120, 32, 16),
+    "vit-giant-patch14": (1408, 6144, 40, 16),
+}
+BASE = (768, 3072, LAYERS, 14)
 
 
 def main() -> None:
@@ -39,6 +46,8 @@ def main() -> None:
         measured = [measure(options, arch, layers) for layers in MEASURED_LAYERS]
         row = {**point, "measured": measured, **extrapolate(measured)}
         results["rows"].append(row)
+        if arch == "deit-base":
+            results["estimates"] = [estimate(name, row) for name in LARGER]
         results["environment"] = environment()
         save(options.output, results)
         print(f"{arch}: {row['all_seconds']:.0f} s, {row['peak_memory_bytes'] / 1e9:.1f} GB", flush=True)
@@ -97,6 +106,50 @@ def extrapolate(measured: list[dict[str, Any]]) -> dict[str, Any]:
         seconds[stage] = round(fit(layers, [row["seconds"][stage] for row in measured], powers), 1)
     memory = fit(layers, [row["peak_memory_bytes"] for row in measured], (0, 1))
     return {"seconds": seconds, "all_seconds": round(sum(seconds.values()), 1), "peak_memory_bytes": round(memory)}
+
+
+def estimate(name: str, base: dict[str, Any]) -> dict[str, Any]:
+    """What a larger ViT takes on the same machine, each stage of DeiT-B's multiplied by what its work grows with.
+
+    Removal traces go through in_features / cols steps for each block row, whose work grows with in_features^2. True
+    losses run the whole model once for each pair of Linears.
+    """
+    size = LARGER[name]
+    forward, traces = (work(size) / work(BASE) for work in (_forward, _traces))
+    growth = {"saliency": traces, "allocation": traces, "true losses": forward * size[2] / LAYERS}
+    seconds = {stage: round(value * growth.get(stage, forward)) for stage, value in base["seconds"].items()}
+    more = _kept_bytes(size, base["images"]) - _kept_bytes(BASE, base["images"])
+    return {
+        "arch": name,
+        "block_shape": base["block_shape"],
+        "images": base["images"],
+        "seconds": seconds,
+        "all_seconds": sum(seconds.values()),
+        "peak_memory_bytes": base["peak_memory_bytes"] + more,
+    }
+
+
+def _linears(size: tuple[int, int, int, int]) -> list[tuple[int, int]]:
+    """(out_features, in_features) of a layer's Linears."""
+    width, hidden, _, _ = size
+    return [(width, width)] * 4 + [(hidden, width), (width, hidden)]
+
+
+def _forward(size: tuple[int, int, int, int]) -> float:
+    width, _, layers, side = size
+    tokens = side * side + 1
+    return layers * (sum(2 * tokens * n * k for n, k in _linears(size)) + 4 * tokens * tokens * width)
+
+
+def _traces(size: tuple[int, int, int, int]) -> float:
+    return size[2] * sum(n * k**3 for n, k in _linears(size))
+
+
+def _kept_bytes(size: tuple[int, int, int, int], images: int) -> int:
+    """Weights and two layers' inputs of all images in single precision, second moments in double."""
+    width, _, layers, side = size
+    weights = layers * sum(4 * n * k + 8 * k * k for n, k in _linears(size))
+    return weights + 2 * 4 * images * (side * side + 1) * width
 
 
 def fit(layers: list[int], values: list[float], powers: tuple[int, int]) -> float:

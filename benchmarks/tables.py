@@ -82,6 +82,11 @@ def scale_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def estimates_table(results: dict[str, Any]) -> str:
+    """Time and memory of models that are larger than those measured."""
+    return scale_table({"rows": results["estimates"]})
+
+
 def systolic_table(results: dict[str, Any]) -> str:
     """The study of dedicated hardware."""
     lines = [
@@ -241,6 +246,7 @@ def versions_table(results: dict[str, Any]) -> str:
 
 
 TABLES = {
+    "estimates": estimates_table,
     "accuracy": accuracy_table,
     "ablation": ablation_table,
     "scale": scale_table,
@@ -254,7 +260,7 @@ TABLES = {
 }
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("compatibility", "method", "kernels", "hardware")),
+    *(ROOT / "docs" / f"{page}.md" for page in ("compatibility", "hardware", "kernels", "method", "scale")),
 )
 
 

@@ -6,6 +6,7 @@ import runpy
 
 import pytest
 import typer
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from typer.main import get_command
 
@@ -37,6 +38,13 @@ def test_training_recipe_takes_what_a_pruning_recipe_gives(recipe):
     assert job.config.lr == pytest.approx(5e-4 * job.config.batch_size / 512)
     assert job.teacher == (pruning.model if job.config.distillation.needs_teacher else None)
     assert f"| `{recipe.stem}` | {job.config.batch_size} |" in (ROOT / "recipes/README.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "processes"), [("two-nodes", 16), ("fsdp2", 8)])
+def test_settings_for_accelerate_are_ones_that_it_reads(name, processes):
+    settings = load_config_from_file(str(ROOT / f"recipes/accelerate/{name}.yaml"))
+    assert settings.num_processes == processes
+    assert settings.to_dict().get("fsdp_config", {}).get("fsdp_version") == (2 if name == "fsdp2" else None)
 
 
 @pytest.mark.slow
