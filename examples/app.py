@@ -56,9 +56,9 @@ def compare(models: dict[str, BlockPruner], picture: Image.Image | None) -> list
 def classify(pruner: BlockPruner, picture: Image.Image) -> dict[str, float]:
     """The likeliest classes with their probabilities."""
     inputs = pruner.processor(picture.convert("RGB"), return_tensors="pt").to(pruner.model.device)
-    top = pruner.model(**inputs).logits[0].softmax(-1).topk(min(SHOWN, pruner.model.config.num_labels))
-    names = pruner.model.config.id2label or {}
-    return {names[int(index)]: float(share) for share, index in zip(*top, strict=True)}
+    config: Any = pruner.model.config
+    top = pruner.model(**inputs).logits[0].softmax(-1).topk(min(SHOWN, config.num_labels))
+    return {config.id2label[int(index)]: float(share) for share, index in zip(*top, strict=True)}
 
 
 def timings(models: dict[str, BlockPruner]) -> str:
