@@ -52,6 +52,27 @@ def expand_mask(mask: Tensor, shape: tuple[int, int], block_shape: tuple[int, in
     return full[: shape[0], : shape[1]]
 
 
+def used_units(writer: Tensor, reader: Tensor, block_shape: tuple[int, int], units: int) -> Tensor:
+    """Which hidden units of an MLP stay when those without a block on either side are cut; bool [units].
+
+    Units go in groups that are whole blocks on both sides. One group stays where all could go.
+
+    Args:
+        writer: the mask of fc1, whose outputs they are.
+        reader: the mask of fc2, whose inputs they are.
+        block_shape: (rows, cols).
+        units: how many there are.
+    """
+    rows, cols = block_shape
+    group = math.lcm(rows, cols)
+    made = writer.any(dim=1).repeat_interleave(rows)[:units]
+    read = reader.any(dim=0).repeat_interleave(cols)[:units]
+    used = F.pad(made | read, (0, -units % group)).view(-1, group).any(dim=1)
+    if not used.any():
+        used[0] = True
+    return used.repeat_interleave(group)[:units]
+
+
 def check_block_fits(name: str, shape: tuple[int, int], block_shape: tuple[int, int]) -> None:
     """Refuse a block larger than the matrix it should cut.
 

@@ -45,7 +45,7 @@ def meet_devices(
         dense = {
             name
             for name, mask in best.masks.items()
-            if not mask.all() and all(d is not None and d.runs_dense(name, mask) for d in devices)
+            if not mask.all() and all(d is not None and d.runs_dense(name, best.masks) for d in devices)
         }
         best = _whole(
             replace(best, masks={n: mask for n, mask in best.masks.items() if n not in dense}), traces, budgets

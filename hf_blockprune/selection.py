@@ -77,8 +77,10 @@ class Selection:
     @cached_property
     def devices(self) -> list[DeviceCost | None]:
         """The device of each budget, None for those that are the same on all."""
+        mlps = tuple((layer.fc1, layer.fc2) for layer in find_transformer_layers(self.model, self.targets))
         return [
-            device_cost(b, self.model.config, self.targets, self.flops, self.config.block_shape) for b in self._wanted
+            device_cost(b, self.model.config, self.targets, self.flops, self.config.block_shape, mlps)
+            for b in self._wanted
         ]
 
     @cached_property
@@ -325,9 +327,22 @@ def cost_budget(
 
 
 def device_cost(
-    budget: Budget, config: Any, targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]
+    budget: Budget,
+    config: Any,
+    targets: dict[str, nn.Linear],
+    flops: ModelFlops,
+    shape: tuple[int, int],
+    mlps: tuple[tuple[str, str], ...],
 ) -> DeviceCost | None:
     """The model on a budget's device; None for budgets without one.
+
+    Args:
+        budget: what is asked.
+        config: the model's.
+        targets: the Linears to prune.
+        flops: of the dense model.
+        shape: of blocks.
+        mlps: (fc1, fc2) of each MLP.
 
     Raises:
         ConfigError: no such profile.
@@ -342,7 +357,7 @@ def device_cost(
         for name, linear in targets.items()
     }
     model = transformer_shape(config, flops.image_size, max(tokens.values()))
-    return DeviceCost(profile, budget.metric, model, linears, shape, budget.batch)
+    return DeviceCost(profile, budget.metric, model, linears, shape, budget.batch, mlps)
 
 
 def block_power(targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]) -> dict[str, Tensor]:

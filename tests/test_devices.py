@@ -56,6 +56,23 @@ def test_masks_meet_a_devices_budget_and_use_it_up(processor, device, tmp_path, 
     assert found[f"dense_{key}"] == pytest.approx(budget["dense"], rel=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [0.85, 0.7])
+def test_what_is_cut_is_paid_for_no_more_and_spent_elsewhere(processor, device, ratio):
+    path = device(input_gb_s=2.0)  # calls that read and write many features are dear
+    model = tiny_model()
+    for layer in model.base_model.layers:
+        layer.mlp.fc1.weight.data[:40] *= 1e-4
+        layer.mlp.fc2.weight.data[:, :40] *= 1e-4
+    budget = Budget("latency", ratio, device=path)
+    config = BlockPruneConfig(block_shape=(8, 8), method="magnitude", budget=budget, min_kept_per_layer=0.0)
+    pruner = BlockPruner(model, processor, config, name="tiny")
+    pruner.prune()
+    assert sum(layer["cut_units"] for layer in pruner.report()["layers"]) >= 40
+    (account,) = pruner.report()["budgets"]
+    assert predict(pruner.model, path).latency_ms == pytest.approx(account["reached"], rel=1e-6)
+    assert 0.97 * account["asked"] < account["reached"] <= account["asked"] * (1 + 1e-9)
+
+
 def test_a_systolic_array_is_a_device_too(processor):
     pruner = prune(processor, Budget("latency", 0.8, device="systolic-16"))
     (budget,) = pruner.report()["budgets"]
@@ -112,7 +129,7 @@ def test_a_models_cost_is_that_of_its_parts():
     parts = layer_cost(profile, work).latency_ms + profile.dense(linears["b"]).latency_ms
     assert cost.of(masks) == pytest.approx(cost.rest + parts)
     assert cost.of({}) == pytest.approx(cost.dense)
-    assert cost.runs_dense("b", masks["b"])
+    assert cost.runs_dense("b", masks)
 
 
 @pytest.mark.parametrize(
