@@ -1,4 +1,4 @@
-"""What `obs` takes on a larger model: its own pipeline on two, three and four layers of it, extrapolated to all.
+"""What `obs` takes on a larger model: its pipeline on one, two and three layers of it, extrapolated to all.
 
     python benchmarks/scale.py --model MODEL --calibration IMAGES --output benchmarks/results/scale-cpu.json
 
@@ -24,7 +24,7 @@ from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.environment import environment
 
 WIDTHS = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}
-MEASURED_LAYERS = (2, 3, 4)
+MEASURED_LAYERS = (1, 2, 3)
 LAYERS = 12
 # Width, width of the MLP, layers, images a side over the patch's, of ViTs that are estimated from DeiT-B.
 LARGER = {
@@ -36,21 +36,23 @@ BASE = (768, 3072, LAYERS, 14)
 
 
 def main() -> None:
-    """Measure the architectures that are not in the output file yet."""
+    """Measure what is not in the output file yet, and extrapolate from all that is."""
     options = parse_options()
     results = load(options.output)
+    points = results.setdefault("points", [])
     for arch in options.archs:
         point = {"arch": arch, "block_shape": options.block_shape, "images": options.samples}
-        if any(point.items() <= row.items() for row in results["rows"]):
-            continue
-        measured = [measure(options, arch, layers) for layers in MEASURED_LAYERS]
-        row = {**point, "measured": measured, **extrapolate(measured)}
-        results["rows"].append(row)
-        if arch == "deit-base":
-            results["estimates"] = [estimate(name, row) for name in LARGER]
-        results["environment"] = environment()
-        save(options.output, results)
-        print(f"{arch}: {row['all_seconds']:.0f} s, {row['peak_memory_bytes'] / 1e9:.1f} GB", flush=True)
+        for layers in options.layers:
+            if not any({**point, "layers": layers}.items() <= row.items() for row in points):
+                points.append({**point, **measure(options, arch, layers)})
+                results["environment"] = environment()
+                save(options.output, results)
+    results["rows"] = [extrapolate(arch, points) for arch in options.archs]
+    base = [row for row in results["rows"] if row["arch"] == "deit-base"]
+    results["estimates"] = [estimate(name, row) for row in base for name in LARGER]
+    save(options.output, results)
+    for row in results["rows"]:
+        print(f"{row['arch']}: {row['all_seconds']:.0f} s, {row['peak_memory_bytes'] / 1e9:.1f} GB", flush=True)
 
 
 def parse_options() -> argparse.Namespace:
@@ -58,6 +60,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a ViT or DeiT, for its config and image processor")
     parser.add_argument("--calibration", required=True, help="calibration images")
     parser.add_argument("--archs", nargs="+", choices=WIDTHS, default=["deit-tiny", "deit-base"])
+    parser.add_argument(
+        "--layers", nargs="+", type=int, default=MEASURED_LAYERS, help="how many to measure, each alone"
+    )
     parser.add_argument("--block-shape", default="16x16")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write or go on with")
@@ -97,15 +102,22 @@ def prune(options: argparse.Namespace, arch: str, layers: int) -> dict[str, Any]
     }
 
 
-def extrapolate(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Least squares through what was measured, at all layers."""
+def extrapolate(arch: str, points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Least squares through what was measured of an architecture, at all layers."""
+    measured = [point for point in points if point["arch"] == arch]
     layers = [row["layers"] for row in measured]
     seconds = {}
     for stage in measured[0]["seconds"]:
         powers = (1, 2) if stage == "true losses" else (0, 1)
         seconds[stage] = round(fit(layers, [row["seconds"][stage] for row in measured], powers), 1)
     memory = fit(layers, [row["peak_memory_bytes"] for row in measured], (0, 1))
-    return {"seconds": seconds, "all_seconds": round(sum(seconds.values()), 1), "peak_memory_bytes": round(memory)}
+    return {
+        **{key: measured[0][key] for key in ("arch", "block_shape", "images")},
+        "layers_measured": layers,
+        "seconds": seconds,
+        "all_seconds": round(sum(seconds.values()), 1),
+        "peak_memory_bytes": round(memory),
+    }
 
 
 def estimate(name: str, base: dict[str, Any]) -> dict[str, Any]:
