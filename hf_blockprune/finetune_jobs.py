@@ -1,6 +1,5 @@
 """The work behind `recipes/finetune.py`: one training from a recipe file and overrides."""
 
-import dataclasses
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from .checkpoint import check_output
 from .config import read_settings
 from .errors import ConfigError
 from .finetune_config import FinetuneConfig
+from .jobs import job_values
 from .progress import discard
 from .pruner import BlockPruner
 from .sources import DataSource
@@ -55,21 +55,10 @@ class FinetuneJob:
         """
         settings = read_settings(recipe) if recipe is not None else {}
         given = {key: value for key, value in overrides.items() if value is not None}
-        options = {key: given.pop(f"{key}_options", {}) for key in ("dataset", "evaluation")}
-        settings = {**settings, **given}
-        for key in options:
-            if settings.get(key) is not None:
-                settings[key] = DataSource.of(settings[key], **options[key])
-        config = FinetuneConfig.from_dict({k: v for k, v in settings.items() if k not in _JOB_KEYS})
-        for key in ("model", "output"):
-            if not isinstance(settings.get(key), str):
-                raise ConfigError(f"{key}: name one on the command line or in the recipe")
-        if settings.get("dataset") is None:
+        values = job_values(cls, FinetuneConfig, settings, given)
+        if values.get("dataset") is None:
             raise ConfigError("dataset: name images to learn from, on the command line or in the recipe")
-        return cls(config=config, **{key: settings[key] for key in _JOB_KEYS if key in settings})
-
-
-_JOB_KEYS = tuple(f.name for f in dataclasses.fields(FinetuneJob) if f.name != "config")
+        return cls(**values)
 
 
 def make_accelerator(settings: FinetuneConfig, logs: str | Path) -> "Accelerator":

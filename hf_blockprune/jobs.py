@@ -14,8 +14,6 @@ from .pruner import BlockPruner
 from .shared_statistics import SharedStatistics
 from .sources import DataSource
 
-CONFIG_KEYS = tuple(f.name for f in dataclasses.fields(BlockPruneConfig))
-
 
 @dataclass(frozen=True)
 class PruneJob:
@@ -54,19 +52,34 @@ class PruneJob:
         calibration = {**(settings.get("calibration") or {}), **given.pop("calibration", {})}
         if (wanted := given.pop("recover", None)) is not None:
             settings["recovery"] = (settings.get("recovery") or {}) if wanted else None
-        options = {key: given.pop(f"{key}_options", {}) for key in ("dataset", "evaluation")}
-        settings = {**settings, **given, **({"calibration": calibration} if calibration else {})}
-        for key in options:
-            if settings.get(key) is not None:
-                settings[key] = DataSource.of(settings[key], **options[key])
-        config = BlockPruneConfig.from_dict({k: v for k, v in settings.items() if k not in _JOB_KEYS})
-        for key in ("model", "output"):
-            if not isinstance(settings.get(key), str):
-                raise ConfigError(f"{key}: name one on the command line or in the recipe")
-        return cls(config=config, **{key: settings[key] for key in _JOB_KEYS if key in settings})
+        if calibration:
+            given["calibration"] = calibration
+        return cls(**job_values(cls, BlockPruneConfig, settings, given))
 
 
-_JOB_KEYS = tuple(f.name for f in dataclasses.fields(PruneJob) if f.name != "config")
+def job_values(job: type, config: type, settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """What a job is made from: its own keys, and the config that all others make.
+
+    Args:
+        job: a dataclass with `config` among its fields.
+        config: the class of that.
+        settings: of a recipe.
+        overrides: which win; `dataset_options` and `evaluation_options` are attributes of `DataSource`.
+
+    Raises:
+        ConfigError: unknown or impossible settings, or no model or output.
+    """
+    options = {key: overrides.pop(f"{key}_options", {}) for key in ("dataset", "evaluation")}
+    settings = {**settings, **overrides}
+    for key in options:
+        if settings.get(key) is not None:
+            settings[key] = DataSource.of(settings[key], **options[key])
+    own = [f.name for f in dataclasses.fields(job) if f.name != "config"]
+    made = config.from_dict({key: value for key, value in settings.items() if key not in own})
+    for key in ("model", "output"):
+        if not isinstance(settings.get(key), str):
+            raise ConfigError(f"{key}: name one on the command line or in the recipe")
+    return {"config": made, **{key: settings[key] for key in own if key in settings}}
 
 
 def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
