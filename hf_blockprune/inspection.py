@@ -139,11 +139,11 @@ def open_checkpoint(directory: str | Path) -> StoredModel:
     _check_dense(architecture, found, set(modules.values()))
     flops = _flops(folder, architecture)
     stored_names = {module: name for name, module in modules.items()}
-    layers = []
+    layers, indices = [], _read_indices(config, headers)
     for module, linear in architecture.named_modules():
         if module in stored_names:
             name = stored_names[module]
-            layers.append(StoredLayer(name, module, *_inspect_layer(name, linear, config, headers)))
+            layers.append(StoredLayer(name, module, *_inspect_layer(name, linear, config, headers, indices)))
     return StoredModel(architecture, flops, layers, sum(file.stat().st_size for file in files))
 
 
@@ -229,13 +229,17 @@ def _flops(folder: Path, architecture: Any) -> ModelFlops:
 
 
 def _inspect_layer(
-    name: str, linear: nn.Linear, config: BlockPruneQuantizationConfig, headers: dict[str, StoredTensor]
+    name: str,
+    linear: nn.Linear,
+    config: BlockPruneQuantizationConfig,
+    headers: dict[str, StoredTensor],
+    indices: dict[str, Tensor],
 ) -> tuple[dict[str, Any], Tensor]:
     nnz_blocks, block_shape = config.layers[name], _pair(config.block_shape)
     dense = (linear.out_features, linear.in_features)
     shape = config.shape_of(name, dense)
     keys = {tensor: f"{name}.{tensor}" for tensor in TENSOR_NAMES}
-    crow, col = (_read_indices(keys[index], headers) for index in INDEX_NAMES)
+    crow, col = (indices[keys[index]] for index in INDEX_NAMES)
     block_cols = grid_shape(*shape, block_shape)[1]
     check_indices(name, crow, col, block_cols)
     blocks = math.prod(grid_shape(*dense, block_shape))
@@ -259,9 +263,14 @@ def _pair(block_shape: list[int]) -> tuple[int, int]:
     return block_shape[0], block_shape[1]
 
 
-def _read_indices(key: str, headers: dict[str, StoredTensor]) -> Tensor:
-    with safe_open(headers[key].file, framework="pt") as file:
-        return file.get_tensor(key)
+def _read_indices(config: BlockPruneQuantizationConfig, headers: dict[str, StoredTensor]) -> dict[str, Tensor]:
+    """Index tensors of all layers by name; each file is opened once."""
+    keys = [f"{layer}.{index}" for layer in config.layers for index in INDEX_NAMES]
+    found: dict[str, Tensor] = {}
+    for path in {headers[key].file for key in keys}:
+        with safe_open(path, framework="pt") as file:
+            found |= {key: file.get_tensor(key) for key in keys if headers[key].file == path}
+    return found
 
 
 def _cpu_backend(

@@ -40,12 +40,6 @@ def find_linears(model: Any, stored_names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def find_linear(model: Any, stored_name: str) -> tuple[str, nn.Linear]:
-    """The Linear that transformers loads `stored_name.weight` into, with its module name; errors as `find_linears`."""
-    name = find_linears(model, [stored_name])[stored_name]
-    return name, model.get_submodule(name)
-
-
 def by_module(model: Any, stored: dict[str, T], extra: Iterable[str] = ()) -> dict[str, T]:
     """What is stored, under the names of the model's tensors that it is loaded into; anything else is left out.
 
@@ -74,7 +68,7 @@ def by_module(model: Any, stored: dict[str, T], extra: Iterable[str] = ()) -> di
 
 
 def stored_layer_name(model: Any, runtime_name: str) -> str:
-    """The name under which transformers saves a module's weight (the inverse of `find_linear`)."""
+    """The name under which transformers saves a module's weight (the inverse of `find_linears`)."""
     state = revert_weight_conversion(model, {f"{runtime_name}.weight": torch.empty(0)})
     return next(iter(state)).removesuffix(".weight")
 

@@ -25,7 +25,7 @@ from hf_blockprune import (
 )
 from hf_blockprune.hub import blockprune_backends, blockprune_ops, blockprune_quantizer
 from hf_blockprune.hub.blockprune_layout import grid_shape
-from hf_blockprune.hub.blockprune_names import find_linear, stored_layer_name
+from hf_blockprune.hub.blockprune_names import find_linears, stored_layer_name
 from tests.conftest import tiny_model
 
 FC1 = "vit.encoder.layer.0.intermediate.dense"  # the first MLP layer of a ViT, as files name it
@@ -152,7 +152,7 @@ def test_layer_names_lead_to_the_file_and_back(family):
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     stored = [stored_layer_name(model, name) for name in names]
     assert len(set(stored)) == len(names)
-    assert [find_linear(model, name)[0] for name in stored] == names
+    assert list(find_linears(model, stored).values()) == names
 
 
 def test_config_names_layers_as_the_file_does(family, tmp_path):
