@@ -17,6 +17,7 @@ from .blocks import block_sums, grid_shape
 from .data import NO_LABEL, CorruptImages, ImageSet, batches, num_batches
 from .errors import DataError
 from .layer_statistics import LayerStatistics
+from .modes import evaluating
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -133,13 +134,12 @@ def _sampled_labels(logits: Tensor, index: Tensor, seed: int) -> Tensor:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, and no parameter asks for a gradient: layers take theirs image by image in the hooks."""
-    training = model.training
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        model.train(training)
         for parameter, requires_grad in wanted:
             parameter.requires_grad_(requires_grad)
 

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from .data import NO_LABEL, CorruptImages, ImageSet, batches, num_batches
 from .errors import DataError
+from .modes import evaluating
 from .paired import PairedChange, paired_change
 
 if TYPE_CHECKING:
@@ -72,15 +73,16 @@ def predict(
             f"{images.name}: has no labels, so accuracy cannot be measured; add a metadata.csv with columns file_name "
             "and label, or sort the images into one folder a class"
         )
-    model.to(accelerator.device).eval()
+    model.to(accelerator.device)
     rows: list[tuple[int, int, list[int]]] = []
     corrupt = CorruptImages(images.name)
     stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config)
     total = num_batches(images, batch_size, accelerator.num_processes)
-    for batch in logging.tqdm(stream, total=total, desc="Evaluation", disable=not accelerator.is_main_process):
-        corrupt.count(batch)
-        if "pixel_values" in batch:
-            rows += _classify(model, batch, images.name)
+    with evaluating(model):
+        for batch in logging.tqdm(stream, total=total, desc="Evaluation", disable=not accelerator.is_main_process):
+            corrupt.count(batch)
+            if "pixel_values" in batch:
+                rows += _classify(model, batch, images.name)
     gathered = gather_object([(rows, corrupt.files, corrupt.seen)])
     corrupt.files = sorted(file for _, files, _ in gathered for file in files)
     corrupt.seen = sum(seen for _, _, seen in gathered)

@@ -11,6 +11,7 @@ from .environment import environment
 from .hardware.stopwatch import by_turns, median, ratio
 from .hub.blockprune_backends import choose_backend
 from .hub.blockprune_quantizer import block_sparse_layers
+from .modes import evaluating
 
 
 def measure_latency(
@@ -38,11 +39,12 @@ def measure_latency(
     """
     device, dtype = next((p.device, p.dtype) for p in pruned.parameters())
     dense = copy.deepcopy(pruned).dequantize() if dense is None else dense
-    models = {"dense": dense.to(device, dtype).eval(), "pruned": pruned.eval()}
+    models = {"dense": dense.to(device, dtype), "pruned": pruned}
     rows, pixels = [], torch.empty(0)
-    for batch in sorted(batch_sizes):
-        pixels = torch.zeros(batch, pruned.config.num_channels, *image_size, device=device, dtype=dtype)
-        rows.append(_row(models, pixels, seconds))
+    with evaluating(*models.values()):
+        for batch in sorted(batch_sizes):
+            pixels = torch.zeros(batch, pruned.config.num_channels, *image_size, device=device, dtype=dtype)
+            rows.append(_row(models, pixels, seconds))
     found = environment()
     return {
         "device": found["gpu" if device.type == "cuda" else "cpu"],

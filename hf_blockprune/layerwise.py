@@ -20,6 +20,7 @@ from .blocks import expand_mask
 from .boundary import BoundaryBatch, StopForward, Unit, advance, first_inputs, layer_chain
 from .data import ImageSet
 from .errors import ModelError
+from .modes import evaluating
 from .progress import Progress
 from .reconstruction import RIDGES, Moments, Refit, refit
 
@@ -100,25 +101,23 @@ def refit_layers(
         ModelError: the masked Linears do not lie in one list of layers, or a system cannot be solved.
     """
     units = layer_chain(model, masks)
-    training = model.training
-    model.eval()
-    kept = first_inputs(model, units, images, processor, accelerator=accelerator, batch_size=batch_size)
     done: dict[str, LayerRefit] = {}
-    progress_bar = logging.tqdm(units, desc="Refit", disable=not accelerator.is_main_process)
-    for index, unit in enumerate(progress_bar):
-        dense = copy.deepcopy(unit.module)
-        part = f"layer-{index}"
-        refits = _restore(unit.module, progress, part)
-        if refits is None:
-            here = {n.removeprefix(f"{unit.name}."): n for n in masks if n.startswith(f"{unit.name}.")}
-            job = _LayerJob(unit, dense, here, masks, block_shape, token_weights or {}, residual_targets)
-            refits = job.run(kept, accelerator)
-            if progress is not None:
-                named = dict(unit.module.named_parameters())
-                progress.write(part, named, {n: asdict(r) for n, r in refits.items()})
-        done |= refits
-        advance(unit, dense, kept)
-    model.train(training)
+    with evaluating(model):
+        kept = first_inputs(model, units, images, processor, accelerator=accelerator, batch_size=batch_size)
+        progress_bar = logging.tqdm(units, desc="Refit", disable=not accelerator.is_main_process)
+        for index, unit in enumerate(progress_bar):
+            dense = copy.deepcopy(unit.module)
+            part = f"layer-{index}"
+            refits = _restore(unit.module, progress, part)
+            if refits is None:
+                here = {n.removeprefix(f"{unit.name}."): n for n in masks if n.startswith(f"{unit.name}.")}
+                job = _LayerJob(unit, dense, here, masks, block_shape, token_weights or {}, residual_targets)
+                refits = job.run(kept, accelerator)
+                if progress is not None:
+                    named = dict(unit.module.named_parameters())
+                    progress.write(part, named, {n: asdict(r) for n, r in refits.items()})
+            done |= refits
+            advance(unit, dense, kept)
     return done
 
 
@@ -343,8 +342,10 @@ class _StageSums:
         # Double precision: what single precision rounds off a large mean would be larger than a small variance, and
         # the solution would depend on the order of the images.
         x, target = x[..., self.inputs[name]].double(), target.double()
-        # Windows of an image follow each other in the first axis.
-        x, target = (values.reshape(len(held_back), -1, values.shape[-1]) for values in (x, target))
+        # Windows of an image follow each other in the first axis. A Linear that kept no block has no inputs here, so
+        # that the number of tokens follows from its outputs.
+        tokens = target[..., 0].numel() // len(held_back)
+        x, target = (values.reshape(len(held_back), tokens, values.shape[-1]) for values in (x, target))
         for part in (False, True):
             chosen = held_back == part
             xs, ts = x[chosen].flatten(0, 1), target[chosen].flatten(0, 1)

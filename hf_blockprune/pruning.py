@@ -20,6 +20,7 @@ from .hardware.flops import count_flops
 from .hub.blockprune_quantizer import sparsify
 from .layer_statistics import LayerStatistics
 from .layerwise import LayerRefit, refit_layers
+from .modes import evaluating
 from .progress import SELECTION, Progress, weights_fingerprint
 from .report import PruneReport, add_cuts, add_refits, describe_masks
 from .selection import Selection, timed
@@ -66,11 +67,12 @@ class Pruning:
         images, found = self._calibration_images(dataset, split)
         # Without a refit the masks are the end of the run, and nothing would be resumed.
         progress = self._progress(Path(work_dir), images) if work_dir is not None and self.config.refits else None
-        selected = self._restore_selection(progress) or self._select(images, found, progress)
-        if self.config.refits:
-            assert images is not None  # _calibration_images saw to it
-            with timed(selected.report["seconds"], "refit"):
-                add_refits(selected.report, self._refit(selected, images, progress))
+        with evaluating(self.model):
+            selected = self._restore_selection(progress) or self._select(images, found, progress)
+            if self.config.refits:
+                assert images is not None  # _calibration_images saw to it
+                with timed(selected.report["seconds"], "refit"):
+                    add_refits(selected.report, self._refit(selected, images, progress))
         layers = find_transformer_layers(self.model, self.targets)
         sparsify(self.model, selected.masks, self.config.block_shape)
         add_cuts(selected.report, cut_hidden_units(self.model, layers))

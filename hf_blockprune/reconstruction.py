@@ -16,7 +16,9 @@ from torch import Tensor
 from .blocks import expand_mask
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-CONSTANT = 1e-11  # share of the mean variance below which an input counts as constant
+# Share of the mean variance, and of its own squared mean, below which an input's variance is nothing but rounding (of
+# some fifty units in the last place of single precision): such an input counts as constant.
+CONSTANT = 1e-11
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,11 @@ class Moments:
     target_variance: float
 
     def error(self, weight: Tensor) -> float:
-        """E|W xhat - t|^2 of the centred quantities over the variance of t; 0 for a target that never varies."""
+        """E|W xhat - t|^2 of the centred quantities over the variance of t; 0 where that is nothing but rounding."""
+        if self.target_variance <= CONSTANT * float(self.target_mean.square().sum()):
+            return 0.0
         change = (weight @ self.covariance * weight).sum() - 2 * (weight * self.cross_covariance).sum()
-        return (float(change) + self.target_variance) / self.target_variance if self.target_variance > 0 else 0.0
+        return (float(change) + self.target_variance) / self.target_variance
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,19 @@ def solve(weight: Tensor, mask: Tensor, block_shape: tuple[int, int], moments: M
     before = weight.double()
     after = torch.zeros_like(before)
     diagonal = moments.covariance.diagonal()
-    # An input that never varies (but for rounding) says nothing about its weights: they stay as they were.
-    varies = diagonal > CONSTANT * diagonal.mean()
-    pull = torch.where(varies, ridge * diagonal, diagonal.mean().clamp(min=1e-300))
+    # An input that never varies says nothing about its weights: they stay as they were. What rounding left of its
+    # moments is no matrix that could be factorised: whether it can be would hang on the processor.
+    varies = diagonal > CONSTANT * torch.maximum(diagonal.mean(), moments.input_mean.square())
+    covariance = moments.covariance * torch.outer(varies, varies)
+    cross_covariance = moments.cross_covariance * varies
+    pull = torch.where(varies, ridge * diagonal, 1.0)
     entries = expand_mask(mask, (weight.shape[0], weight.shape[1]), block_shape)
     for start in range(0, len(weight), block_shape[0]):
         keep = entries[start].nonzero().squeeze(1)
         if not len(keep):
             continue
         rows = slice(start, start + block_shape[0])
-        gram = moments.covariance[keep][:, keep] + torch.diag(pull[keep])
-        right = moments.cross_covariance[rows][:, keep] + before[rows][:, keep] * pull[keep]
+        gram = covariance[keep][:, keep] + torch.diag(pull[keep])
+        right = cross_covariance[rows][:, keep] + before[rows][:, keep] * pull[keep]
         after[rows, keep] = torch.cholesky_solve(right.t(), torch.linalg.cholesky(gram)).t()
     return after

@@ -9,7 +9,8 @@ from hf_blockprune import BlockPruneConfig, BlockPruner, ModelError
 from hf_blockprune.blocks import expand_mask, grid_shape
 from hf_blockprune.boundary import first_inputs, layer_chain
 from hf_blockprune.data import decode_image, load_images
-from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+from hf_blockprune.finetune_config import FinetuneConfig
+from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, sparsify
 from hf_blockprune.layerwise import _stages, refit_layers
 from hf_blockprune.reconstruction import RIDGES
 
@@ -356,10 +357,79 @@ def test_two_images_are_enough(processor, images, pixels):
     assert logits_of(model, pixels).isfinite().all()
 
 
-def test_one_image_is_refused_with_the_layers_name_and_a_remedy(processor, images):
+@pytest.mark.parametrize("seed", range(4))
+def test_one_image_is_enough_for_its_own_prediction(processor, images, pixels, seed):
+    """Inputs that never vary say nothing about their weights, which stay; biases make outputs what they were."""
     one = config(calibration={"samples": 1, "batch_size": 6})
-    with pytest.raises(ModelError, match=r"layers\.\d.*use more calibration images"):
-        BlockPruner(tiny_model(), processor, one).prune(images)
+    dense, model = tiny_model(seed=seed), BlockPruner(tiny_model(seed=seed), processor, one).prune(images)
+    drawn = load_images(images).sample(1, seed=0).dataset[0]["image"]
+    chosen = processor(images=[decode_image(drawn)], return_tensors="pt")["pixel_values"]
+    spread = logits_of(dense, pixels).std()
+    assert (logits_of(model, chosen) - logits_of(dense, chosen)).abs().max() < 0.05 * spread
+    assert logits_of(model, pixels).isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"])
+def test_a_linear_without_any_block_becomes_the_constant_that_serves_best(
+    family, found, processor, accelerator, pixels, part
+):
+    model, dense = tiny_model(family).double(), tiny_model(family).double()
+    masks = random_masks(dense)
+    name = next(name for name in masks if name.endswith(part))
+    masks[name][:] = False
+    refits = refitted(model, masks, found, processor, accelerator, residual_targets=False)
+    linear = model.get_submodule(name)
+    assert not linear.weight.any()
+    wanted = watched(dense, [name], pixels[~HELD_BACK])[name][1]
+    torch.testing.assert_close(linear.bias.detach(), wanted.flatten(0, 1).mean(0), rtol=1e-6, atol=1e-6)
+    assert refits[name].error == pytest.approx(1.0, abs=0.2)  # a constant, on other images
+    sparsify(model, masks, BLOCK_SHAPE)
+    torch.testing.assert_close(
+        logits_of(model, pixels.double()), logits_of(model.dequantize(), pixels.double()), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_a_pruned_model_with_an_empty_layer_is_saved_loaded_recovered_and_trained(processor, images, pixels, tmp_path):
+    model = tiny_model()
+    masks = random_masks(model)
+    empty = next(name for name in masks if name.endswith("q_proj"))
+    masks[empty][:] = False
+    sparsify(zero_removed(model, masks), masks, BLOCK_SHAPE)
+    expected = logits_of(model, pixels)
+    model.save_pretrained(tmp_path / "out")
+    processor.save_pretrained(tmp_path / "out")
+    loaded = BlockPruner.from_pretrained(tmp_path / "out", config(recovery={"epochs": 1, "samples": 16}))
+    torch.testing.assert_close(logits_of(loaded.model, pixels), expected, rtol=1e-5, atol=1e-5)
+    loaded.recover(images, teacher=BlockPruner(tiny_model(), processor))
+    settings = FinetuneConfig(epochs=1, batch_size=8, micro_batch=8, warmup_epochs=0, distillation={"kind": "none"})
+    loaded.finetune(images, settings)
+    assert loaded.model.get_submodule(empty).nnz_blocks == 0
+    assert logits_of(loaded.model, pixels).isfinite().all()
+
+
+def test_what_was_measured_says_which_layer_cannot_be_solved(found, processor, accelerator):
+    """Sums that are not finite, as those of weights that overflow on some images, are no matrix to factorise."""
+    model = tiny_model().double()
+    name = "vit.layers.1.mlp.fc2"
+    masks = random_masks(model)
+    model.get_submodule("vit.layers.1.mlp.fc1").weight.data *= 1e200
+    with pytest.raises(ModelError, match=rf"{name}.*use more calibration images"):
+        refitted(model, masks, found, processor, accelerator)
+
+
+def test_dropout_of_a_model_in_training_changes_nothing(processor, images):
+    """As `Trainer` leaves a model; parts that were frozen in evaluation mode stay in it."""
+    dropout = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
+    evaluated = BlockPruner(tiny_model(**dropout), processor, config()).prune(images).state_dict()
+    model = tiny_model(**dropout).train()
+    model.vit.embeddings.eval()
+    BlockPruner(model, processor, config()).prune(images)
+    pruned = model.state_dict()
+    assert pruned.keys() == evaluated.keys()
+    assert all(torch.equal(pruned[name], evaluated[name]) for name in pruned)
+    assert model.training
+    assert model.vit.layers[0].training
+    assert not model.vit.embeddings.training
 
 
 def recipe_for(vit_folder, images, folder, samples):
