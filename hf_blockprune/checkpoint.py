@@ -119,11 +119,22 @@ def stored_report(name: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if path is None else _checked_report(Path(path))
+    return None if path is None else read_report(Path(path))
 
 
-def _checked_report(path: Path) -> dict[str, Any]:
-    """Refuse a report that lacks what the package reads of one: anyone may have written it."""
+def stream_reordered(report: dict[str, Any]) -> bool:
+    """Whether hidden states come in another order of features than the dense model's."""
+    return bool((report.get("permutation") or {}).get("residual_order"))
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """A report's values, None where there is no file.
+
+    Raises:
+        CheckpointError: it lacks what the package reads of one: anyone may have written it.
+    """
+    if not path.is_file():
+        return None
     values = read_json(path)
     kinds = {"base_model": str, "config": dict, "layers": list, "seconds": dict}
     for key, kind in kinds.items():

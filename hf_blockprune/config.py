@@ -164,6 +164,8 @@ class BlockPruneConfig:
         permute: let hidden units, heads and their features, and the residual stream's features change places first,
             so that those worth little share blocks; predictions stay the same, hidden states come in another order. By
             default with "obs", which it needs.
+        permute_stream: let the residual stream's features be among them. False keeps hidden states, and with them
+            embeddings, in the dense model's order. By default as `permute`.
         coupling_rounds: how often "obs" chooses blocks anew, knowing what the last choice left of each Linear's
             neighbours; 0 leaves their dependence out of account.
         true_loss_rounds: how often "obs" measures what the chosen blocks really cost the model's predictions, layer by
@@ -200,6 +202,7 @@ class BlockPruneConfig:
     method: Literal["magnitude", "taylor", "obs"] = "obs"
     refit: bool | None = None
     permute: bool | None = None
+    permute_stream: bool | None = None
     coupling_rounds: int = 2
     true_loss_rounds: int = 1
     token_weights: float = 0.95
@@ -247,7 +250,7 @@ class BlockPruneConfig:
             _check_whole("block_shape", size, 1)
         if self.method not in METHODS:
             _refuse("method", f"one of {', '.join(METHODS)}", self.method)
-        for key in ("refit", "permute"):
+        for key in ("refit", "permute", "permute_stream"):
             if getattr(self, key) is not None and not isinstance(getattr(self, key), bool):
                 _refuse(key, "true, false, or nothing for the method's default", getattr(self, key))
         for key in ("residual_targets", "balance"):
@@ -276,6 +279,8 @@ class BlockPruneConfig:
     def _check_agreement(self) -> None:
         if self.permute and self.method != "obs":
             raise ConfigError(f"permute: needs the statistics of method 'obs', not {self.method!r}; leave it out")
+        if self.permute_stream and not self.permutes:
+            raise ConfigError("permute_stream: is part of permute, which is off here; leave one of them out")
         if self.balance and self.method != "obs":
             raise ConfigError(f"balance: needs the traces of method 'obs', not {self.method!r}; leave it out")
         second = self.second_budget
@@ -306,6 +311,11 @@ class BlockPruneConfig:
     def permutes(self) -> bool:
         """Whether hidden units change places before blocks are chosen."""
         return self.method == "obs" if self.permute is None else self.permute
+
+    @property
+    def permutes_stream(self) -> bool:
+        """Whether the residual stream's features are among what changes places."""
+        return self.permutes and self.permute_stream is not False
 
     def replace(self, **changes: Any) -> "BlockPruneConfig":
         """A copy with some settings changed, checked again."""

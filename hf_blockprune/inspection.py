@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from .blocks import block_sizes
-from .checkpoint import CONFIG_FILE, PROCESSOR_FILE, read_json
+from .checkpoint import CONFIG_FILE, PROCESSOR_FILE, REPORT_FILE, read_json, read_report, stream_reordered
 from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
 from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_backends import LayerArguments, choose_backend
@@ -80,7 +80,8 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
     Returns:
         JSON-ready values: `flops_ratio` (whole model), `linear_flops_ratio` (pruned layers alone), `params_ratio`
         (weights of the whole model), `density`, `size_bytes` and `dense_size_bytes` (weights on disk, and what they
-        would be dense), and `layers`, a list of
+        would be dense), `stream_reordered` (whether features of hidden states, and so of embeddings, come in another
+        order than the dense model's, None where no sound report lies beside the weights), and `layers`, a list of
         {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes, cpu_backend}, the
         last being what would multiply with it on this machine's CPU ("dense" where kernels would not pay).
 
@@ -88,7 +89,17 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
         CheckpointError: the folder is no block-sparse checkpoint, or is damaged.
         BlockSparseFormatError: config and tensors disagree.
     """
-    return describe_checkpoint(open_checkpoint(directory))
+    values = describe_checkpoint(open_checkpoint(directory))
+    layers = values.pop("layers")
+    return {**values, "stream_reordered": _stream_reordered(Path(directory).expanduser()), "layers": layers}
+
+
+def _stream_reordered(folder: Path) -> bool | None:
+    try:
+        report = read_report(folder / REPORT_FILE)
+    except CheckpointError:  # the weights are what they are without it
+        report = None
+    return None if report is None else stream_reordered(report)
 
 
 def describe_checkpoint(stored: StoredModel) -> dict[str, Any]:

@@ -142,8 +142,8 @@ class Selection:
         }
 
     def _permute_stream(self, linears: dict[str, nn.Linear]) -> list[int] | None:
-        """The new order of the residual stream, None for models in which it was not found."""
-        stream = find_residual_stream(self.model)
+        """The new order of the residual stream; None where it stays, or was not found."""
+        stream = find_residual_stream(self.model) if self.config.permutes_stream else None
         if stream is None:
             return None
         order = self._first_process_says(choose_order(stream, linears, self.statistics, self.config.block_shape))

@@ -4,6 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
+from .checkpoint import stream_reordered
+
 
 def summary_table(report: dict[str, Any]) -> Table:
     """What `prune` did, in short."""
@@ -26,6 +28,8 @@ def summary_table(report: dict[str, Any]) -> Table:
         table.add_row("hidden units cut out", str(cut))
     if "size_bytes" in report:
         table.add_row("weights on disk", bytes_text(report))
+    if stream_reordered(report):
+        table.add_row("features of hidden states", "in another order (permutation.residual_order); predictions stay")
     recovery = report["recovery"]
     if recovery is not None and recovery["evaluation_before"] is not None:
         table.add_row("top-1 before recovery", f"{recovery['evaluation_before']['top1']:.2%}")
@@ -155,7 +159,10 @@ def inspect_table(values: dict[str, Any]) -> Table:
     table.add_column("density", justify="right", footer=f"{values['density']:.2%}")
     table.add_column("bytes", justify="right", footer=f"{values['size_bytes']:,}")
     table.add_column("CPU", no_wrap=True)
-    table.caption = f"weights on disk: {bytes_text(values)}"
+    order = {True: "another order than the dense model's", False: "the dense model's order", None: "an unknown order"}
+    table.caption = (
+        f"weights on disk: {bytes_text(values)}\nfeatures of hidden states: {order[values['stream_reordered']]}"
+    )
     for layer in values["layers"]:
         kept = f"{layer['kept_blocks']}/{layer['blocks']}"
         table.add_row(

@@ -30,6 +30,7 @@ def valid_configs(draw):
         method=method,
         refit=draw(st.sampled_from([None, True, False])),
         permute=draw(st.sampled_from([None, False, True])) if method == "obs" else None,
+        permute_stream=draw(st.sampled_from([None, False])),
         coupling_rounds=draw(st.integers(0, 9)),
         token_weights=draw(st.floats(0, 1, exclude_max=True)),
         residual_targets=draw(st.booleans()),

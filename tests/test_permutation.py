@@ -146,3 +146,9 @@ def test_permute_needs_obs():
     assert BlockPruneConfig().permutes
     assert not BlockPruneConfig(method="taylor").permutes
     assert not BlockPruneConfig(permute=False).permutes
+    for changes in ({"method": "taylor"}, {"permute": False}):
+        with pytest.raises(ConfigError, match="permute_stream"):
+            BlockPruneConfig(permute_stream=True, **changes)
+        assert not BlockPruneConfig(**changes).permutes_stream
+    assert BlockPruneConfig().permutes_stream
+    assert not BlockPruneConfig(permute_stream=False).permutes_stream

@@ -1,16 +1,20 @@
 """The residual stream's order: the function stays, saliency is packed better, and recovery compares like with like."""
 
 import copy
+import io
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
-from transformers import ViTModel
+from transformers import AutoModel, ViTModel
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, BudgetError
+from hf_blockprune.inspection import inspect_checkpoint
 from hf_blockprune.permutation import block_saliency_kept
 from hf_blockprune.residual import choose_order, permute_statistics, permute_stream
 from hf_blockprune.structure import find_residual_stream, fold_scales
+from hf_blockprune.tables import inspect_table
 from hf_blockprune.targets import find_targets
 
 from .conftest import TINY_MODELS, tiny_model, tiny_settings
@@ -116,3 +120,51 @@ def test_a_budget_that_no_mask_meets_leaves_the_model_as_it_was(processor, image
         pruner.prune(images)
     for name, value in pruner.model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def embeddings_of(folder):
+    with torch.no_grad():
+        return AutoModel.from_pretrained(folder).eval()(pixel_values=PIXELS).last_hidden_state[:, 0]
+
+
+@pytest.mark.parametrize("permute_stream", [None, False])
+def test_who_takes_embeddings_is_told_of_their_order_or_keeps_it(
+    vit_folder, processor, images, tmp_path, permute_stream
+):
+    """Nothing is removed, so that the order alone differs."""
+    config = BlockPruneConfig(
+        block_shape=(8, 8), refit=False, permute_stream=permute_stream, budget={"metric": "flops", "ratio": 1.0}
+    )
+    pruner = BlockPruner.from_pretrained(vit_folder, config)
+    pruner.prune(images)
+    pruner.save_pretrained(tmp_path / "out")
+    have, wanted = embeddings_of(tmp_path / "out"), embeddings_of(vit_folder)
+    report = pruner.report()
+    moved = permute_stream is None
+    assert (report["permutation"]["residual_order"] is not None) == moved
+    assert report["permutation"]["saliency_kept_after"] >= report["permutation"]["saliency_kept_before"]
+    if moved:
+        assert not torch.allclose(have, wanted, atol=0.1)
+        have = have[..., torch.tensor(report["permutation"]["residual_order"]).argsort()]
+    torch.testing.assert_close(have, wanted, atol=1e-4, rtol=1e-4)
+    values = inspect_checkpoint(tmp_path / "out")
+    assert values["stream_reordered"] == moved
+    console = Console(width=200, file=io.StringIO())
+    console.print(inspect_table(values), report)
+    said = " ".join(console.file.getvalue().split())
+    assert ("another order than the dense model's" in said) == moved
+    assert ("permutation.residual_order" in said) == moved
+    assert ("## Hidden states" in (tmp_path / "out/README.md").read_text()) == moved
+
+
+def test_inspection_without_a_report_does_not_know_the_order(vit_folder, tmp_path):
+    config = BlockPruneConfig(method="magnitude", block_shape=(8, 8))
+    pruner = BlockPruner.from_pretrained(vit_folder, config)
+    pruner.prune()
+    pruner.save_pretrained(tmp_path / "out")
+    assert inspect_checkpoint(tmp_path / "out")["stream_reordered"] is False
+    for damage in ("{", "[]"):
+        (tmp_path / "out/blockprune_report.json").write_text(damage)
+        assert inspect_checkpoint(tmp_path / "out")["stream_reordered"] is None
+    (tmp_path / "out/blockprune_report.json").unlink()
+    assert inspect_checkpoint(tmp_path / "out")["stream_reordered"] is None
