@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 IMAGES_AT_ONCE = 32
 LARGEST_FACTOR = 30.0
+LEAST_LOSS = 1e-30  # nats; less is nothing, and its ratios would underflow
 
 
 @torch.no_grad()
@@ -109,12 +110,10 @@ def loss_factors(losses: Sequence[float], predicted: Sequence[float]) -> list[fl
 
     A group that lost nothing takes the median, so that it stays comparable with the others.
     """
-    ratios = sorted(loss / guess for loss, guess in zip(losses, predicted, strict=True) if loss > 0 and guess > 0)
+    pairs = list(zip(losses, predicted, strict=True))
+    ratios = sorted(loss / guess for loss, guess in pairs if loss > LEAST_LOSS and guess > LEAST_LOSS)
     if not ratios:
         return [1.0] * len(losses)
     middle = ratios[len(ratios) // 2]
     least, most = middle / LARGEST_FACTOR, middle * LARGEST_FACTOR
-    return [
-        min(max(loss / guess, least), most) if guess > 0 else middle
-        for loss, guess in zip(losses, predicted, strict=True)
-    ]
+    return [min(max(loss / guess, least), most) if guess > LEAST_LOSS else middle for loss, guess in pairs]

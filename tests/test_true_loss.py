@@ -79,6 +79,8 @@ def test_what_keeps_every_block_costs_nothing(statistics, pixels, accelerator):
         ([1.0, 1e6, 1.0], [1.0, 1.0, 1.0], [1.0, LARGEST_FACTOR, 1.0]),
         ([1.0, -1e-9, 1.0], [1.0, 1.0, 1.0], [1.0, 1 / LARGEST_FACTOR, 1.0]),  # no loss but for rounding
         ([0.0, 0.0], [0.0, 0.0], [1.0, 1.0]),
+        ([5e-324, 1.0], [2.0, 1.0], [1 / LARGEST_FACTOR, 1.0]),  # a ratio that underflows
+        ([1.0, 1.0], [5e-324, 1.0], [1.0, 1.0]),
     ],
 )
 def test_factors(losses, predicted, factors):
