@@ -66,7 +66,7 @@ import importlib.resources, shutil
 profiles = importlib.resources.files("hf_blockprune.hardware") / "profiles"
 shutil.copy(profiles / "cpu-avx512.yaml", "my-device.yaml")
 """,
-    "docs/share.md": f"blockprune('{PRUNE} OUT')",
+    "docs/share.md": f"blockprune('{PRUNE.replace('magnitude', 'obs')} OUT')",
     "docs/data.md": PRUNER,
 }
 DRIVER = """
