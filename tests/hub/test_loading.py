@@ -129,5 +129,4 @@ def test_without_the_package_and_without_trust_there_is_an_error_and_no_model(lo
     done = loader.run(saved["vit"][0])
     assert done.returncode != 0
     assert not (loader.folder / "result.pt").exists()
-    assert "mismatch" in done.stderr.splitlines()[-1]
-    assert "mlp.fc1.weight" in done.stderr
+    assert "`import hf_blockprune` before loading it, or pass trust_remote_code=True" in done.stderr.splitlines()[-1]
