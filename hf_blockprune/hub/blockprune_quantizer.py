@@ -34,7 +34,7 @@ from .blockprune_headers import (
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
 from .blockprune_names import by_module, find_linears
-from .blockprune_saving import block_sparse_layers, forget, install, stored_config
+from .blockprune_saving import CLASS_PREFIX, block_sparse_layers, forget, install, stored_config
 
 
 class BlockPruneHfQuantizer(HfQuantizer):
@@ -88,13 +88,15 @@ class BlockPruneHfQuantizer(HfQuantizer):
                 parameter.data = parameter.data.to(dtype)
 
     def dequantize(self, model, dtype=None):
-        """Make every layer a Linear again, in the model's own dtype unless one is named."""
+        """Make every layer a Linear again, in its own dtype unless one is named, and the model a native one."""
         unfuse(model)
         for name, module in list(block_sparse_layers(model)):
             # Cut features come back as zeros: the config says how wide the architecture is.
             model.set_submodule(name, module.to_dense(module.dense_shape).to(dtype or module.weight.dtype))
         self.remove_quantization_config(model)
         forget(model.config)
+        if type(model).__name__.startswith(CLASS_PREFIX):
+            model.__class__ = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
         return model
 
     def is_serializable(self):

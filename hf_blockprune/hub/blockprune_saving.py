@@ -196,7 +196,7 @@ def _complete(folder: Path, model: Any) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     values["architectures"] = [name.removeprefix(CLASS_PREFIX) for name in values.get("architectures") or []]
-    values["transformers_weights"] = WEIGHTS_GUARD
+    _describe_parts(values, model.config, model)
     if auto_map := {**_auto_map(model), **values.get("auto_map", {})}:
         values["auto_map"] = auto_map
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -206,6 +206,16 @@ def _complete(folder: Path, model: Any) -> None:
     for source in sorted([here / f"{CODE_MODULE}.py", *here.glob("blockprune_*.py")]):
         if source.parent.resolve() != folder.resolve():
             shutil.copyfile(source, folder / source.name)
+
+
+def _describe_parts(values: dict[str, Any], config: PreTrainedConfig, model: Any) -> None:
+    """Guard a saved config, and describe the layers in those parts of it that a part of the model is loaded by."""
+    values["transformers_weights"] = WEIGHTS_GUARD
+    sparse = {id(m.config) for m in model.modules() if isinstance(m, PreTrainedModel) and any(block_sparse_layers(m))}
+    for name, part in vars(config).items():
+        if isinstance(part, PreTrainedConfig) and id(part) in sparse and name in values:
+            values[name]["quantization_config"] = values["quantization_config"]
+            _describe_parts(values[name], part, model)
 
 
 def _auto_map(model: Any) -> dict[str, str]:
