@@ -155,7 +155,7 @@ def _saving_transforms(model: Any) -> list[Any]:
 
 def _merged_with(model: Any, transforms: list[Any], layers: Collection[str]) -> frozenset[str]:
     """Names of the tensors that converters would merge with one of these layers' when saving, theirs among them."""
-    backwards = [t.reverse_transform() for t in transforms[::-1] if isinstance(t, WeightConverter)]
+    backwards: list[Any] = [t.reverse_transform() for t in transforms[::-1] if isinstance(t, WeightConverter)]
     merged: defaultdict[str, set[str]] = defaultdict(set)
     for key in {*model.state_dict(), *(f"{name}.weight" for name in layers)} if backwards else ():
         target, pattern = rename_source_key(key, [], backwards)

@@ -64,7 +64,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
             model.set_submodule(name, _empty_layer(config, stored_name, linears[name], headers))
         self._expected = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
+    def _process_model_after_weight_loading(self, model: Any, **kwargs):
         self._hold_to_expected(model)
         for name, module in block_sparse_layers(model):
             module.check(name)

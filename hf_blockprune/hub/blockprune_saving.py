@@ -54,14 +54,18 @@ def block_sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def stored_config(model: Any) -> BlockPruneQuantizationConfig:
+def stored_config(model: Any, *, original_names: bool = True) -> BlockPruneQuantizationConfig:
     """The config that describes a model's block-sparse layers as they will be stored.
+
+    Args:
+        model: a transformers model.
+        original_names: whether names in the files are those of the original checkpoints, or the model's own.
 
     Raises:
         BlockSparseFormatError: the layers differ in block shape, which cannot be stored.
     """
     modules = dict(block_sparse_layers(model))
-    names = stored_layer_names(model, modules)
+    names = stored_layer_names(model, modules) if original_names else {name: name for name in modules}
     layers = {names[name]: module for name, module in modules.items()}
     shapes = {module.block_shape for module in layers.values()}
     if len(shapes) != 1:
@@ -116,7 +120,7 @@ def _saving(original: Callable[..., None]) -> Any:
         if getattr(self, "_hf_peft_config_loaded", False):
             return original(self, save_directory, *args, **kwargs)
         if next(block_sparse_layers(self), None):
-            with _described(self):
+            with _described(self, original_names=kwargs.get("save_original_format", True)):
                 return original(self, save_directory, *args, **kwargs)
         with _undescribed(self.config):
             return original(self, save_directory, *args, **kwargs)
@@ -161,14 +165,25 @@ def _undescribed(config: PreTrainedConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _described(model: Any) -> Iterator[None]:
+def _described(model: Any, *, original_names: bool) -> Iterator[None]:
     """While it lasts, a model's config describes its block-sparse layers as they are, and saving completes the folder.
 
     The quantizer stands aside meanwhile: with one, transformers saves other tensors than those passed as `state_dict`.
+
+    Raises:
+        BlockSparseFormatError: the layers differ in block shape, or other layers are quantized.
     """
     config, attributes = model.config, vars(model.config)
-    stored = stored_config(model)
-    quantizer = vars(model).pop("hf_quantizer", None)
+    quantizer = vars(model).get("hf_quantizer")
+    method = QUANT_METHOD if quantizer is None else quantizer.quantization_config.quant_method
+    if method != QUANT_METHOD:
+        raise BlockSparseFormatError(
+            f"{type(model).__name__}: has block-sparse layers and others that {getattr(method, 'value', method)} "
+            "quantized; a checkpoint stores the one or the other, so dequantize() it or its part, or save them apart"
+        )
+    described = stored_config(model)
+    stored = described if original_names else stored_config(model, original_names=False)
+    vars(model).pop("hf_quantizer", None)
     try:
         with _undescribed(config), unconverted(model, dict(block_sparse_layers(model))):
             attributes["quantization_config"] = stored
@@ -181,7 +196,7 @@ def _described(model: Any) -> Iterator[None]:
     finally:
         if quantizer is not None:
             model.hf_quantizer = quantizer
-            quantizer.quantization_config = config.quantization_config = stored
+            quantizer.quantization_config = config.quantization_config = described
 
 
 def _save_config(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -139,6 +139,6 @@ def test_a_repository_gives_no_random_weights_either(loader, saved):
     another_head = {"num_labels": 3, "ignore_mismatched_sizes": True}
     with FakeHub({REPO: saved["vit"][0]}) as hub:
         assert_refused_with_a_remedy(loader, loader.run(REPO, endpoint=hub.endpoint, **another_head))
-        loader.load(REPO, endpoint=hub.endpoint, trust_remote_code=True, **another_head)
+        loader.load(REPO, endpoint=hub.endpoint, trust_remote_code=True)
     (loader.folder / "result.pt").unlink()
     assert_refused_with_a_remedy(loader, loader.run(REPO, **another_head))  # from the cache, offline

@@ -9,8 +9,9 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, ViTModel
+from transformers import AutoModel, AutoModelForImageClassification, QuantoConfig, Trainer, TrainingArguments, ViTModel
 
+from hf_blockprune import BlockSparseFormatError
 from hf_blockprune.hub import modeling_blockprune
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from tests.conftest import tiny_model, tiny_settings
@@ -132,6 +133,29 @@ def test_passed_tensors_are_saved(first, tmp_path):
     assert torch.equal(again.classifier.bias, first[1].classifier.bias + 1)
 
 
+def test_the_models_own_names_are_saved(loaded, tmp_path):
+    loaded.save_pretrained(tmp_path, save_original_format=False)
+    again, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert "vit.layers.0.mlp.fc1" in config_of(tmp_path)["quantization_config"]["layers"]
+    assert_same(answer(again), answer(loaded))
+
+
+def test_a_folder_is_used_again(first, loaded, tmp_path):
+    tiny_model(seed=1).save_pretrained(tmp_path)
+    for model in (loaded, copy.deepcopy(loaded).dequantize(), loaded):
+        model.save_pretrained(tmp_path)
+        assert_same(answer(AutoModelForImageClassification.from_pretrained(tmp_path)), answer(first[1]))
+
+
+def test_quantized_layers_beside_block_sparse_ones_are_refused(first, tmp_path):
+    whole = copy.deepcopy(first[1])
+    settings = QuantoConfig(weights="int8")
+    whole.hf_quantizer = type("Other", (), {"quantization_config": settings, "is_serializable": lambda self: True})()
+    with pytest.raises(BlockSparseFormatError, match=r"quanto quantized.*save them apart"):
+        whole.save_pretrained(tmp_path / "saved")
+
+
 def test_saving_leaves_model_and_config_as_they_were(loaded, tmp_path):
     before, attributes = copy.deepcopy(loaded.config.to_dict()), set(vars(loaded))
     loaded.save_pretrained(tmp_path)
@@ -243,9 +267,8 @@ def test_nobody_gets_random_weights(first, tmp_path, options):
     assert all("trust_remote_code=True" in message for message in messages)
 
 
-def test_fine_tuning_with_another_head_keeps_what_was_trained(first):
-    options = {"num_labels": 3, "ignore_mismatched_sizes": True}
-    model = AutoModelForImageClassification.from_pretrained(first[0], **options)
-    assert model.classifier.out_features == 3
+def test_a_body_without_the_head_keeps_what_was_trained(first):
+    model = AutoModel.from_pretrained(first[0], ignore_mismatched_sizes=True)
+    assert len(list(block_sparse_layers(model))) == 12
     for name, module in block_sparse_layers(model):
-        assert torch.equal(module.weight, first[1].get_submodule(name).weight)
+        assert torch.equal(module.weight, first[1].vit.get_submodule(name).weight)
