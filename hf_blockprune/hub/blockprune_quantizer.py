@@ -34,7 +34,7 @@ from .blockprune_headers import (
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
 from .blockprune_names import by_module, find_linears
-from .blockprune_saving import CLASS_PREFIX, block_sparse_layers, forget, install, stored_config
+from .blockprune_saving import block_sparse_layers, forget, install, native_class, stored_config
 
 
 class BlockPruneHfQuantizer(HfQuantizer):
@@ -95,8 +95,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
             model.set_submodule(name, module.to_dense(module.dense_shape).to(dtype or module.weight.dtype))
         self.remove_quantization_config(model)
         forget(model.config)
-        if type(model).__name__.startswith(CLASS_PREFIX):
-            model.__class__ = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
+        model.__class__ = native_class(model)
         return model
 
     def is_serializable(self):

@@ -79,6 +79,13 @@ def stored_config(model: Any, *, original_names: bool = True) -> BlockPruneQuant
     ).with_biases(name for name, module in layers.items() if module.bias is not None)
 
 
+def native_class(model: Any) -> type:
+    """A model's class, or for one of those that come with a checkpoint the class of transformers that it stands for."""
+    cls = type(model)
+    ours = cls.__module__.rpartition(".")[2] == CODE_MODULE
+    return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.")) if ours else cls
+
+
 def forget(config: PreTrainedConfig) -> list[tuple[dict[str, Any], str, Any]]:
     """Take out of a config, and of those in it, what says that layers are block-sparse, in place.
 
@@ -210,7 +217,8 @@ def _complete(folder: Path, model: Any) -> None:
     """Put the code beside a saved config, and in it what leads there."""
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    values["architectures"] = [name.removeprefix(CLASS_PREFIX) for name in values.get("architectures") or []]
+    if (native := native_class(model)) is not type(model):
+        values["architectures"] = [native.__name__]
     _describe_parts(values, model.config, model)
     if auto_map := {**_auto_map(model), **values.get("auto_map", {})}:
         values["auto_map"] = auto_map
@@ -235,7 +243,7 @@ def _describe_parts(values: dict[str, Any], config: PreTrainedConfig, model: Any
 
 def _auto_map(model: Any) -> dict[str, str]:
     """For each Auto class of transformers that knows a model's config, the class to load with the code beside it."""
-    own = {cls.__name__.removeprefix(CLASS_PREFIX) for cls in type(model).__mro__}
+    own = {cls.__name__ for cls in native_class(model).__mro__}
     found = {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
