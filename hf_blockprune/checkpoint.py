@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
 from transformers.utils.hub import cached_file
 
 from .errors import CheckpointError
-from .hub import modeling_blockprune
 from .loading import HUB_OPTIONS
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 RECIPE_FILE = "blockprune_config.json"
 REPORT_FILE = "blockprune_report.json"
-HUB_CODE = Path(modeling_blockprune.__file__).parent
 
 
 @contextmanager
@@ -86,20 +83,6 @@ def _move_into_place(staging: Path, target: Path) -> None:
             raise
     finally:
         shutil.rmtree(backup, ignore_errors=True)
-
-
-def add_hub_code(folder: Path, model: nn.Module) -> None:
-    """Copy the code that loads the checkpoint without this package, and name it in `config.json`."""
-    for source in sorted(HUB_CODE.glob("*.py")):
-        if source.name != "__init__.py":
-            shutil.copyfile(source, folder / source.name)
-    class_name = f"BlockPrune{type(model).__name__.removeprefix('BlockPrune')}"
-    if hasattr(modeling_blockprune, class_name):
-        config = read_json(folder / CONFIG_FILE)
-        config["auto_map"] = {
-            "AutoModelForImageClassification": f"{Path(modeling_blockprune.__file__).stem}.{class_name}"
-        }
-        write_json(folder / CONFIG_FILE, config)
 
 
 def stored_report(name: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_quantizer import block_sparse_layers, sparsify, update_config
 from .selection import Selection
 from .structure import find_transformer_layers
-from .targets import find_targets
+from .targets import check_storable, find_targets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,13 +37,14 @@ def make_sparse(model: Any, settings: GradualConfig) -> None:
 
     Raises:
         ConfigError: a dense model without a block shape, or another one than a pruned model has.
-        ModelError: the model has no layers to prune.
+        ModelError: the model has no layers to prune, or has some that could not be saved.
     """
     shapes = {module.block_shape for _, module in block_sparse_layers(model)}
     if not shapes:
         if settings.block_shape is None:
             raise ConfigError("gradual.block_shape: the model is dense; say how large blocks are, such as [32, 32]")
         targets = find_targets(model, settings.pruning(settings.block_shape, settings.budget))
+        check_storable(model, targets)
         grids = {
             name: grid_shape((linear.out_features, linear.in_features), settings.block_shape)
             for name, linear in targets.items()

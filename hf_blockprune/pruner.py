@@ -399,7 +399,6 @@ class BlockPruner:
     def _write(self, folder: Path, report: dict[str, Any], repo_id: str) -> None:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        checkpoint.add_hub_code(folder, self.model)
         stored = open_checkpoint(folder)
         values = describe_checkpoint(stored)
         report.update({key: values[key] for key in ("size_bytes", "dense_size_bytes")})

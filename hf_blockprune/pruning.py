@@ -26,7 +26,7 @@ from .report import PruneReport, add_cuts, add_refits, describe_masks
 from .selection import Selection, timed
 from .shared_statistics import SharedStatistics
 from .structure import find_transformer_layers, fold_scales
-from .targets import find_targets
+from .targets import check_storable, find_targets
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Pruning:
 
     def run(self, dataset: Any, split: str | None, work_dir: str | Path | None) -> PruneReport:
         """Prune; arguments and errors as for `BlockPruner.prune`."""
+        check_storable(self.model, self.targets)
         images, found = self._calibration_images(dataset, split)
         # Without a refit the masks are the end of the run, and nothing would be resumed.
         progress = self._progress(Path(work_dir), images) if work_dir is not None and self.config.refits else None

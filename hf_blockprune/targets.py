@@ -1,5 +1,6 @@
 """Which Linears of a model are pruned."""
 
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -7,6 +8,7 @@ from torch import nn
 from .blocks import check_block_fits
 from .config import BlockPruneConfig
 from .errors import ConfigError, ModelError
+from .hub.blockprune_names import unstorable
 
 
 def find_targets(model: nn.Module, config: BlockPruneConfig) -> dict[str, nn.Linear]:
@@ -44,6 +46,19 @@ def find_targets(model: nn.Module, config: BlockPruneConfig) -> dict[str, nn.Lin
     for name, module in targets.items():
         check_block_fits(name, (module.out_features, module.in_features), config.block_shape)
     return targets
+
+
+def check_storable(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse layers that could be pruned but not saved, before any long work is begun.
+
+    Raises:
+        ModelError: naming them.
+    """
+    if refused := unstorable(model, names):
+        raise ModelError(
+            f"{type(model).__name__}: {len(refused)} of its layers cannot be stored block-sparse, as transformers "
+            f"changes them or their names while it loads ({', '.join(refused[:3])}); leave them out with ignore"
+        )
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

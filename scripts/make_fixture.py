@@ -1,4 +1,4 @@
-"""Write the checkpoints that every later version must read: tests/fixtures/format-1 and format-2.
+"""Write the checkpoint that every later version must read: tests/fixtures/format-3, after format-1 and format-2.
 
     python scripts/make_fixture.py OUTPUT
 
@@ -15,20 +15,22 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_blockprune import sparsify
 from hf_blockprune.blocks import grid_shape
 from hf_blockprune.cutting import cut_hidden_units
+from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
 from hf_blockprune.structure import find_transformer_layers
 
 BLOCK_SHAPE = (8, 8)
 
 
 def main() -> None:
-    """Write both formats, each with the logits of one fixed picture."""
-    for version in (1, 2):
-        model = sparse_model(cut=version == 2)
-        folder = Path(sys.argv[1], f"format-{version}")
-        model.save_pretrained(folder)
-        with torch.no_grad():
-            logits = model(picture()).logits
-        (folder / "logits.json").write_text(json.dumps(logits.double().tolist()) + "\n")
+    """Write the newest format, with the logits of one fixed picture."""
+    model = sparse_model()
+    folder = Path(sys.argv[1], f"format-{FORMAT_VERSION}")
+    model.save_pretrained(folder)
+    for code in folder.glob("*.py"):
+        code.unlink()  # of no use to the reader that is tested
+    with torch.no_grad():
+        logits = model(picture()).logits
+    (folder / "logits.json").write_text(json.dumps(logits.double().tolist()) + "\n")
 
 
 def picture() -> torch.Tensor:
@@ -36,8 +38,8 @@ def picture() -> torch.Tensor:
     return torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
 
 
-def sparse_model(*, cut: bool) -> ViTForImageClassification:
-    """A ViT of one layer, with blocks on a chequerboard and, where wanted, hidden units without any."""
+def sparse_model() -> ViTForImageClassification:
+    """A ViT of one layer, with blocks on a chequerboard and hidden units without any, which are cut out."""
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
@@ -51,12 +53,10 @@ def sparse_model(*, cut: bool) -> ViTForImageClassification:
         rows, cols = grid_shape((linear.out_features, linear.in_features), BLOCK_SHAPE)
         masks[name] = (torch.arange(rows)[:, None] + torch.arange(cols)) % 2 == 0
     layers = find_transformer_layers(model, linears)
-    if cut:
-        masks[layers[0].fc1][-2:] = False
-        masks[layers[0].fc2][:, -2:] = False
+    masks[layers[0].fc1][-2:] = False
+    masks[layers[0].fc2][:, -2:] = False
     sparsify(model, masks, BLOCK_SHAPE)
-    if cut:
-        cut_hidden_units(model, layers)
+    cut_hidden_units(model, layers)
     return model
 
 

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_blockprune import BlockPruneError, BlockSparseFormatError
-from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, stored_layer_name
+from hf_blockprune.hub.blockprune_names import stored_layer_names
+from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.inspection import inspect_checkpoint
 from hf_blockprune.loading import load_classifier
 
@@ -179,7 +180,7 @@ def check(folder: Path) -> str:
         return "refused" if refused else "refused on loading"
     stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     for name, module in block_sparse_layers(model):
-        prefix = stored_layer_name(model, name)
+        prefix = stored_layer_names(model, [name])[name]
         for tensor in ("weight", "crow_indices", "col_indices"):
             want = stored[f"{prefix}.{tensor}"]
             assert torch.equal(getattr(module, tensor).to(want.dtype).nan_to_num(), want.nan_to_num())

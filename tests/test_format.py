@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from hf_blockprune.hub.blockprune_quantizer import FORMAT_VERSION, block_sparse_layers
+from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
+from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.inspection import inspect_checkpoint
 
 from .conftest import ROOT
@@ -28,7 +29,7 @@ def test_a_checkpoint_of_every_format_loads(version):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("version", "shape", "kept"), [(1, [32, 16], 4), (2, [16, 16], 2)])
+@pytest.mark.parametrize(("version", "shape", "kept"), [(1, [32, 16], 4), (2, [16, 16], 2), (3, [16, 16], 2)])
 def test_every_format_can_be_inspected(version, shape, kept):
     layers = inspect_checkpoint(FIXTURES / f"format-{version}")["layers"]
     fc1 = next(layer for layer in layers if layer["shape"] == [32, 16])

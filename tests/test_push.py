@@ -102,7 +102,7 @@ def test_pushed_models_do_not_load_with_neither(pushed, tmp_path):
     loader = Loader(tmp_path, torch.zeros(1, 3, 32, 32))
     done = loader.run(REPO, endpoint=pushed[0].endpoint)
     assert done.returncode != 0
-    assert "mismatch" in done.stderr.splitlines()[-1]
+    assert "pass trust_remote_code=True" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "result.pt").exists()
 
 

@@ -6,12 +6,12 @@ before its tensors are read. Nothing is quantized: the interface only carries th
 """
 
 import reprlib
-from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -19,8 +19,8 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, is_count
 from .blockprune_fusion import fuse, unfuse
 from .blockprune_headers import (
     INDEX_NAMES,
@@ -33,96 +33,8 @@ from .blockprune_headers import (
 )
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
-from .blockprune_names import by_module, find_linears, stored_layer_name
-
-QUANT_METHOD = "blockprune"
-FORMAT_VERSION = 2  # the newest that this code reads; files that need no more than 1 say 1
-
-
-class BlockPruneQuantizationConfig(QuantizationConfigMixin):
-    """What a checkpoint stores: the block shape, and for each block-sparse layer its number of kept blocks.
-
-    Args:
-        block_shape: (rows, cols), in (out_features, in_features) order.
-        layers: kept blocks by layer, under the layer's name in the checkpoint's safetensors file.
-        format_version: version of the stored format; by default the oldest that can store this.
-        cut: (out_features, in_features) of each layer that is smaller than the architecture's; from format 2.
-
-    Raises:
-        BlockSparseFormatError: a value is impossible, a key unknown, or the format newer than this code.
-    """
-
-    def __init__(
-        self,
-        /,  # a key named "self" is an unknown one too
-        block_shape: tuple[int, ...] | list[int] = (),
-        layers: dict[str, int] | None = None,
-        format_version: int | None = None,
-        quant_method: str = QUANT_METHOD,
-        cut: dict[str, list[int]] | None = None,
-        **unknown: Any,
-    ) -> None:
-        if format_version is None:
-            format_version = 2 if cut else 1
-        if quant_method != QUANT_METHOD:
-            raise BlockSparseFormatError(
-                f"quantization_config.quant_method: {QUANT_METHOD!r}, not {reprlib.repr(quant_method)}"
-            )
-        if not _is_count(format_version) or not 1 <= format_version <= FORMAT_VERSION:
-            raise BlockSparseFormatError(
-                f"quantization_config.format_version: this code reads 1 to {FORMAT_VERSION}, "
-                f"got {reprlib.repr(format_version)}; a newer hf_blockprune may read it"
-            )
-        if cut is not None and format_version < 2:
-            unknown["cut"] = cut
-        if unknown:
-            raise BlockSparseFormatError(
-                f"quantization_config: unknown keys {reprlib.repr(sorted(unknown))} in format {format_version}"
-            )
-        if not _is_pair(block_shape):
-            raise BlockSparseFormatError(
-                f"quantization_config.block_shape: two whole numbers from 1, got {reprlib.repr(block_shape)}"
-            )
-        if not isinstance(layers, dict) or not all(isinstance(k, str) and _is_count(v) for k, v in layers.items()):
-            raise BlockSparseFormatError("quantization_config.layers: must map layer names to numbers of kept blocks")
-        if cut is not None and not (
-            isinstance(cut, dict) and all(map(_is_pair, cut.values())) and set(cut) <= set(layers)
-        ):
-            raise BlockSparseFormatError(
-                "quantization_config.cut: must map names of layers to their [out_features, in_features]"
-            )
-        self.quant_method: Any = QUANT_METHOD  # transformers declares its own enum, and takes names too
-        self.format_version = format_version
-        self.block_shape = [int(size) for size in block_shape]
-        self.layers = dict(layers)
-        if cut:
-            self.cut = {name: [int(size) for size in shape] for name, shape in cut.items()}
-
-    def shape_of(self, stored_name: str, dense_shape: tuple[int, int]) -> tuple[int, int]:
-        """(out_features, in_features) of a layer as it is stored.
-
-        Raises:
-            BlockSparseFormatError: larger than in the dense architecture.
-        """
-        shape = getattr(self, "cut", {}).get(stored_name, dense_shape)
-        if shape[0] > dense_shape[0] or shape[1] > dense_shape[1]:
-            raise BlockSparseFormatError(
-                f"quantization_config.cut: {stored_name} of {shape[0]}x{shape[1]} is larger than the architecture's "
-                f"{dense_shape[0]}x{dense_shape[1]}"
-            )
-        return shape[0], shape[1]
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_size(value: Any) -> bool:
-    return _is_count(value) and value >= 1
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_size, value))
+from .blockprune_names import by_module, find_linears
+from .blockprune_saving import block_sparse_layers, forget, install, native_class, stored_config
 
 
 class BlockPruneHfQuantizer(HfQuantizer):
@@ -133,8 +45,9 @@ class BlockPruneHfQuantizer(HfQuantizer):
     _expected: dict[str, tuple[torch.Size, torch.dtype]]  # of the parameters of the model that is loading
 
     def update_attn_implementation(self, config):
-        """Called before the model is built, which takes time and memory for every layer that the config declares."""
-        check_repeated_layers(vars(config))
+        """Called before files are looked for and the model is built, with what was read of its config."""
+        check_repeated_layers(config)  # building takes time and memory for every layer that the config declares
+        forget(config)  # `quantization_config` comes back with the layers; the name of no file was not for this reader
         return config
 
     update_tp_plan = update_attn_implementation  # what older transformers calls at that point
@@ -151,12 +64,15 @@ class BlockPruneHfQuantizer(HfQuantizer):
             model.set_submodule(name, _empty_layer(config, stored_name, linears[name], headers))
         self._expected = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
+    def _process_model_after_weight_loading(self, model: Any, **kwargs):
         self._hold_to_expected(model)
         for name, module in block_sparse_layers(model):
             module.check(name)
             module.arrange()
         fuse(model)
+        model.is_quantized = False  # no weight is: with it, transformers refuses half() and float()
+        if next(block_sparse_layers(model), None):
+            self.quantization_config = model.config.quantization_config = stored_config(model)
         return model
 
     def _hold_to_expected(self, model):
@@ -171,18 +87,15 @@ class BlockPruneHfQuantizer(HfQuantizer):
             if parameter.dtype != dtype and not parameter.is_meta:
                 parameter.data = parameter.data.to(dtype)
 
-    def get_state_dict_and_metadata(self, model):
-        """Called by `save_pretrained` before the config is written: it must describe the model as it is now."""
-        update_config(model)
-        return None, {}
-
-    def _dequantize(self, model, dtype=None):
+    def dequantize(self, model, dtype=None):
+        """Make every layer a Linear again, in its own dtype unless one is named, and the model a native one."""
         unfuse(model)
-        # Of a model that was saved before, transformers gives the config's dtype by its name.
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in list(block_sparse_layers(model)):
             # Cut features come back as zeros: the config says how wide the architecture is.
-            model.set_submodule(name, module.to_dense(module.dense_shape).to(dtype))
+            model.set_submodule(name, module.to_dense(module.dense_shape).to(dtype or module.weight.dtype))
+        self.remove_quantization_config(model)
+        forget(model.config)
+        model.__class__ = native_class(model)
         return model
 
     def is_serializable(self):
@@ -201,18 +114,16 @@ class BlockPruneHfQuantizer(HfQuantizer):
         return True
 
 
-# Whoever registers first wins: the installed package, or the copy of this file that came with a checkpoint.
-if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-    register_quantization_config(QUANT_METHOD)(BlockPruneQuantizationConfig)
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-    register_quantizer(QUANT_METHOD)(BlockPruneHfQuantizer)
+def register() -> None:
+    """Teach transformers the method. Who is first wins: the package, or the copy of this file beside a checkpoint."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(BlockPruneQuantizationConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(BlockPruneHfQuantizer)
+    install()
 
 
-def block_sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, module) of every block-sparse layer, also of one made by another copy of this code."""
-    for name, module in model.named_modules():
-        if type(module).__name__ == BlockSparseLinear.__name__:
-            yield name, module
+register()
 
 
 def sparsify(model: Any, masks: dict[str, Tensor], block_shape: tuple[int, int]) -> Any:
@@ -231,8 +142,8 @@ def sparsify(model: Any, masks: dict[str, Tensor], block_shape: tuple[int, int])
     fuse(model)
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](stored_config(model), pre_quantized=True)
     update_config(model)
-    model.config._is_quantized = True
-    model.is_quantized = True
+    model.is_quantized = False
+    model.config._is_quantized = True  # attention kernels then ask the config for the dtype, not a Linear
     model.quantization_method = QUANT_METHOD
     return model
 
@@ -242,36 +153,20 @@ def update_config(model: Any) -> None:
     model.hf_quantizer.quantization_config = model.config.quantization_config = stored_config(model)
 
 
-def stored_config(model: Any) -> BlockPruneQuantizationConfig:
-    """The config that describes a model's block-sparse layers as they will be stored.
-
-    Raises:
-        BlockSparseFormatError: the layers differ in block shape, which cannot be stored.
-    """
-    layers = {stored_layer_name(model, name): module for name, module in block_sparse_layers(model)}
-    shapes = {module.block_shape for module in layers.values()}
-    if len(shapes) != 1:
-        raise BlockSparseFormatError(
-            f"block_shape: the format stores one for all layers, the model has {sorted(shapes)}"
-        )
-    return BlockPruneQuantizationConfig(
-        block_shape=shapes.pop(),
-        layers={name: module.nnz_blocks for name, module in layers.items()},
-        cut={n: [m.out_features, m.in_features] for n, m in layers.items() if m.dense_shape is not None} or None,
-    )
-
-
-def check_repeated_layers(values: dict[str, Any]) -> None:
-    """Refuse a config that declares more layers than any model has.
+def check_repeated_layers(config: PreTrainedConfig) -> None:
+    """Refuse a config that declares more layers than any model has, or has such a part.
 
     Raises:
         BlockSparseFormatError: naming the key.
     """
     for key in ("num_hidden_layers", "num_layers", "depth", "depths"):
-        value = values.get(key)
+        value = vars(config).get(key)
         counts: Any = value if isinstance(value, (list, tuple)) else [value]
-        if sum(count for count in counts if _is_count(count)) > MAX_REPEATED_LAYERS:
+        if sum(count for count in counts if is_count(count)) > MAX_REPEATED_LAYERS:
             raise BlockSparseFormatError(f"{key}: at most {MAX_REPEATED_LAYERS} layers, got {reprlib.repr(value)}")
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig):
+            check_repeated_layers(part)
 
 
 def match_layers(
@@ -355,8 +250,8 @@ def _empty_layer(
         out_features,
         (config.block_shape[0], config.block_shape[1]),
         config.layers[stored_name],
-        # Refitting gives a bias to a Linear that had none; only the file tells.
-        bias=linear.bias is not None or (headers is not None and f"{stored_name}.bias" in headers),
+        # Refitting gives a bias to a Linear that had none.
+        bias=linear.bias is not None or f"{stored_name}.bias" in (headers or ()) or stored_name in config.biased,
         device=linear.weight.device,
         dtype=linear.weight.dtype,
     )

@@ -1,52 +1,43 @@
-"""Block-sparse classifiers for `trust_remote_code=True`, where hf_blockprune is not installed.
+"""Block-sparse models for `trust_remote_code=True`, where hf_blockprune is not installed.
 
-The classes add nothing to the native ones. Importing this file is what matters: it registers the "blockprune" method,
-and `from_pretrained` then builds `BlockSparseLinear` modules where the checkpoint's config names them.
+For each model class of transformers there is one here with "BlockPrune" before its name, made when it is asked for. It
+adds nothing to the native one. Importing this file is what matters: it registers the "blockprune" method, and
+`from_pretrained` then builds `BlockSparseLinear` modules where the checkpoint's config names them.
 """
 
-from transformers import (
-    BeitForImageClassification,
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    Dinov2ForImageClassification,
-    SwinForImageClassification,
-    ViTForImageClassification,
-)
+from typing import Any
 
-from .blockprune_quantizer import QUANT_METHOD
+import transformers
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_utils import PreTrainedModel
 
+from .blockprune_quantizer import register
+from .blockprune_saving import CLASS_PREFIX
 
-class BlockPruneViTForImageClassification(ViTForImageClassification):
-    """`ViTForImageClassification` with block-sparse layers."""
-
-    quantization_method = QUANT_METHOD
+register()
 
 
-class BlockPruneDeiTForImageClassification(DeiTForImageClassification):
-    """`DeiTForImageClassification` with block-sparse layers."""
+class _Native:
+    """What makes transformers treat a class that came with a checkpoint as the native one that it is."""
 
-    quantization_method = QUANT_METHOD
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: the code beside a checkpoint is written by `blockprune_saving`."""
 
-
-class BlockPruneDeiTForImageClassificationWithTeacher(DeiTForImageClassificationWithTeacher):
-    """`DeiTForImageClassificationWithTeacher` with block-sparse layers."""
-
-    quantization_method = QUANT_METHOD
-
-
-class BlockPruneBeitForImageClassification(BeitForImageClassification):
-    """`BeitForImageClassification` with block-sparse layers."""
-
-    quantization_method = QUANT_METHOD
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: names in its files are those of the native class."""
+        return False
 
 
-class BlockPruneDinov2ForImageClassification(Dinov2ForImageClassification):
-    """`Dinov2ForImageClassification` with block-sparse layers."""
-
-    quantization_method = QUANT_METHOD
-
-
-class BlockPruneSwinForImageClassification(SwinForImageClassification):
-    """`SwinForImageClassification` with block-sparse layers."""
-
-    quantization_method = QUANT_METHOD
+def __getattr__(name: str) -> type:
+    native = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
+    if not (isinstance(native, type) and issubclass(native, PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    documentation = f"`{native.__name__}` with block-sparse layers."
+    made = type(name, (_Native, native), {"__module__": __name__, "__doc__": documentation})
+    renamings = get_checkpoint_conversion_mapping(native.__name__)
+    if renamings is not None:  # they are looked up by the class's name
+        register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
+    globals()[name] = made
+    return made

@@ -125,9 +125,20 @@ def test_without_the_package_a_repository_loads_by_its_own_code(loader, saved, p
     assert {"config.json", "model.safetensors", "modeling_blockprune.py", "blockprune_quantizer.py"} <= fetched
 
 
-def test_without_the_package_and_without_trust_there_is_an_error_and_no_model(loader, saved):
-    done = loader.run(saved["vit"][0])
+def assert_refused_with_a_remedy(loader, done):
     assert done.returncode != 0
     assert not (loader.folder / "result.pt").exists()
-    assert "mismatch" in done.stderr.splitlines()[-1]
-    assert "mlp.fc1.weight" in done.stderr
+    assert "`import hf_blockprune` before loading it, or pass trust_remote_code=True" in done.stderr.splitlines()[-1]
+
+
+def test_without_the_package_and_without_trust_there_is_an_error_and_no_model(loader, saved):
+    assert_refused_with_a_remedy(loader, loader.run(saved["vit"][0]))
+
+
+def test_a_repository_gives_no_random_weights_either(loader, saved):
+    another_head = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    with FakeHub({REPO: saved["vit"][0]}) as hub:
+        assert_refused_with_a_remedy(loader, loader.run(REPO, endpoint=hub.endpoint, **another_head))
+        loader.load(REPO, endpoint=hub.endpoint, trust_remote_code=True)
+    (loader.folder / "result.pt").unlink()
+    assert_refused_with_a_remedy(loader, loader.run(REPO, **another_head))  # from the cache, offline

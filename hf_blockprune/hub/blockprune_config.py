@@ -1,0 +1,135 @@
+"""What a block-sparse checkpoint's config.json says of it."""
+
+import copy
+import reprlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .blockprune_layout import BlockSparseFormatError
+
+QUANT_METHOD = "blockprune"
+FORMAT_VERSION = 3  # the newest that this code reads, and the one that it writes
+
+
+class BlockPruneQuantizationConfig(QuantizationConfigMixin):
+    """What a checkpoint stores: the block shape, and for each block-sparse layer its number of kept blocks.
+
+    Args:
+        block_shape: (rows, cols), in (out_features, in_features) order.
+        layers: kept blocks by layer, under the layer's name in the checkpoint's safetensors file.
+        format_version: version of the stored format; by default the one that this code writes.
+        cut: (out_features, in_features) of each layer that is smaller than the architecture's; from format 2.
+
+    Raises:
+        BlockSparseFormatError: a value is impossible, a key unknown, or the format newer than this code.
+    """
+
+    def __init__(
+        self,
+        /,  # a key named "self" is an unknown one too
+        block_shape: tuple[int, ...] | list[int] = (),
+        layers: dict[str, int] | None = None,
+        format_version: int | None = None,
+        quant_method: str = QUANT_METHOD,
+        cut: dict[str, list[int]] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if format_version is None:
+            format_version = FORMAT_VERSION
+        if quant_method != QUANT_METHOD:
+            raise BlockSparseFormatError(
+                f"quantization_config.quant_method: {QUANT_METHOD!r}, not {reprlib.repr(quant_method)}"
+            )
+        if not is_count(format_version) or not 1 <= format_version <= FORMAT_VERSION:
+            raise BlockSparseFormatError(
+                f"quantization_config.format_version: this code reads 1 to {FORMAT_VERSION}, "
+                f"got {reprlib.repr(format_version)}; a newer hf_blockprune may read it"
+            )
+        if cut is not None and format_version < 2:
+            unknown["cut"] = cut
+        if unknown:
+            raise BlockSparseFormatError(
+                f"quantization_config: unknown keys {reprlib.repr(sorted(unknown))} in format {format_version}"
+            )
+        if not _is_pair(block_shape):
+            raise BlockSparseFormatError(
+                f"quantization_config.block_shape: two whole numbers from 1, got {reprlib.repr(block_shape)}"
+            )
+        if not isinstance(layers, dict) or not all(isinstance(k, str) and is_count(v) for k, v in layers.items()):
+            raise BlockSparseFormatError("quantization_config.layers: must map layer names to numbers of kept blocks")
+        if cut is not None and not (
+            isinstance(cut, dict) and all(map(_is_pair, cut.values())) and set(cut) <= set(layers)
+        ):
+            raise BlockSparseFormatError(
+                "quantization_config.cut: must map names of layers to their [out_features, in_features]"
+            )
+        self.quant_method: Any = QUANT_METHOD  # transformers declares its own enum, and takes names too
+        self.format_version = format_version
+        self.block_shape = [int(size) for size in block_shape]
+        self.layers = dict(layers)
+        if cut:
+            self.cut = {name: [int(size) for size in shape] for name, shape in cut.items()}
+        # Refitting gives a bias to a Linear that had none. A file tells by itself; tensors in memory do not.
+        self._biased: frozenset[str] = frozenset()
+
+    @property
+    def biased(self) -> frozenset[str]:
+        """Stored names of layers that are known to have a bias; no part of what is stored."""
+        return self._biased
+
+    def with_biases(self, names: Iterable[str]) -> "BlockPruneQuantizationConfig":
+        """This config, which knows from now on which layers have a bias."""
+        self._biased = frozenset(names)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored."""
+        return {key: copy.deepcopy(value) for key, value in vars(self).items() if not key.startswith("_")}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A stored value; transformers asks for them as if this was the dict that a file holds."""
+        return self.to_dict().get(key, default)
+
+    def __eq__(self, other: object) -> bool:
+        stored = other.to_dict() if isinstance(other, QuantizationConfigMixin) else other
+        return self.to_dict() == stored
+
+    __hash__ = None  # type: ignore[assignment]  # its values change
+
+    def shape_of(self, stored_name: str, dense_shape: tuple[int, int]) -> tuple[int, int]:
+        """(out_features, in_features) of a layer as it is stored.
+
+        Raises:
+            BlockSparseFormatError: larger than in the dense architecture.
+        """
+        shape = getattr(self, "cut", {}).get(stored_name, dense_shape)
+        if shape[0] > dense_shape[0] or shape[1] > dense_shape[1]:
+            raise BlockSparseFormatError(
+                f"quantization_config.cut: {stored_name} of {shape[0]}x{shape[1]} is larger than the architecture's "
+                f"{dense_shape[0]}x{dense_shape[1]}"
+            )
+        return shape[0], shape[1]
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_size(value: Any) -> bool:
+    return is_count(value) and value >= 1
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_size, value))
+
+
+def describes(config: Any) -> bool:
+    """Whether a model's config says that layers of it are block-sparse."""
+    stored = vars(config).get("quantization_config")
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return method == QUANT_METHOD
