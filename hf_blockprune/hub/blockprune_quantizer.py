@@ -68,7 +68,6 @@ class BlockPruneHfQuantizer(HfQuantizer):
         self._hold_to_expected(model)
         for name, module in block_sparse_layers(model):
             module.check(name)
-            module.arrange()
         fuse(model)
         model.is_quantized = False  # no weight is: with it, transformers refuses half() and float()
         if next(block_sparse_layers(model), None):

@@ -13,7 +13,7 @@
 
 extern "C" {
 const char* blockprune_cpu_isa(const char*);
-int32_t blockprune_cpu_strip_rows(const char*, int64_t);
+int32_t blockprune_cpu_unpack(int64_t, int64_t, const void*, int32_t);
 int32_t blockprune_cpu_linear(const char*, const void*, int64_t, int64_t, int64_t, int32_t, const void*, int64_t, int32_t);
 }
 
@@ -42,32 +42,32 @@ struct Input {
 };
 
 struct Case {
-    int64_t rows = 16 * between(1, 5), cols, out = between(1, 200);
-    std::unique_ptr<int32_t[]> crow, col, order;
-    std::unique_ptr<float[]> weight, bias, y;
+    int64_t rows = between(0, 1) ? 16 * between(1, 5) : between(1, 80), cols, out = between(1, 200);
+    int64_t blocks;
+    std::unique_ptr<int32_t[]> crow, col;
+    std::unique_ptr<float[]> weight, bias, y, dense;
 
-    Case(const char* isa, const Input& input, int64_t cols) : cols(cols) {
+    Case(const Input& input, int64_t cols) : cols(cols) {
         const int64_t block_rows = (out + rows - 1) / rows, block_cols = (input.features + cols - 1) / cols;
         const double density = between(0, 4) / 4.0;
-        std::vector<int32_t> starts{0}, columns, strips;
+        std::vector<int32_t> starts{0}, columns;
         for (int64_t r = 0; r < block_rows; ++r) {
             for (int64_t c = 0; c < block_cols; ++c) {
                 if (std::uniform_real_distribution<>()(generator) < density) columns.push_back(int32_t(c));
             }
             starts.push_back(int32_t(columns.size()));
         }
-        const int64_t count = block_rows * (rows / blockprune_cpu_strip_rows(isa, rows));
-        for (int64_t s = count; s--;) strips.push_back(int32_t(s));
         crow = exactly(starts);
         col = exactly(columns);
-        order = exactly(strips);
-        weight = noise(int64_t(columns.size()) * rows * cols);
+        blocks = int64_t(columns.size());
+        weight = noise(blocks * rows * cols);
         bias = noise(out);
         y = exactly(std::vector<float>(input.tokens * out, NAN));
+        dense = exactly(std::vector<float>(out * input.features, NAN));
     }
 
-    blockprune::Layer layer() const {
-        return {weight.get(), crow.get(), col.get(), order.get(), bias.get(), y.get(), out, out, rows, cols, 0};
+    blockprune::Layer layer(float* result) const {
+        return {weight.get(), crow.get(), col.get(), bias.get(), result, out, out, blocks, rows, cols, 0};
     }
 
     double error(const Input& input) const {
@@ -78,7 +78,7 @@ struct Case {
                 for (int64_t b = crow[o / rows]; b < crow[o / rows + 1]; ++b) {
                     for (int64_t k = 0; k < cols && col[b] * cols + k < input.features; ++k) {
                         sum += double(input.x[t * input.stride + col[b] * cols + k]) *
-                               weight[(b * cols + k) * rows + o % rows];
+                               weight[(b * rows + o % rows) * cols + k];
                     }
                 }
                 error += (y[t * out + o] - sum) * (y[t * out + o] - sum);
@@ -86,6 +86,34 @@ struct Case {
             }
         }
         return std::sqrt(error / size);
+    }
+
+    bool unpacked(const Input& input) const {
+        const blockprune::Layer to_dense = layer(dense.get());
+        if (blockprune_cpu_unpack(input.features, sizeof(float), &to_dense, int32_t(between(1, 3)))) return false;
+        for (int64_t o = 0; o < out; ++o) {
+            std::vector<float> row(input.features, 0.0f);
+            for (int64_t b = crow[o / rows]; b < crow[o / rows + 1]; ++b) {
+                for (int64_t k = 0; k < cols && col[b] * cols + k < input.features; ++k) {
+                    row[col[b] * cols + k] = weight[(b * rows + o % rows) * cols + k];
+                }
+            }
+            for (int64_t k = 0; k < input.features; ++k) {
+                if (dense[o * input.features + k] != row[k]) return false;
+            }
+        }
+        return true;
+    }
+
+    // One index at a time becomes another number: refused, or followed inside the arrays.
+    void forge(const char* isa, const Input& input) {
+        int32_t& index = blocks && between(0, 1) ? col[between(0, blocks - 1)] : crow[between(0, (out + rows - 1) / rows)];
+        const int32_t before = index;
+        index = between(0, 1) ? int32_t(between(INT32_MIN, INT32_MAX)) : int32_t(between(-2, 12));
+        const blockprune::Layer forged = layer(y.get()), to_dense = layer(dense.get());
+        blockprune_cpu_linear(isa, input.x.get(), input.stride, input.tokens, input.features, 0, &forged, 1, 2);
+        blockprune_cpu_unpack(input.features, sizeof(float), &to_dense, 2);
+        index = before;
     }
 };
 
@@ -95,15 +123,16 @@ bool correct(const char* isa) {
     std::vector<Case> cases;
     std::vector<blockprune::Layer> layers;
     for (int64_t i = between(1, 3); i--;) {
-        cases.emplace_back(isa, input, cols);
-        layers.push_back(cases.back().layer());
+        cases.emplace_back(input, cols);
+        layers.push_back(cases.back().layer(cases.back().y.get()));
     }
     if (blockprune_cpu_linear(isa, input.x.get(), input.stride, input.tokens, input.features, 0, layers.data(),
                               int64_t(layers.size()), int32_t(between(1, 3)))) {
         return false;
     }
-    for (const Case& c : cases) {
-        if (!(c.error(input) < 1e-5)) return false;
+    for (Case& c : cases) {
+        if (!(c.error(input) < 1e-5) || !c.unpacked(input)) return false;
+        c.forge(isa, input);
     }
     return true;
 }
