@@ -20,7 +20,7 @@ from benchmarks.timing import load, save
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.data import load_images, load_pixels
 from hf_blockprune.environment import environment
-from hf_blockprune.recovery import kl_divergence
+from hf_blockprune.outputs import kl_divergence
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},

@@ -18,7 +18,7 @@ from benchmarks.timing import save
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.environment import environment
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.recovery import kl_divergence
+from hf_blockprune.outputs import kl_divergence
 from hf_blockprune.simulation import predict
 
 DEVICES = ("cpu-avx512", "systolic-32")

@@ -90,7 +90,7 @@ def learn_calls(model: nn.Module, units: list[Unit], pixels: Tensor) -> None:
     """Run some images, and note what each layer is called with beside hidden states.
 
     Args:
-        model: a transformers image classifier.
+        model: of transformers.
         units: its layers.
         pixels: [images, channels, height, width].
 
@@ -132,7 +132,7 @@ def at_boundary(model: nn.Module, layer: nn.Module, pixels: Tensor) -> Tensor:
     """Hidden states before a layer; what lies behind does not run.
 
     Args:
-        model: a transformers image classifier.
+        model: of transformers.
         layer: one of its layers.
         pixels: [images, channels, height, width].
     """

@@ -18,6 +18,7 @@ from .data import NO_LABEL, CorruptImages, ImageSet, batches, num_batches
 from .errors import DataError
 from .layer_statistics import LayerStatistics
 from .modes import evaluating
+from .outputs import Embedding, is_classifier, output_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,7 +44,7 @@ def collect(
     """Run the images through the model and collect statistics of its target Linears.
 
     Args:
-        model: a transformers image classifier; left as it was.
+        model: a transformers classifier or encoder of images; left as it was.
         images: what to run.
         processor: the model's image processor.
         targets: the Linears by name.
@@ -55,7 +56,8 @@ def collect(
         fisher: collect `output_weight` and `token_weight`, and `mean` and `second_moment` with every token weighted by
             its squared output gradient: a token that the loss does not depend on, such as a patch in the last layer of
             a model that reads its class token alone, does not count. All labels are sampled from the model's
-            predictions, which makes it the true Fisher. Excludes the other two.
+            predictions, which makes it the true Fisher; those of an encoder are its embedding and noise. Excludes the
+            other two.
         block_shape: blocks of `block_gradients`.
         seed: of sampled labels; an image's label depends on its position alone, not on processes or batches.
 
@@ -112,9 +114,15 @@ def _run(
         with torch.no_grad():
             model(pixel_values=pixels)
         return
-    logits = model(pixel_values=pixels.requires_grad_()).logits.float()
-    labels = torch.where(batch["labels"] == NO_LABEL, _sampled_labels(logits, batch["index"], seed), batch["labels"])
-    losses = F.cross_entropy(logits, labels, reduction="none")
+    output = model(pixel_values=pixels.requires_grad_())
+    answered = output_of(model, output).float()
+    if is_classifier(output):
+        drawn = _sampled_labels(answered, batch["index"], seed)
+        labels = torch.where(batch["labels"] == NO_LABEL, drawn, batch["labels"])
+        losses = F.cross_entropy(answered, labels, reduction="none")
+    else:
+        task = Embedding()
+        losses = task.losses(answered, task.sample(answered, batch["index"], seed))
     if not losses.isfinite().all():
         bad = batch["index"][~losses.isfinite()].tolist()
         raise NotFiniteError(bad[0], "the predictions")

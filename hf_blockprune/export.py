@@ -18,7 +18,9 @@ from .errors import CheckpointError, ConfigError, ModelError
 from .hardware.flops import image_size
 from .hub.blockprune_fusion import PROJECTIONS, unfuse
 from .hub.blockprune_quantizer import block_sparse_layers
-from .loading import load_classifier
+from .loading import load_model, model_class_of
+from .outputs import answers
+from .skeleton import channels_of
 
 FORMATS = ("dense", "onnx", "torch-export")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -54,13 +56,13 @@ def export_checkpoint(
         raise ConfigError(f"form: expected one of {', '.join(FORMATS)}, got {form!r}")
     if form == "onnx":
         _need_onnx()
-    model, processor = load_classifier(str(directory), {"dtype": torch.float32})
+    model, processor = load_model(str(directory), {"dtype": torch.float32})
     if not next(block_sparse_layers(model), None):
         raise ModelError(f"{directory}: holds no block-sparse layers, so there is nothing to export from it")
     model = model.eval()
     target = Path(output).expanduser()
-    pixels = _pixels(model.config, image_size(model.config, processor.to_dict()))
-    expected = {batch: _logits(model, pixels(batch)) for batch in BATCHES}
+    pixels = _pixels(channels_of(model), image_size(model.config, processor.to_dict()))
+    expected = {batch: _answers(model, pixels(batch)) for batch in BATCHES}
     write = {"dense": _write_dense, "onnx": _write_onnx, "torch-export": _write_program}[form]
     opened = staged_directory(target, overwrite=overwrite) if form == "dense" else _staged_file(target, overwrite)
     with opened as staging:
@@ -78,8 +80,6 @@ Run = Callable[[Tensor], Tensor]
 
 
 def _write_dense(model: Any, processor: Any, folder: Path, pixels: Callable[[int], Tensor]) -> Run:
-    from transformers import AutoModelForImageClassification
-
     name = f"{model.config.model_type} pruned by hf_blockprune"
     model.dequantize()
     _admit_biases(model)
@@ -94,8 +94,8 @@ def _write_dense(model: Any, processor: Any, folder: Path, pixels: Callable[[int
         f"A dense copy of a {name}: removed blocks are zeros, so it is as large and as slow as before pruning.\n",
         encoding="utf-8",
     )
-    loaded = AutoModelForImageClassification.from_pretrained(folder)
-    return lambda x: _logits(loaded.eval(), x)
+    loaded = load_model(str(folder), {}, model_class_of(model.config))[0]
+    return lambda x: _answers(loaded.eval(), x)
 
 
 def _admit_biases(model: Any) -> None:
@@ -129,7 +129,7 @@ def _write_program(model: Any, processor: Any, file: Path, pixels: Callable[[int
     shapes = ({0: torch.export.Dim("batch")},)
     content = io.BytesIO()  # torch's own writer ends the process where the disk is full
     with _explained("torch.export"), torch.no_grad():
-        program = without_traces(torch.export.export(_Logits(model), (pixels(2),), dynamic_shapes=shapes))
+        program = without_traces(torch.export.export(_Answers(model), (pixels(2),), dynamic_shapes=shapes))
         program.example_inputs = None  # made-up images, larger than a small model's weights
         torch.export.save(program, content)
     file.write_bytes(content.getbuffer())
@@ -151,7 +151,7 @@ def to_onnx(model: nn.Module, pixels: Tensor, file: Path, **options: Any) -> Non
         ModelError: torch cannot export it.
     """
     with _explained("ONNX"), redirect_stdout(io.StringIO()), torch.no_grad():
-        program = torch.export.export(_Logits(model), (pixels,), dynamic_shapes=options.pop("dynamic_shapes", None))
+        program = torch.export.export(_Answers(model), (pixels,), dynamic_shapes=options.pop("dynamic_shapes", None))
         torch.onnx.export(
             without_traces(program), (), str(file), dynamo=True, external_data=False, verbose=False, **options
         )
@@ -165,7 +165,7 @@ def without_traces(program: torch.export.ExportedProgram) -> torch.export.Export
     return program
 
 
-class _Logits(nn.Module):
+class _Answers(nn.Module):
     """A classifier that takes and gives a plain tensor."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -173,7 +173,7 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values=pixel_values).logits
+        return answers(self.model, pixel_values)
 
 
 @contextmanager
@@ -211,18 +211,18 @@ def _need_onnx() -> None:
         raise ConfigError(f"onnx needs {', '.join(missing)}; install them with: pip install 'hf_blockprune[onnx]'")
 
 
-def _pixels(config: Any, size: tuple[int, int]) -> Callable[[int], Tensor]:
+def _pixels(channels: int, size: tuple[int, int]) -> Callable[[int], Tensor]:
     """Made-up images of a size, the same every time."""
 
     def make(batch: int) -> Tensor:
-        return torch.randn(batch, config.num_channels, *size, generator=torch.Generator().manual_seed(batch))
+        return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(batch))
 
     return make
 
 
-def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
+def _answers(model: nn.Module, pixels: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(pixel_values=pixels).logits
+        return answers(model, pixels)
 
 
 def _difference(have: Tensor, want: Tensor) -> float:

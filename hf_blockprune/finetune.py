@@ -31,6 +31,7 @@ from .finetune_student import Student, is_sharded, stored_masks
 from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
 from .progress import Progress, weights_fingerprint
+from .skeleton import channels_of
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Finetuning:
             make_sparse(self.model, settings.gradual)
         self.pruning = self._plan_pruning(steps)
         teacher = None if self.teacher is None else _single(copy.deepcopy(self.teacher).to(device)).eval()
-        blank = torch.zeros(1, self.model.config.num_channels, *size, device=device)
+        blank = torch.zeros(1, channels_of(self.model), *size, device=device)
         # A copy trains, which processes may wrap or shard.
         self.student = Student(copy.deepcopy(self.model), teacher, settings, self.accelerator, blank)
         self.best: dict[str, Tensor] | None = None

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ModelError
-from .recovery import kl_divergence
+from .outputs import kl_divergence
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

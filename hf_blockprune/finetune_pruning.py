@@ -141,7 +141,7 @@ class GradualPruning:
     @cached_property
     def flops(self) -> ModelFlops:
         """Of the dense architecture."""
-        return count_flops(type(self.model), self.model.config, self.processor.to_dict())
+        return count_flops(self.model, self.processor.to_dict())
 
     def begin_and_goal(self) -> tuple[float, float]:
         """Shares of the dense model's cost: what is kept now, and what the budget allows.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig
 
 from .blocks import block_sizes
 from .checkpoint import CONFIG_FILE, PROCESSOR_FILE, REPORT_FILE, read_json, read_report, stream_reordered
@@ -30,6 +30,7 @@ from .hub.blockprune_quantizer import (
     BlockPruneQuantizationConfig,
     match_layers,
 )
+from .loading import build, model_class_of
 
 LAYER_COUNTS = ("num_hidden_layers", "depths")
 WEIGHTS_FILE = "model.safetensors"
@@ -123,16 +124,17 @@ def describe_checkpoint(stored: StoredModel) -> dict[str, Any]:
     }
 
 
-def open_checkpoint(directory: str | Path) -> StoredModel:
+def open_checkpoint(directory: str | Path, architecture: Any = None) -> StoredModel:
     """Read and check a checkpoint's config and indices.
 
     Args:
         directory: a folder written by `BlockPruner.save_pretrained`, or downloaded from the Hub.
+        architecture: the dense model on the meta device, where it is at hand; by default what config.json describes.
 
     Raises:
         CheckpointError: the folder is no block-sparse checkpoint, or is damaged.
         BlockSparseFormatError: config and tensors disagree.
-        ModelError: its config describes no image classifier.
+        ModelError: its config describes no classifier or encoder of images.
     """
     folder = Path(directory).expanduser()
     values = read_json(folder / CONFIG_FILE)
@@ -145,7 +147,7 @@ def open_checkpoint(directory: str | Path) -> StoredModel:
     files = _weight_files(folder)
     headers = _read_headers(files)
     _check_sizes(folder, values, headers)
-    architecture = _dense_architecture(folder)
+    architecture = _dense_architecture(folder, headers) if architecture is None else architecture
     modules, found = match_layers(architecture, config, headers)
     _check_dense(architecture, found, set(modules.values()))
     flops = _flops(folder, architecture)
@@ -213,27 +215,29 @@ def _check_dense(architecture: Any, found: dict[str, StoredTensor], sparse: set[
             )
 
 
-def _dense_architecture(folder: Path) -> Any:
+def _dense_architecture(folder: Path, headers: dict[str, StoredTensor]) -> Any:
     """The dense model on the meta device, from the native config alone (the folder's code is not run)."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             delattr(config, "quantization_config")
         with torch.device("meta"):
-            return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+            return build(model_class_of(config), config, headers)
+    except ModelError:
+        raise
     except Exception as error:  # transformers refuses a stranger's values in many ways
-        raise ModelError(f"{folder}: its config.json describes no image classifier ({error})") from error
+        raise ModelError(f"{folder}: its config.json describes no classifier or encoder of images ({error})") from error
 
 
 def _flops(folder: Path, architecture: Any) -> ModelFlops:
     file = folder / PROCESSOR_FILE
     processing = read_json(file) if file.is_file() else None
     try:
-        flops = count_flops(type(architecture), architecture.config, processing)
+        flops = count_flops(architecture, processing)
     except BlockPruneError:
         raise
     except Exception as error:
-        raise ModelError(f"{folder}: its config.json describes no image classifier ({error})") from error
+        raise ModelError(f"{folder}: its config.json describes no classifier or encoder of images ({error})") from error
     if not flops.total > 0:
         raise ModelError(f"{folder}: its config.json describes a model that multiplies nothing")
     return flops

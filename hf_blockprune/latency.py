@@ -12,6 +12,7 @@ from .hardware.stopwatch import by_turns, median, ratio
 from .hub.blockprune_backends import choose_backend
 from .hub.blockprune_quantizer import block_sparse_layers
 from .modes import evaluating
+from .skeleton import channels_of
 
 
 def measure_latency(
@@ -25,7 +26,7 @@ def measure_latency(
     """Time forward passes of both models by turns, so that what disturbs the machine disturbs both.
 
     Args:
-        pruned: a transformers image classifier with block-sparse layers, on the device to measure.
+        pruned: a transformers classifier or encoder of images with block-sparse layers, on the device to measure.
         dense: the model to compare it with; by default itself with zeros where blocks were removed, which takes as long
             as the dense model that it was made from.
         image_size: (height, width).
@@ -43,7 +44,7 @@ def measure_latency(
     rows, pixels = [], torch.empty(0)
     with evaluating(*models.values()):
         for batch in sorted(batch_sizes):
-            pixels = torch.zeros(batch, pruned.config.num_channels, *image_size, device=device, dtype=dtype)
+            pixels = torch.zeros(batch, channels_of(pruned), *image_size, device=device, dtype=dtype)
             rows.append(_row(models, pixels, seconds))
     found = environment()
     return {

@@ -21,7 +21,7 @@ from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import describe_checkpoint, open_checkpoint
 from .latency import measure_latency
-from .loading import load_classifier
+from .loading import load_model
 from .pruning import Pruning
 from .publish import upload_checkpoint
 from .recovery import Recovery, recover
@@ -29,7 +29,9 @@ from .report import PruneReport
 from .residual import permute_stream
 from .shared_statistics import SharedStatistics
 from .simulation import predict_checkpoint
+from .skeleton import skeleton
 from .structure import find_residual_stream
+from .unwrapping import plain_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,7 +48,8 @@ class BlockPruner:
     """Block-structured pruning of a transformers image classifier after training.
 
     Args:
-        model: the dense model; pruned in place. A block-sparse one can be recovered and evaluated, not pruned again.
+        model: the dense model, of transformers; pruned in place. A block-sparse one can be recovered and evaluated, not
+            pruned again. What `torch.compile`, `DataParallel`, DDP or accelerate put around it is taken off.
         processor: its image processor.
         config: how to prune.
         name: what to call the model in reports.
@@ -70,7 +73,7 @@ class BlockPruner:
         name: str = "model",
         accelerator: "Accelerator | None" = None,
     ) -> None:
-        self.model = model
+        self.model = plain_model(model)
         self.processor = processor
         self.config = config or BlockPruneConfig()
         self.name = name
@@ -85,24 +88,27 @@ class BlockPruner:
         config: BlockPruneConfig | None = None,
         *,
         accelerator: "Accelerator | None" = None,
+        model_class: type | None = None,
         **kwargs: Any,
     ) -> "BlockPruner":
-        """Load a classifier and its image processor from the Hub or a folder.
+        """Load a classifier or an encoder of images, and its image processor, from the Hub or a folder.
 
         Args:
             name_or_path: a Hub name such as "facebook/deit-base-patch16-224", or a folder; also of a pruned model, to
                 recover or evaluate it.
             config: how to prune; of a pruned model, by default the one it was pruned with.
             accelerator: device and processes.
+            model_class: a model class of transformers, for checkpoints of which a part is wanted, such as
+                `CLIPVisionModelWithProjection` of a CLIP; by default the one that the checkpoint was saved from.
             **kwargs: passed to transformers' `from_pretrained` (revision, token, cache_dir, ...).
 
         Raises:
-            ModelError: nothing is there, it is no image classifier, or it lacks trained weights.
+            ModelError: nothing is there, it neither classifies nor encodes images, or it lacks trained weights.
             CheckpointError: the files are damaged.
             ConfigError: the stored settings are none.
             BlockSparseFormatError: a block-sparse checkpoint's config and tensors disagree.
         """
-        model, processor = load_classifier(str(name_or_path), kwargs)
+        model, processor = load_model(str(name_or_path), kwargs, model_class)
         # Only the folder's name of a local path belongs into reports that may be published.
         path = Path(name_or_path).expanduser()
         name = path.resolve().name if path.exists() else str(name_or_path)
@@ -113,7 +119,9 @@ class BlockPruner:
                 pruner._report = PruneReport(stored)
                 pruner.config = config or BlockPruneConfig.from_dict(stored["config"])
         else:
-            pruner._reload_dense = lambda: cls.from_pretrained(name_or_path, accelerator=accelerator, **kwargs)
+            pruner._reload_dense = lambda: cls.from_pretrained(
+                name_or_path, accelerator=accelerator, model_class=model_class, **kwargs
+            )
         return pruner
 
     @cached_property
@@ -399,7 +407,7 @@ class BlockPruner:
     def _write(self, folder: Path, report: dict[str, Any], repo_id: str) -> None:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        stored = open_checkpoint(folder)
+        stored = open_checkpoint(folder, skeleton(self.model))
         values = describe_checkpoint(stored)
         report.update({key: values[key] for key in ("size_bytes", "dense_size_bytes")})
         report["predicted"] = predict_checkpoint(stored)

@@ -15,18 +15,20 @@ from .config import BlockPruneConfig
 from .cutting import cut_hidden_units
 from .data import ImageSet, load_images, load_pixels
 from .environment import environment
-from .errors import ModelError
-from .hardware.flops import count_flops
+from .errors import ConfigError, ModelError
+from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_quantizer import sparsify
 from .layer_statistics import LayerStatistics
 from .layerwise import LayerRefit, refit_layers
 from .modes import evaluating
+from .outputs import classifies
 from .progress import SELECTION, Progress, weights_fingerprint
 from .report import PruneReport, add_cuts, add_refits, describe_masks
 from .selection import Selection, timed
 from .shared_statistics import SharedStatistics
 from .structure import find_transformer_layers, fold_scales
 from .targets import check_storable, find_targets
+from .unwrapping import check_prunable, check_unshared
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -60,11 +62,20 @@ class Pruning:
     @cached_property
     def targets(self) -> dict[str, nn.Linear]:
         """The Linears to prune, by name."""
-        return find_targets(self.model, self.config)
+        return find_targets(self.model, self.config, self.flops.linear_tokens)
+
+    @cached_property
+    def flops(self) -> ModelFlops:
+        """Of the dense model."""
+        return count_flops(self.model, self.processor.to_dict())
 
     def run(self, dataset: Any, split: str | None, work_dir: str | Path | None) -> PruneReport:
         """Prune; arguments and errors as for `BlockPruner.prune`."""
+        check_prunable(self.model)
         check_storable(self.model, self.targets)
+        check_unshared(self.model, self.targets)
+        if not classifies(self.model, self.processor.to_dict()):
+            self._prepare_encoder()
         images, found = self._calibration_images(dataset, split)
         # Without a refit the masks are the end of the run, and nothing would be resumed.
         progress = self._progress(Path(work_dir), images) if work_dir is not None and self.config.refits else None
@@ -78,6 +89,20 @@ class Pruning:
         sparsify(self.model, selected.masks, self.config.block_shape)
         add_cuts(selected.report, cut_hidden_units(self.model, layers))
         return selected.report
+
+    def _prepare_encoder(self) -> None:
+        """Features of an embedding are what is asked for, so they keep their order.
+
+        Raises:
+            ConfigError: the method needs the loss of a classifier.
+        """
+        if self.config.method == "taylor":
+            raise ConfigError(
+                f"method: 'taylor' needs the loss of a classifier, and {type(self.model).__name__} is an encoder without "
+                "one; use obs or magnitude"
+            )
+        if self.config.permutes_stream:
+            self.config = self.config.replace(permute_stream=False)
 
     def _calibration_images(self, dataset: Any, split: str | None) -> tuple[ImageSet | None, int | None]:
         """(the images that were drawn, how many there are), both None where the method needs none."""
@@ -139,14 +164,13 @@ class Pruning:
         """Bring the model into the form that is pruned, and collect what the choice of masks needs."""
         fold_scales(self.model)
         seconds: dict[str, float] = {}
-        flops = count_flops(type(self.model), self.model.config, self.processor.to_dict())
         statistics, calibration = {}, None
         if images is not None:
             with timed(seconds, "calibration"):
                 statistics, calibration = self._calibrate(images, found)
         pixels = self._judging_pixels(images)
         selection = Selection(
-            self.model, self.targets, statistics, flops, self.config, self.accelerator, pixels, seconds
+            self.model, self.targets, statistics, self.flops, self.config, self.accelerator, pixels, seconds
         )
         return selection, calibration
 

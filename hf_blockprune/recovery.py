@@ -30,6 +30,7 @@ from .errors import ModelError
 from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_layout import pack
 from .hub.blockprune_quantizer import block_sparse_layers
+from .outputs import Embedding, answers, is_classifier, kl_divergence, output_of
 from .selection import timed
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Recovery:
         num_images: images learned from.
         num_held_back: images that chose the step to keep.
         divergence: KL(dense || pruned) of the predictions in nats, the mean over held-back images, after each step;
-            "pruned" is where it began.
+            "pruned" is where it began. Of an encoder, half the squared error of the embedding over its variance.
         kept: the step whose weights the model holds.
         seconds: time by step.
     """
@@ -79,7 +80,7 @@ def recover(
     steps, but for rounding.
 
     Args:
-        model: a transformers image classifier with block-sparse layers.
+        model: a transformers classifier or encoder of images with block-sparse layers.
         teacher: the dense model that it was made from; left as it is.
         images: what to learn from.
         processor: the model's image processor.
@@ -152,10 +153,11 @@ def _write_back(student: nn.Module, model: nn.Module) -> None:
 
 @dataclass
 class _Call:
-    """What a model gave for some images: predictions and the output of each layer."""
+    """What a model gave for some images: answers, whether they are scores of classes, and the output of each layer."""
 
-    logits: Tensor
+    answers: Tensor
     hidden: list[Tensor]
+    classes: bool
 
 
 def _call(model: nn.Module, layers: list[Unit], pixels: Tensor) -> _Call:
@@ -166,7 +168,8 @@ def _call(model: nn.Module, layers: list[Unit], pixels: Tensor) -> _Call:
 
     handles = [layer.module.register_forward_hook(record) for layer in layers]
     try:
-        return _Call(model(pixel_values=pixels).logits, hidden)
+        output = model(pixel_values=pixels)
+        return _Call(output_of(model, output), hidden, is_classifier(output))
     finally:
         for handle in handles:
             handle.remove()
@@ -184,6 +187,7 @@ class _Run:
     accelerator: "Accelerator"
     seed: int
     student: nn.Module = field(init=False)
+    task: Embedding | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.device, self.generator = self.accelerator.device, torch.Generator().manual_seed(self.seed)
@@ -204,6 +208,7 @@ class _Run:
         embeddings = getattr(getattr(self.student, "base_model", None), "embeddings", None)
         if embeddings is not None:  # they were not pruned, and would learn single images by heart
             embeddings.requires_grad_(False)
+        self.task = self._task()
         self.token_weights = self._token_weights()
 
     def _some(self, chosen: Tensor) -> Tensor:
@@ -217,14 +222,32 @@ class _Run:
         sums = [torch.zeros((), device=self.device) for _ in self.teacher_layers]
         for chosen in self.learned[:FISHER_IMAGES].split(IMAGES_AT_ONCE):
             seen = _call(self.teacher, self.teacher_layers, self._some(chosen).requires_grad_())
-            if not seen.logits.isfinite().all():
+            if not seen.answers.isfinite().all():
                 raise ModelError("the teacher's predictions are not finite; check its weights and the images")
-            drawn = torch.multinomial(seen.logits.softmax(-1).cpu(), 1, generator=self.generator).squeeze(1)
-            loss = F.cross_entropy(seen.logits, drawn.to(self.device), reduction="sum")
-            grads = torch.autograd.grad(loss, seen.hidden)
+            grads = torch.autograd.grad(self._surprise(seen), seen.hidden, allow_unused=True)
+            grads = [torch.zeros_like(h) if g is None else g for g, h in zip(grads, seen.hidden, strict=True)]
             sums = [total + grad.square().sum((0, 2)) for total, grad in zip(sums, grads, strict=True)]
         share = self.settings.token_weights
         return [share * total / total.mean().clamp(min=1e-30) + 1 - share for total in sums]
+
+    def _surprise(self, seen: _Call) -> Tensor:
+        """Negative log-likelihood of answers drawn from the model's own, the sum over images."""
+        if isinstance(self.task, Embedding):
+            noise = torch.randn(seen.answers.shape, generator=self.generator).to(seen.answers)
+            return (seen.answers * noise).sum() / self.task.variance**0.5
+        drawn = torch.multinomial(seen.answers.softmax(-1).cpu(), 1, generator=self.generator).squeeze(1)
+        return F.cross_entropy(seen.answers, drawn.to(self.device), reduction="sum")
+
+    @torch.no_grad()
+    def _task(self) -> Embedding | None:
+        """How embeddings compare, in units of the dense model's; None of a classifier."""
+        chosen = self.learned[:FISHER_IMAGES].split(IMAGES_AT_ONCE)
+        seen = [_call(self.teacher, self.teacher_layers, self._some(part)) for part in chosen]
+        return None if seen[0].classes else Embedding().scaled(torch.cat([part.answers for part in seen]))
+
+    def _divergence(self, wanted: Tensor, have: Tensor) -> Tensor:
+        """Of each image, from answers [images, values]."""
+        return kl_divergence(wanted, have) if self.task is None else self.task.divergence(wanted, have)
 
     @torch.no_grad()
     def divergence(self) -> float:
@@ -233,8 +256,8 @@ class _Run:
         mine = self.judged[self.accelerator.process_index :: self.accelerator.num_processes]
         for chosen in mine.split(IMAGES_AT_ONCE):
             pixels = self._some(chosen)
-            wanted, have = (model(pixel_values=pixels).logits for model in (self.teacher, self.student))
-            total += kl_divergence(wanted, have).sum()
+            wanted, have = (answers(model, pixels) for model in (self.teacher, self.student))
+            total += self._divergence(wanted, have).sum()
         return float(self._sum(total)) / len(self.judged)
 
     def reconstruct(self, epochs: int) -> None:
@@ -280,7 +303,8 @@ class _Run:
                 for a, b, weight in zip(have.hidden, wanted.hidden, self.token_weights, strict=True)
             ]
             mean_hidden = torch.stack(hidden).mean()
-            return kl_divergence(wanted.logits, have.logits).mean() + self.settings.hidden_weight * mean_hidden
+            answered = self._divergence(wanted.answers, have.answers).mean()
+            return answered + self.settings.hidden_weight * mean_hidden
 
         order = list(self._order(len(self.learned), epochs))
         self._descend(loss, self.student, order, "distillation", progress="Distillation")
@@ -352,8 +376,3 @@ def _advanced(unit: Unit, states: Tensor, module: nn.Module | None = None) -> Te
             ends = states if part.shape[1:] == states.shape[1:] else part.new_empty(len(states), *part.shape[1:])
         ends[chosen] = part
     return states if ends is None else ends
-
-
-def kl_divergence(wanted: Tensor, have: Tensor) -> Tensor:
-    """KL(wanted || have) of each image from logits, [images]."""
-    return F.kl_div(have.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)

@@ -93,7 +93,7 @@ def predict(model: nn.Module, device: str | Path, *, batch: int = 1, dtype: str 
     """
     profile = load_profile(device)
     dtype = dtype or usual_dtype(profile)
-    flops = count_flops(type(model), model.config)
+    flops = count_flops(model)
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, BlockSparseLinear))]
     repeated = [name for name in names if any(part.isdigit() for part in name.split("."))]
     works = []

@@ -1,21 +1,32 @@
 """Which Linears of a model are pruned."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
+from transformers.utils import logging
 
 from .blocks import check_block_fits
 from .config import BlockPruneConfig
 from .errors import ConfigError, ModelError
 from .hub.blockprune_names import unstorable
 
+logger = logging.get_logger(__name__)
 
-def find_targets(model: nn.Module, config: BlockPruneConfig) -> dict[str, nn.Linear]:
+
+def find_targets(
+    model: nn.Module, config: BlockPruneConfig, tokens: Mapping[str, float] | None = None
+) -> dict[str, nn.Linear]:
     """The Linears that a config selects, by module name, in forward order.
 
     Candidates are the Linears of the repeated layers (those inside a ModuleList): patch embedding, pooler and heads
     stay dense. Of these, `targets` selects and `ignore` takes out.
+
+    Args:
+        model: a transformers model.
+        config: with `targets`, `ignore` and the block shape.
+        tokens: rows that each Linear multiplies for one image, by module name; those that see none are left out, such
+            as the layers of a text tower. None for no such knowledge.
 
     Raises:
         ModelError: the model has no Linear in repeated layers.
@@ -32,6 +43,12 @@ def find_targets(model: nn.Module, config: BlockPruneConfig) -> dict[str, nn.Lin
             f"{type(model).__name__} has no target Linears: none lies in a repeated layer. "
             "Vision transformers such as ViT and DeiT can be pruned"
         )
+    idle = [name for name in candidates if tokens is not None and not tokens.get(name)]
+    if len(idle) == len(candidates):
+        raise ModelError(f"{type(model).__name__}: none of its {len(idle)} Linears in repeated layers sees an image")
+    if idle:
+        logger.warning(f"{len(idle)} Linears see nothing of an image and stay as they are (first: {idle[0]}).")
+        candidates = {name: linear for name, linear in candidates.items() if name not in idle}
     for key in ("targets", "ignore"):
         for pattern in getattr(config, key):
             if not any(fnmatchcase(name, pattern) for name in candidates):

@@ -65,7 +65,8 @@ def main() -> None:
         family = next(key for key in CONFIGS if name.startswith(key))
         kept = next((share for key, share in KEPT.items() if key in name), 0.5)
         config = CONFIGS[family]
-        flops = count_flops(class_of(config), config)
+        with torch.device("meta"):
+            flops = count_flops(class_of(config)(config))
         teacher = settings.distillation.needs_teacher
         image = flops.total * (teacher + kept + 2)
         steps = math.ceil(IMAGENET / settings.batch_size) * settings.epochs

@@ -16,7 +16,7 @@ from hf_blockprune import BlockPruneError, BlockSparseFormatError
 from hf_blockprune.hub.blockprune_names import stored_layer_names
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.inspection import inspect_checkpoint
-from hf_blockprune.loading import load_classifier
+from hf_blockprune.loading import load_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "format-2"
 PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
@@ -175,7 +175,7 @@ def check(folder: Path) -> str:
     except (BlockPruneError, BlockSparseFormatError):
         refused = ", refused by inspection"
     try:
-        model = load_classifier(str(folder), {})[0].eval()
+        model = load_model(str(folder), {})[0].eval()
     except (BlockPruneError, BlockSparseFormatError):
         return "refused" if refused else "refused on loading"
     stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}

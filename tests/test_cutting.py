@@ -194,7 +194,7 @@ def test_no_chosen_block_is_unused_and_the_budget_is_spent(accelerator, ratio):
     config = BlockPruneConfig(
         block_shape=(8, 8), budget={"metric": "flops", "ratio": ratio}, min_kept_per_layer=0, true_loss_rounds=0
     )
-    flops = count_flops(type(model), model.config)
+    flops = count_flops(model)
     selection = Selection(model, targets, statistics, flops, config, accelerator)
     allocation = selection.run()
     used = drop_unused(layers, allocation.masks, targets, (8, 8))

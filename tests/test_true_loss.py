@@ -97,7 +97,7 @@ def test_factors_are_positive_and_within_reach_of_each_other(pairs):
 def selection_of(statistics, pixels, accelerator, **changes):
     model = tiny_model().double()
     config = BlockPruneConfig(block_shape=SHAPE, budget={"metric": "flops", "ratio": 0.6}, permute=False, **changes)
-    flops = count_flops(type(model), model.config)
+    flops = count_flops(model)
     return Selection(model, linears_of(model), statistics, flops, config, accelerator, pixels)
 
 

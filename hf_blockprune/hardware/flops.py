@@ -1,7 +1,6 @@
-"""FLOPs of a whole model, counted by torch on a weightless copy: nothing is allocated, nothing computed."""
+"""FLOPs of a whole model, counted by torch on a copy without weights: nothing is allocated, nothing computed."""
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import ModelError
+from ..skeleton import channels_of, skeleton
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ModelFlops:
         total: of the whole model: patch embedding, Linears, attention products, heads. A multiply and an add count
             as two.
         parameters: weights of the whole model.
-        linear_tokens: rows that each Linear multiplies in one forward pass, by module name.
+        linear_tokens: rows that each Linear multiplies in one forward pass, by module name; 0 where it sees none.
         image_size: (height, width) of the image.
     """
 
@@ -41,42 +41,70 @@ def image_size(config: Any, processing: Mapping[str, Any] | None = None) -> tupl
     Raises:
         ModelError: neither says.
     """
-    processing = processing or {}
+    for size in _sizes(config, processing or {}):
+        return size
+    raise ModelError(f"{type(config).__name__}: its config has no image_size; only vision models can be pruned")
+
+
+def _sizes(config: Any, processing: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """(height, width) by the processor's settings, by the config, and by the configs in it."""
     crop = processing.get("crop_size") if processing.get("do_center_crop") else None
-    for size in (crop, processing.get("size"), getattr(config, "image_size", None)):
+    parts = (config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config")))
+    timm = getattr(config, "pretrained_cfg", None) or processing.get("pretrained_cfg") or {}
+    for size in (
+        crop,
+        processing.get("size"),
+        *(getattr(part, "image_size", None) for part in parts),
+        list(timm.get("input_size") or ())[1:],
+    ):
         if isinstance(size, Mapping):
             size = (size.get("height"), size.get("width"))
         height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
         if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
-            return height, width
-    raise ModelError(f"{type(config).__name__}: its config has no image_size; only vision models can be pruned")
+            yield height, width
 
 
-def count_flops(model_class: type, config: Any, processing: Mapping[str, Any] | None = None) -> ModelFlops:
-    """Count the FLOPs of one image through the dense architecture.
+def count_flops(model: nn.Module, processing: Mapping[str, Any] | None = None) -> ModelFlops:
+    """Count the FLOPs of one image through the dense form of a model.
 
     Args:
-        model_class: a transformers vision model class.
-        config: its config; a block-sparse checkpoint's `quantization_config` is left out of account.
+        model: a transformers vision model, dense or block-sparse, on any device; it does not run itself.
         processing: settings of its image processor, see `image_size`.
 
     Raises:
-        ModelError: the model does not take images of `config.image_size`.
+        ModelError: the model does not answer images alone, or takes no images of this size.
     """
-    config = copy.deepcopy(config)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    height, width = image_size(config, processing)
-    config.image_size = height if height == width else (height, width)
-    with torch.device("meta"):
-        model = model_class(config).eval()
-        pixels = torch.empty(1, config.num_channels, height, width, dtype=next(model.parameters()).dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(pixel_values=pixels)
+    dense = skeleton(model)
+    size = image_size(dense.config, processing)
+    sizes = dict.fromkeys((size, *_sizes(dense.config, {})))
+    refused: Exception | None = None
+    for height, width in sizes:  # one that the processor makes and the model does not take is refused with the images
+        pixels = torch.empty(1, channels_of(dense), height, width, dtype=dtype_of(dense), device="meta")
+        try:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                dense(pixel_values=pixels)
+        except Exception as error:  # what a model's code does with inputs that it does not take
+            refused = refused or error
+            continue
+        return _read_counter(counter, dense, (height, width))
+    reason = next((line.strip() for line in str(refused).splitlines() if line.strip()), type(refused).__name__)
+    raise ModelError(
+        f"{type(model).__name__}: does not answer images of {size[0]}x{size[1]} (height x width) alone ({reason}); "
+        "only models that take pixel_values and nothing else can be pruned, such as the vision part of one that also "
+        "takes text"
+    ) from refused
+
+
+def _read_counter(counter: FlopCounterMode, dense: nn.Module, size: tuple[int, int]) -> ModelFlops:
     counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     tokens = {
         name: counts.get(name, 0) / (2 * module.in_features * module.out_features)
-        for name, module in model.named_modules()
+        for name, module in dense.named_modules()
         if isinstance(module, nn.Linear)
     }
-    return ModelFlops(float(counter.get_total_flops()), model.num_parameters(), tokens, (height, width))
+    return ModelFlops(float(counter.get_total_flops()), sum(p.numel() for p in dense.parameters()), tokens, size)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The floating-point type that a model computes in."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
