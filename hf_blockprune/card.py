@@ -22,7 +22,7 @@ def model_card(report: dict[str, Any], repo_id: str) -> ModelCard:
     name = repo_id.rpartition("/")[2]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag="image-feature-extraction" if report.get("encoder") else "image-classification",
         tags=["block-sparse", "pruning", "hf_blockprune"],
         base_model=base if HUB_ID.fullmatch(base) else None,
         model_name=name if evaluation else None,
@@ -34,10 +34,18 @@ def model_card(report: dict[str, Any], repo_id: str) -> ModelCard:
         template_path=str(TEMPLATE),
         **{key: value for key, value in report.items() if key not in ("config", "layers")},
         method=report["config"]["method"],
+        auto_class=_auto_class(report),
         block_shape=f"{shape[0]}x{shape[1]}",
         model_name=name,
         repo_id=repo_id,
     )
+
+
+def _auto_class(report: dict[str, Any]) -> str:
+    """The class that loads the model."""
+    if not report.get("encoder"):
+        return "AutoModelForImageClassification"
+    return "AutoBackbone" if report["model_class"].endswith("Backbone") else report["model_class"]
 
 
 def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:

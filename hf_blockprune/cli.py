@@ -15,6 +15,7 @@ from .config import Budget
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
 from .tables import (
     evaluation_table,
+    fidelity_table,
     inspect_table,
     latency_table,
     plain_table,
@@ -278,7 +279,7 @@ def evaluate(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure top-1 and top-5 accuracy, and the paired change against another model."""
+    """Measure accuracy and its paired change against another model; of an encoder, how close its embeddings are."""
     set_quiet(quiet)
     from .pruner import BlockPruner
     from .sources import DataSource
@@ -286,7 +287,8 @@ def evaluate(
     source = DataSource(dataset, dataset_config, split, image_column, label_column, bool(streaming))
     pruner = BlockPruner.from_pretrained(model)
     result = pruner.evaluate(source, against=against, batch_size=batch_size)
-    emit(result.to_dict(), evaluation_table(result.to_dict()), as_json=json_)
+    values = result.to_dict()
+    emit(values, fidelity_table(values) if "cosine" in values else evaluation_table(values), as_json=json_)
     if not quiet:
         say_skipped(result.skipped)
 

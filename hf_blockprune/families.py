@@ -5,7 +5,7 @@ features that one architecture does not mind may be wrong for another, such as o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Names of a layer's Linears within it, in transformers 5 as it is now and as it began.
@@ -65,6 +65,34 @@ DINOV2 = Family(
     scales={"out": "layer_scale1.lambda1", "fc2": "layer_scale2.lambda1"},
     stream_axes={**STREAM_AXES, "*.layer_scale?.lambda1": 0},
 )
+# Of CLIP and SigLIP the vision towers.
+CLIP = Family(
+    parts={
+        **{part: (f"self_attn.{name}_proj",) for part, name in (("query", "q"), ("key", "k"), ("value", "v"))},
+        "out": ("self_attn.out_proj",),
+        "fc1": ("mlp.fc1",),
+        "fc2": ("mlp.fc2",),
+    },
+    stream_axes={
+        **STREAM_AXES,
+        "*embeddings.class_embedding": 0,
+        "*embeddings.patch_embedding.weight": 0,
+        "*embeddings.patch_embedding.bias": 0,
+        "*embeddings.position_embedding.weight": 1,
+    },
+)
+# Its pooling head reads the stream through one matrix of query, key and value; what comes out has features of its own.
+SIGLIP = replace(
+    CLIP,
+    stream_axes={**CLIP.stream_axes, "*head.probe": -1, "*head.attention.in_proj_weight": 1},
+    others=(
+        *OTHERS,
+        "*head.attention.in_proj_bias",
+        "*head.attention.out_proj.*",
+        "*head.layernorm.*",
+        "*head.mlp.*",
+    ),
+)
 SWIN = Family(heads_stay=True, one_stream=False)
 
 _FAMILIES: dict[str, Family] = {
@@ -76,6 +104,11 @@ _FAMILIES: dict[str, Family] = {
     "dinov2": DINOV2,
     "dinov2_with_registers": DINOV2,
     "swin": SWIN,
+    "ijepa": VIT,
+    "clip": CLIP,
+    "clip_vision_model": CLIP,
+    "siglip": SIGLIP,
+    "siglip_vision_model": SIGLIP,
 }
 
 

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,13 @@ from .config import BlockPruneConfig, RecoveryConfig
 from .data import load_images
 from .errors import CheckpointError, ModelError
 from .evaluation import Evaluation, Predictions, predict, summarise
+from .fidelity import Embeddings, Fidelity, compare, embed
 from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import describe_checkpoint, open_checkpoint
 from .latency import measure_latency
 from .loading import load_model
+from .outputs import classifies
 from .pruning import Pruning
 from .publish import upload_checkpoint
 from .recovery import Recovery, recover
@@ -45,7 +47,7 @@ EVALUATION_SPLITS = ("validation", "test", "train")
 
 
 class BlockPruner:
-    """Block-structured pruning of a transformers image classifier after training.
+    """Block-structured pruning of a transformers image classifier or encoder after training.
 
     Args:
         model: the dense model, of transformers; pruned in place. A block-sparse one can be recovered and evaluated, not
@@ -243,6 +245,8 @@ class BlockPruner:
         from .finetune_report import with_finetuning
 
         settings = settings or FinetuneConfig()
+        if not self._classifies():
+            raise ModelError(f"{self.name} is an encoder, and training needs a classifier; use recover()")
         dense = self._in_same_order(self._teacher(teacher).model) if settings.distillation.needs_teacher else None
         judged = None
         if evaluation is not None:
@@ -298,7 +302,7 @@ class BlockPruner:
             **asdict(result),
             "evaluation_before": report["evaluation"],
         }
-        report["evaluation"] = None
+        report["evaluation"] = report["fidelity"] = None
         report["seconds"] = {**report["seconds"], "recovery": round(sum(result.seconds.values()), 3)}
 
     def report(self) -> PruneReport:
@@ -317,14 +321,14 @@ class BlockPruner:
         self,
         dataset: Any,
         *,
-        against: "str | Path | BlockPruner | Predictions | None" = None,
+        against: "str | Path | BlockPruner | Predictions | Embeddings | None" = None,
         split: str | None = None,
         batch_size: int = 32,
-    ) -> Evaluation:
-        """Top-1 and top-5 accuracy, and the paired change against another model.
+    ) -> "Evaluation | Fidelity":
+        """Top-1 and top-5 accuracy, and the paired change against another model; of an encoder, its `Fidelity` to it.
 
         Args:
-            dataset: labelled images, named as for `prune`.
+            dataset: images, named as for `prune`; labelled ones, but for an encoder.
             against: a name, folder or `BlockPruner` to compare with image by image, such as the dense model; or its
                 `predictions`, where it is compared with several times.
             split: split of the data set; "validation" or "test" by default.
@@ -332,8 +336,12 @@ class BlockPruner:
 
         Raises:
             DataError: images that are missing, unlabelled, corrupt past 1 %, or labelled outside the model's classes.
-            ModelError: the other model cannot be loaded.
+            ModelError: the other model cannot be loaded, or that of an encoder is missing or another one.
         """
+        if not self._classifies():
+            return self._fidelity(dataset, against, split, batch_size)
+        if isinstance(against, Embeddings):
+            raise ModelError(f"{self.name} gives scores of classes, which do not compare with embeddings")
         images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS)
         options = {"accelerator": self.accelerator, "batch_size": batch_size}
         baseline = against if isinstance(against, Predictions) else None
@@ -344,6 +352,37 @@ class BlockPruner:
         if self._report is not None:
             self._report["evaluation"] = {"dataset": images.public_name, **result.to_dict()}
         return result
+
+    def _classifies(self) -> bool:
+        return classifies(self.model, self.processor.to_dict())
+
+    def _fidelity(self, dataset: Any, against: Any, split: str | None, batch_size: int) -> Fidelity:
+        if against is None or isinstance(against, Predictions):
+            raise ModelError(
+                f"{self.name} is an encoder, which has no accuracy; name the dense model to compare embeddings with "
+                "(against=, --against)"
+            )
+        options = {"split": split, "batch_size": batch_size}
+        wanted = against
+        if not isinstance(against, Embeddings):
+            other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
+            wanted = other.embeddings(dataset, **options)
+        result = compare(self.embeddings(dataset, **options), wanted)
+        if self._report is not None:
+            self._report["fidelity"] = {"dataset": load_images(dataset).public_name, **result.to_dict()}
+        return result
+
+    def embeddings(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> Embeddings:
+        """An encoder's embeddings of images, for `evaluate` of others to compare with; arguments are its.
+
+        Raises:
+            ModelError: the model is a classifier.
+            DataError: the images cannot be used.
+        """
+        if self._classifies():
+            raise ModelError(f"{self.name} is a classifier; its answers are predictions()")
+        images = replace(load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS), label_column=None)
+        return embed(self.model, images, self.processor, accelerator=self.accelerator, batch_size=batch_size)
 
     def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> Predictions:
         """The model's answers on labelled images, for `evaluate` of others to compare with; arguments are its."""

@@ -65,6 +65,11 @@ class Pruning:
         return find_targets(self.model, self.config, self.flops.linear_tokens)
 
     @cached_property
+    def encoder(self) -> bool:
+        """Whether the model gives embeddings, not scores of classes."""
+        return not classifies(self.model, self.processor.to_dict())
+
+    @cached_property
     def flops(self) -> ModelFlops:
         """Of the dense model."""
         return count_flops(self.model, self.processor.to_dict())
@@ -74,7 +79,7 @@ class Pruning:
         check_prunable(self.model)
         check_storable(self.model, self.targets)
         check_unshared(self.model, self.targets)
-        if not classifies(self.model, self.processor.to_dict()):
+        if self.encoder:
             self._prepare_encoder()
         images, found = self._calibration_images(dataset, split)
         # Without a refit the masks are the end of the run, and nothing would be resumed.
@@ -98,8 +103,8 @@ class Pruning:
         """
         if self.config.method == "taylor":
             raise ConfigError(
-                f"method: 'taylor' needs the loss of a classifier, and {type(self.model).__name__} is an encoder without "
-                "one; use obs or magnitude"
+                f"method: 'taylor' needs the loss of a classifier, which the encoder {type(self.model).__name__} has "
+                "not; use obs or magnitude"
             )
         if self.config.permutes_stream:
             self.config = self.config.replace(permute_stream=False)
@@ -244,6 +249,8 @@ class Pruning:
             "calibration": calibration,
             "recovery": None,
             "evaluation": None,
+            "fidelity": None,
+            "encoder": self.encoder,
             "latency": None,
             "seconds": selection.seconds,
             "environment": environment(),

@@ -71,7 +71,9 @@ def _part_names(prefix: str, family: Family, linears: dict[str, nn.Linear]) -> d
 def _heads(model: Any, query: str) -> int | None:
     """Number of an attention's heads: its own, for models in which it differs, or the config's."""
     attention = model.get_submodule(query.rpartition(".")[0])
-    heads = getattr(attention, "num_attention_heads", getattr(model.config, "num_attention_heads", None))
+    config = getattr(model.config, "vision_config", model.config)
+    found = (getattr(attention, name, None) for name in ("num_attention_heads", "num_heads"))
+    heads = next((h for h in found if isinstance(h, int)), getattr(config, "num_attention_heads", None))
     return heads if isinstance(heads, int) else None
 
 

@@ -16,6 +16,7 @@ from .evaluation import Predictions, summarise
 from .html_report import sweep_page
 from .inspection import inspect_checkpoint
 from .jobs import PruneJob, prune_and_measure
+from .outputs import classifies
 from .pareto import frontier
 from .progress import discard, weights_fingerprint
 from .pruner import EVALUATION_SPLITS, BlockPruner
@@ -103,6 +104,8 @@ def run_sweep(
     folder = SweepFolder(Path(job.output).expanduser().resolve(), list(configs))
     folder.check()
     dense = BlockPruner.from_pretrained(job.model)
+    if not classifies(dense.model, dense.processor.to_dict()):
+        raise ConfigError(f"model: a sweep compares accuracies, and {job.model} is an encoder; prune it once a budget")
     if dense.accelerator.num_processes > 1:
         raise ConfigError("a sweep runs in one process; start it without accelerate launch")
     return _Sweep(job, configs, dense, folder, keep).run(on_point or (lambda point: None))

@@ -43,6 +43,10 @@ def summary_table(report: dict[str, Any]) -> Table:
         e = report["evaluation"]
         dense = f", dense {e['baseline_top1']:.2%}" if "baseline_top1" in e else ""
         table.add_row("top-1", f"{e['top1']:.2%} of {e['num_images']} images{dense}")
+    if report.get("fidelity") is not None:
+        f = report["fidelity"]
+        text = f"cosine {f['cosine']:.4f}, squared error {f['relative_squared_error']:.4f} of the variance"
+        table.add_row("embeddings against the dense model", f"{text}, {f['num_images']} images")
     table.add_row("seconds", ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items()))
     return table
 
@@ -146,6 +150,15 @@ def evaluation_table(values: dict[str, Any]) -> Table:
         table.add_row("baseline top-1", f"{values['baseline_top1']:.2%}")
         table.add_row("change", f"{values['delta']:+.2%} (95 % interval {low:+.2%} to {high:+.2%})")
         table.add_row("flipped", f"{values['flipped_to_wrong']} to wrong, {values['flipped_to_right']} to right")
+    return table
+
+
+def fidelity_table(values: dict[str, Any]) -> Table:
+    """How close an encoder's embeddings are to another model's."""
+    table = Table(show_header=False)
+    table.add_row("images", str(values["num_images"]))
+    table.add_row("cosine similarity", f"{values['cosine']:.4f} (least {values['least_cosine']:.4f})")
+    table.add_row("squared error over variance", f"{values['relative_squared_error']:.4f}")
     return table
 
 

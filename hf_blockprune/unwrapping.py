@@ -21,23 +21,36 @@ def plain_model(model: Any) -> Any:
     Raises:
         ModelError: what is inside is no transformers model.
     """
-    if isinstance(model, PreTrainedModel) and not ("_orig_mod" in vars(model) or "_original_forward" in vars(model)):
-        return model
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"model: expected a transformers model, got {type(model).__name__}; BlockPruner.from_pretrained takes names"
         )
     from accelerate.utils import extract_model_from_parallel
 
-    inner = model
-    while True:  # each may lie in the other: compiled in DDP, and DDP in compiled
+    inner, outer = model, None
+    while inner is not outer:  # each may lie in the other: compiled in DDP, and DDP in compiled
         outer, inner = inner, extract_model_from_parallel(inner, keep_fp32_wrapper=False, keep_torch_compile=False)
-        if inner is outer:
-            break
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(_no_model(inner))
-    logger.warning(f"{type(model).__name__} is taken off: the {type(inner).__name__} in it is used, and saved, alone.")
+    if inner is not model:
+        logger.warning(f"{type(model).__name__} is taken off: the {type(inner).__name__} in it is pruned and saved.")
+    if _uncompile(inner):
+        logger.warning(f"{type(inner).__name__}: its parts are no longer compiled; compile them when all is done.")
     return inner
+
+
+def _uncompile(model: nn.Module) -> bool:
+    """Undo `Module.compile`, and `torch.compile` of parts, in place; whether there were any."""
+    parts = dict(model.named_modules())
+    optimized = [name for name, part in parts.items() if "_orig_mod" in part._modules]
+    inside = [part for part in parts.values() if getattr(part, "_compiled_call_impl", None) is not None]
+    for part in inside:
+        part._compiled_call_impl = None
+    for name in optimized:
+        part: Any = parts[name]
+        owner, _, attribute = name.rpartition(".")
+        setattr(parts[owner], attribute, part._orig_mod)
+    return bool(inside or optimized)
 
 
 def _no_model(module: nn.Module) -> str:

@@ -10,13 +10,15 @@ def transformer_shape(config: Any, size: tuple[int, int], tokens: float) -> Visi
     """A Hugging Face config as the cost model's shape.
 
     Args:
-        config: of a ViT, DeiT, BeiT or Dinov2.
+        config: of a ViT, DeiT, BeiT, Dinov2, or of a CLIP or SigLIP, whose vision part is meant.
         size: (height, width) of an image.
         tokens: of an image in the layers, class tokens included.
 
     Raises:
         ModelError: a config of another kind of model.
     """
+    classes = config.num_labels
+    config = getattr(config, "vision_config", config)
     try:
         if not isinstance(config.num_attention_heads, int):
             raise TypeError("its stages differ in width")
@@ -28,7 +30,7 @@ def transformer_shape(config: Any, size: tuple[int, int], tokens: float) -> Visi
             width=config.hidden_size,
             heads=config.num_attention_heads,
             layers=config.num_hidden_layers,
-            classes=config.num_labels,
+            classes=classes,
         )
     except (AttributeError, TypeError) as error:
         raise ModelError(
