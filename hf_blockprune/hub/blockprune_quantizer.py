@@ -155,7 +155,6 @@ class BlockPruneHfQuantizer(HfQuantizer):
         self._hold_to_expected(model)
         for name, module in block_sparse_layers(model):
             module.check(name)
-            module.arrange()
         fuse(model)
         return model
 
