@@ -168,7 +168,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
                     "and tensors do not belong together (ignore_mismatched_sizes needs a newer transformers here)"
                 )
             if parameter.dtype != dtype and not parameter.is_meta:
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = _converted(parameter.data, dtype)
 
     def get_state_dict_and_metadata(self, model):
         """Called by `save_pretrained` before the config is written: it must describe the model as it is now."""
@@ -198,6 +198,14 @@ class BlockPruneHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self):
         return True
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of another dtype, made in pieces too small for torch to start threads: the process may fork next."""
+    converted = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+    for to, piece in zip(converted.view(-1).split(16384), tensor.reshape(-1).split(16384), strict=True):
+        to.copy_(piece)
+    return converted
 
 
 # Whoever registers first wins: the installed package, or the copy of this file that came with a checkpoint.
