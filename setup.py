@@ -12,6 +12,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = "hf_blockprune/_cpu"
+PLAIN_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("driver", "strips", "unpack")]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # tile.cpp is compiled once for each instruction set, under its name; which one runs is decided where it runs.
 ISA_FLAGS = {
@@ -32,7 +33,7 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         objects = self.compiler.compile(
-            [f"{SOURCES}/driver.cpp"], output_dir=self.build_temp, extra_postargs=COMMON_FLAGS, depends=ext.depends
+            PLAIN_SOURCES, output_dir=self.build_temp, extra_postargs=COMMON_FLAGS, depends=ext.depends
         )
         for isa, flags in ISA_FLAGS[platform.machine()].items():
             objects += self.compiler.compile(
@@ -57,8 +58,8 @@ class AnyPythonWheel(bdist_wheel):
 def kernels() -> list[Extension]:
     if sys.platform != "linux" or platform.machine() not in ISA_FLAGS:
         return []
-    sources = [f"{SOURCES}/driver.cpp", f"{SOURCES}/tile.cpp"]
-    headers = [f"{SOURCES}/kernels.h"]
+    sources = [*PLAIN_SOURCES, f"{SOURCES}/tile.cpp"]
+    headers = [f"{SOURCES}/{name}.h" for name in ("kernels", "strips", "threads", "unpack")]
     return [Extension("hf_blockprune._cpu.libblockprune_cpu", sources, depends=headers, language="c++", optional=True)]
 
 

@@ -18,7 +18,6 @@ from .errors import ConfigError
 from .finetune_config import GradualConfig
 from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_fusion import fuse, unfuse
-from .hub.blockprune_layout import feature_major
 from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_quantizer import block_sparse_layers, sparsify, update_config
 from .selection import Selection
@@ -105,7 +104,7 @@ def shrink(model: Any, masks: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         keep = new[old]  # both in the order in which blocks are stored, row by row
         here = keep.to(module.weight.device)
-        weight = nn.Parameter(feature_major(module.weight.detach()[here]), requires_grad=module.weight.requires_grad)
+        weight = nn.Parameter(module.weight.detach()[here], requires_grad=module.weight.requires_grad)
         module.weight = weight
         counts = nn.functional.pad(new.sum(dim=1).cumsum(0), (1, 0))
         module.crow_indices = counts.to(module.crow_indices)

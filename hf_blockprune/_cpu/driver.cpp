@@ -1,6 +1,5 @@
 // The C ABI: chooses the instruction set, shares out a product over the threads of the OpenMP runtime that torch runs.
 
-#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -8,8 +7,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "kernels.h"
+#include "strips.h"
+#include "threads.h"
+#include "unpack.h"
 
 namespace blockprune {
 namespace {
@@ -18,22 +21,6 @@ constexpr int64_t GROUP_BYTES = 512 << 10;  // of panels that stay in a core's c
 constexpr int64_t WORKSPACE_BYTES = 3 << 20;
 constexpr size_t HUGE_PAGE = 2 << 20;
 constexpr int64_t ITEMS_A_THREAD = 8;  // enough for the threads to end at about the same time
-
-// libgomp's entry points, which LLVM's runtime has as well. They are looked up at run time, so that the threads are
-// those that torch has started already, whatever its copy of the runtime is called.
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-using Barrier = void (*)();
-
-struct Threads {
-    Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    Barrier barrier = reinterpret_cast<Barrier>(dlsym(RTLD_DEFAULT, "GOMP_barrier"));
-    bool found() const { return parallel && barrier; }
-};
-
-const Threads& threads() {
-    static const Threads found;
-    return found;
-}
 
 const Isa* const all[] = {
 #ifdef __x86_64__
@@ -82,40 +69,31 @@ float* workspace(int64_t floats) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Layers {
-    const Layer* first;
-    int64_t count;
-
-    int64_t strips(const Isa& isa, int64_t i) const {
-        return divide_up(first[i].out_features, first[i].rows) * (first[i].rows / isa.strip_rows(first[i].rows));
-    }
-};
-
 // Some tokens of all products: cut into panels of nearly equal size, panels into groups.
 struct Chunk {
     const Isa& isa;
     const Input& input;
-    const Layers layers;
-    int64_t first_token, tokens, panels, groups, strips, panel_floats;
+    const std::vector<Strip>& strips;
+    const int64_t strips_to_pack;  // the first tokens' turn; later ones find them packed
+    int64_t first_token, tokens, panels, groups, panel_floats;
     float* memory;
-    std::atomic<int64_t> next_panel{0}, next_item{0};
+    std::atomic<int64_t> next_strip{0}, next_panel{0}, next_item{0};
 
     int64_t start(int64_t panel) const { return first_token + tokens * panel / panels; }
     int32_t count(int64_t panel) const { return int32_t(start(panel + 1) - start(panel)); }
     float* at(int64_t panel) const { return memory + panel * panel_floats; }
 
     void pack() {
-        for (int64_t p; (p = next_panel.fetch_add(1)) < panels;) isa.pack(input, start(p), count(p), at(p));
+        for (int64_t s; (s = next_strip.fetch_add(1)) < strips_to_pack;) isa.pack_weights(strips[s], input.dtype);
+        for (int64_t p; (p = next_panel.fetch_add(1)) < panels;) isa.pack_inputs(input, start(p), count(p), at(p));
     }
 
     void multiply() {
-        for (int64_t item; (item = next_item.fetch_add(1)) < groups * strips;) {
-            const int64_t group = item / strips;
-            int64_t strip = item % strips, i = 0;
-            for (int64_t more; strip >= (more = layers.strips(isa, i)); ++i) strip -= more;
-            const Layer& layer = layers.first[i];
+        const int64_t each = int64_t(strips.size());
+        for (int64_t item; (item = next_item.fetch_add(1)) < groups * each;) {
+            const int64_t group = item / each;
             for (int64_t p = panels * group / groups; p < panels * (group + 1) / groups; ++p) {
-                isa.multiply(layer, input.dtype, layer.strip_order[strip], start(p), count(p), at(p));
+                isa.multiply(strips[item % each], input.dtype, start(p), count(p), at(p));
             }
         }
     }
@@ -128,21 +106,23 @@ void work(void* argument) {
     chunk.multiply();
 }
 
-bool run(const Isa& isa, const Input& input, const Layers& layers, int32_t num_threads) {
-    int64_t strips = 0;
-    for (int64_t i = 0; i < layers.count; ++i) strips += layers.strips(isa, i);
+Status run(const Isa& isa, const Input& input, Strips& cut, int32_t num_threads) {
+    const std::vector<Strip>& strips = cut.longest_first();
     const int64_t panel_floats = input.padded_features * isa.panel_stride;
     const int64_t panel_bytes = std::max<int64_t>(1, panel_floats * int64_t(sizeof(float)));
     const int64_t most_panels = std::max<int64_t>(1, WORKSPACE_BYTES / panel_bytes);
     const int64_t chunks = divide_up(divide_up(input.tokens, isa.panel_tokens), most_panels);
+    if (!chunks) return DONE;
+    const int64_t chunk_panels = divide_up(divide_up(input.tokens, chunks), isa.panel_tokens);
+    float* memory = workspace(chunk_panels * panel_floats + cut.floats());
+    if (!memory) return NO_MEMORY;
+    cut.place(memory + chunk_panels * panel_floats);
     for (int64_t c = 0; c < chunks; ++c) {
         const int64_t first = input.tokens * c / chunks, tokens = input.tokens * (c + 1) / chunks - first;
-        const int64_t panels = divide_up(tokens, isa.panel_tokens);
+        const int64_t panels = divide_up(tokens, isa.panel_tokens), count = int64_t(strips.size());
         const int64_t cached = divide_up(panels, std::max<int64_t>(1, GROUP_BYTES / panel_bytes));
-        const int64_t shared = num_threads > 1 ? divide_up(ITEMS_A_THREAD * num_threads, std::max<int64_t>(1, strips)) : 1;
-        float* memory = workspace(panels * panel_floats);
-        if (!memory) return false;
-        Chunk chunk{isa, input, layers, first, tokens, panels, std::min(panels, std::max(cached, shared)), strips,
+        const int64_t shared = num_threads > 1 ? divide_up(ITEMS_A_THREAD * num_threads, std::max<int64_t>(1, count)) : 1;
+        Chunk chunk{isa, input, strips, c ? 0 : count, first, tokens, panels, std::min(panels, std::max(cached, shared)),
                     panel_floats, memory};
         if (threads().found() && num_threads > 1) threads().parallel(work, &chunk, unsigned(num_threads), 0);
         else {
@@ -150,8 +130,10 @@ bool run(const Isa& isa, const Input& input, const Layers& layers, int32_t num_t
             chunk.multiply();
         }
     }
-    return true;
+    return DONE;
 }
+
+int64_t block_columns(int64_t in_features, const Layer& layer) { return divide_up(in_features, layer.cols); }
 
 }  // namespace
 }  // namespace blockprune
@@ -166,19 +148,43 @@ EXPORT const char* blockprune_cpu_isa(const char* name) {
     return isa ? isa->name : nullptr;
 }
 
-// Outputs in a strip, for blocks of so many rows.
-EXPORT int32_t blockprune_cpu_strip_rows(const char* isa, int64_t rows) { return blockprune::find(isa)->strip_rows(rows); }
-
 // Whether the OpenMP runtime was found; without it one thread does all.
 EXPORT int32_t blockprune_cpu_has_threads() { return blockprune::threads().found(); }
 
-// Products of layers with one block width that read the same x. 0, or 1 where memory ran out.
+// Multiplications for each token that a layer takes, padding included; -1 where its indices break the format's rules
+// or memory ran out.
+EXPORT int64_t blockprune_cpu_work(const char* isa, int64_t in_features, const void* layer) try {
+    const auto* one = static_cast<const blockprune::Layer*>(layer);
+    blockprune::Strips strips;
+    const int64_t block_cols = blockprune::block_columns(in_features, *one);
+    return strips.cut(one, 1, block_cols, blockprune::find(isa)->strip_rows) ? strips.work() : -1;
+} catch (const std::bad_alloc&) {
+    return -1;
+}
+
+// Products of layers with one block width that read the same x; a Status.
 EXPORT int32_t blockprune_cpu_linear(
     const char* isa, const void* x, int64_t x_stride, int64_t tokens, int64_t in_features, int32_t dtype,
-    const void* layers, int64_t num_layers, int32_t num_threads) {
+    const void* layers, int64_t num_layers, int32_t num_threads) try {
+    thread_local blockprune::Strips strips;
     const auto* first = static_cast<const blockprune::Layer*>(layers);
-    const int64_t padded = blockprune::divide_up(in_features, first->cols) * first->cols;
-    const blockprune::Input input{x, x_stride, tokens, in_features, padded, dtype};
-    return !blockprune::run(*blockprune::find(isa), input, {first, num_layers}, num_threads);
+    const auto* best = blockprune::find(isa);
+    const int64_t block_cols = blockprune::block_columns(in_features, *first);
+    const blockprune::Input input{x, x_stride, tokens, in_features, block_cols * first->cols, dtype};
+    if (!strips.cut(first, num_layers, block_cols, best->strip_rows)) return blockprune::BAD_INDICES;
+    return blockprune::run(*best, input, strips, num_threads);
+} catch (const std::bad_alloc&) {
+    return blockprune::NO_MEMORY;
+}
+
+// A layer's matrix [out_features, in_features], elements of 2, 4 or 8 bytes, into its y; a Status.
+EXPORT int32_t blockprune_cpu_unpack(int64_t in_features, int64_t element, const void* layer, int32_t num_threads) try {
+    thread_local blockprune::Indices indices;
+    blockprune::Layer checked = *static_cast<const blockprune::Layer*>(layer);
+    if (!indices.check(checked, blockprune::block_columns(in_features, checked))) return blockprune::BAD_INDICES;
+    blockprune::unpack(checked, in_features, element, num_threads);
+    return blockprune::DONE;
+} catch (const std::bad_alloc&) {
+    return blockprune::NO_MEMORY;
 }
 }

@@ -8,6 +8,7 @@ namespace blockprune {
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 enum Activation : int64_t { NONE = 0, GELU = 1, GELU_TANH = 2 };
+enum Status : int32_t { DONE = 0, NO_MEMORY = 1, BAD_INDICES = 2 };
 
 // What layers that read the same tensor have in common. Strides are in elements; x, weights, biases and outputs have
 // one dtype.
@@ -20,26 +21,40 @@ struct Input {
 
 // One product y = activation(x W^T + bias). Every field is 8 bytes wide, so that callers can fill an array of numbers.
 struct Layer {
-    const void* weight;           // [nnz_blocks, cols, rows] contiguous: each block feature-major
+    const void* weight;           // [nnz_blocks, rows, cols] contiguous
     const int32_t* crow_indices;  // [block_rows + 1]
     const int32_t* col_indices;   // [nnz_blocks]
-    const int32_t* strip_order;   // every strip's number once, longest first
     const void* bias;             // [out_features] or null
     void* y;                      // [tokens, out_features], features contiguous
     int64_t y_stride, out_features;
-    int64_t rows, cols;  // of a block; rows is a multiple of 16
+    int64_t nnz_blocks, rows, cols;  // of a block
     int64_t activation;
+
+    int64_t block_rows() const { return (out_features + rows - 1) / rows; }
+};
+
+// `strip_rows(rows)` neighbouring outputs of a layer, with the block columns that any of their block rows keeps.
+struct Strip {
+    const Layer* layer;      // its indices are checked
+    int64_t output;          // the first one
+    int32_t width, valid;    // outputs, and those that lie inside the matrix
+    const int32_t* columns;  // increasing
+    int64_t count;           // of columns
+    int32_t* positions;      // [block columns], room for where each of `columns` stands; null for strips of one block row
+    float* weights;          // [count * cols, width], zeros where a row does not keep a column
+
+    int64_t work() const { return count * layer->cols * width; }  // multiplications for each token
 };
 
 // A panel holds a few tokens feature-major, `panel_stride` floats a feature, all block columns with zeros at the end.
-// A strip is `strip_rows(rows)` neighbouring outputs of one block row.
 struct Isa {
     const char* name;
     int32_t panel_tokens;  // at most
     int32_t panel_stride;  // floats
     int32_t (*strip_rows)(int64_t rows);
-    void (*pack)(const Input&, int64_t first_token, int32_t tokens, float* panel);
-    void (*multiply)(const Layer&, int32_t dtype, int64_t strip, int64_t first_token, int32_t tokens, const float* panel);
+    void (*pack_inputs)(const Input&, int64_t first_token, int32_t tokens, float* panel);
+    void (*pack_weights)(const Strip&, int32_t dtype);
+    void (*multiply)(const Strip&, int32_t dtype, int64_t first_token, int32_t tokens, const float* panel);
 };
 
 extern const Isa isa_baseline;

@@ -8,6 +8,7 @@ from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 LAYER_FIELDS = 11  # of kernels.h's Layer, 8 bytes each
+NO_MEMORY, BAD_INDICES = 1, 2  # kernels.h's Status
 PATH = Path(__file__).with_name("libblockprune_cpu.so")
 ISA_VARIABLE = "BLOCKPRUNE_CPU_ISA"
 
@@ -37,19 +38,17 @@ class CpuLibrary:
         self._isa: bytes = found
         self.isa = found.decode()
         self.has_threads = bool(library.blockprune_cpu_has_threads())
-        self._strip_rows = library.blockprune_cpu_strip_rows
-        self._strip_rows.argtypes = [c_char_p, c_int64]
         self._linear = library.blockprune_cpu_linear
         self._linear.argtypes = [c_char_p, c_void_p, *[c_int64] * 3, c_int32, c_void_p, c_int64, c_int32]
-
-    def strip_rows(self, rows: int) -> int:
-        """Outputs that the kernel computes at once, for blocks of so many rows (a multiple of 16)."""
-        return self._strip_rows(self._isa, rows)
+        self._unpack = library.blockprune_cpu_unpack
+        self._unpack.argtypes = [c_int64, c_int64, c_void_p, c_int32]
+        self._work = library.blockprune_cpu_work
+        self._work.argtypes, self._work.restype = [c_char_p, c_int64, c_void_p], c_int64
 
     def linear(
         self, x: int, stride: int, tokens: int, in_features: int, dtype: int, layers: list[int], threads: int
-    ) -> None:
-        """Products of layers that read the same x; the caller answers for every address.
+    ) -> bool:
+        """Products of layers that read the same x; the caller answers for every address, and for the indices' lengths.
 
         Args:
             x: address of [tokens, in_features].
@@ -59,13 +58,45 @@ class CpuLibrary:
             layers: the fields of kernels.h's Layer, one layer after the other, null as 0.
             threads: at most.
 
+        Returns:
+            Whether all indices kept the format's rules; else nothing was computed.
+
         Raises:
-            MemoryError: no room for a copy of some inputs.
+            MemoryError: no room for working copies of inputs and weights.
         """
-        fields = (c_int64 * len(layers))(*layers)
         count = len(layers) // LAYER_FIELDS
-        if self._linear(self._isa, x, stride, tokens, in_features, dtype, fields, count, threads):
-            raise MemoryError("block-sparse product: no memory for its working copy of the inputs")
+        return _done(self._linear(self._isa, x, stride, tokens, in_features, dtype, _array(layers), count, threads))
+
+    def unpack(self, in_features: int, element_bytes: int, layer: list[int], threads: int) -> bool:
+        """A layer's dense matrix [out_features, in_features] into its y.
+
+        Args:
+            in_features: its width.
+            element_bytes: 2, 4 or 8.
+            layer: the fields of kernels.h's Layer.
+            threads: at most.
+
+        Returns:
+            Whether the indices kept the format's rules; else nothing was written.
+
+        Raises:
+            MemoryError: no room for a copy of the indices.
+        """
+        return _done(self._unpack(in_features, element_bytes, _array(layer), threads))
+
+    def work(self, in_features: int, layer: list[int]) -> int:
+        """Multiplications for each token that the kernels make of a layer, padding included; -1 for bad indices."""
+        return self._work(self._isa, in_features, _array(layer))
+
+
+def _array(fields: list[int]) -> ctypes.Array[c_int64]:
+    return (c_int64 * len(fields))(*fields)
+
+
+def _done(status: int) -> bool:
+    if status == NO_MEMORY:
+        raise MemoryError("block-sparse product: no memory for its working copies of inputs and weights")
+    return status != BAD_INDICES
 
 
 @functools.cache

@@ -1,5 +1,5 @@
-// Packing of x and the register-tiled product of one strip with one panel. Compiled once for each instruction set: the
-// compiler's vector types turn into its registers. BLOCKPRUNE_ISA names the object.
+// Packing of x and of weights, and the register-tiled product of one strip with one panel. Compiled once for each
+// instruction set: the compiler's vector types turn into its registers. BLOCKPRUNE_ISA names the object.
 //
 // A strip's outputs lie along the vector lanes; each kept feature costs one load of its weights and one broadcast of
 // each token's value. x is feature-major in its panel, so which features are kept makes no difference to the speed,
@@ -123,16 +123,16 @@ inline Four load_four(const float* p) {
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, FourIndices{i, j, k, l})
 #endif
 
-// Four tokens' values of four features, turned feature-major.
+// Four rows' values of four features, turned feature-major: `stride` floats from one feature to the next.
 template <typename T>
-inline void transpose_four(const T* const (&x)[4], int64_t k, float* panel) {
-    Four a = load_four(x[0] + k), b = load_four(x[1] + k), c = load_four(x[2] + k), d = load_four(x[3] + k);
+inline void transpose_four(const T* const (&rows)[4], int64_t k, float* to, int64_t stride) {
+    Four a = load_four(rows[0] + k), b = load_four(rows[1] + k), c = load_four(rows[2] + k), d = load_four(rows[3] + k);
     Four ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
     Four ab2 = SHUFFLE(a, b, 2, 6, 3, 7), cd2 = SHUFFLE(c, d, 2, 6, 3, 7);
-    *reinterpret_cast<LooseFour*>(panel) = SHUFFLE(ab, cd, 0, 1, 4, 5);
-    *reinterpret_cast<LooseFour*>(panel + STRIDE) = SHUFFLE(ab, cd, 2, 3, 6, 7);
-    *reinterpret_cast<LooseFour*>(panel + 2 * STRIDE) = SHUFFLE(ab2, cd2, 0, 1, 4, 5);
-    *reinterpret_cast<LooseFour*>(panel + 3 * STRIDE) = SHUFFLE(ab2, cd2, 2, 3, 6, 7);
+    *reinterpret_cast<LooseFour*>(to) = SHUFFLE(ab, cd, 0, 1, 4, 5);
+    *reinterpret_cast<LooseFour*>(to + stride) = SHUFFLE(ab, cd, 2, 3, 6, 7);
+    *reinterpret_cast<LooseFour*>(to + 2 * stride) = SHUFFLE(ab2, cd2, 0, 1, 4, 5);
+    *reinterpret_cast<LooseFour*>(to + 3 * stride) = SHUFFLE(ab2, cd2, 2, 3, 6, 7);
 }
 
 template <typename T>
@@ -147,7 +147,7 @@ void pack_panel(const Input& input, int64_t first_token, int32_t tokens, float* 
         const int64_t end = k + PACKED_AT_ONCE < whole ? k + PACKED_AT_ONCE : whole;
         for (int32_t t = 0; t < tokens; t += 4) {
             const T* const four[] = {rows[t], rows[t + 1], rows[t + 2], rows[t + 3]};
-            for (int64_t i = k; i < end; i += 4) transpose_four(four, i, panel + i * STRIDE + t);
+            for (int64_t i = k; i < end; i += 4) transpose_four(four, i, panel + i * STRIDE + t, STRIDE);
         }
     }
     for (int64_t k = whole; k < features; ++k) {
@@ -156,30 +156,58 @@ void pack_panel(const Input& input, int64_t first_token, int32_t tokens, float* 
     std::memset(panel + features * STRIDE, 0, (input.padded_features - features) * STRIDE * sizeof(float));
 }
 
-void pack(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
+void pack_inputs(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
     if (input.dtype == BFLOAT16) pack_panel<uint16_t>(input, first_token, tokens, panel);
     else pack_panel<float>(input, first_token, tokens, panel);
 }
 
-// Where a strip lies: its outputs, its blocks, and its part of them.
-struct Strip {
-    int64_t output;       // the first one
-    int32_t width;        // outputs, of which
-    int64_t valid;        // lie inside the matrix
-    int32_t begin, end;   // blocks
-    int64_t offset;       // rows into each block
-};
+// Some rows [count, cols] of a block, turned feature-major.
+template <typename T>
+inline void pack_rows(const T* from, int64_t count, int64_t cols, float* to, int64_t stride) {
+    const int64_t whole_rows = count / 4 * 4, whole_cols = cols / 4 * 4;
+    if (cols == 1) {
+        for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+        return;
+    }
+    for (int64_t k = 0; k < whole_cols; k += 4) {
+        for (int64_t i = 0; i < whole_rows; i += 4) {
+            const T* const four[] = {from + i * cols, from + (i + 1) * cols, from + (i + 2) * cols, from + (i + 3) * cols};
+            transpose_four(four, k, to + k * stride + i, stride);
+        }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        for (int64_t k = i < whole_rows ? whole_cols : 0; k < cols; ++k) to[k * stride + i] = to_float(from[i * cols + k]);
+    }
+}
 
-Strip locate(const Layer& layer, int64_t number, int32_t width) {
-    const int64_t in_a_row = layer.rows / width, block_row = number / in_a_row;
-    Strip s;
-    s.width = width;
-    s.offset = number % in_a_row * width;
-    s.output = block_row * layer.rows + s.offset;
-    s.valid = layer.out_features - s.output < width ? layer.out_features - s.output : width;
-    s.begin = layer.crow_indices[block_row];
-    s.end = layer.crow_indices[block_row + 1];
-    return s;
+// A strip of one block row has its blocks one after the other. Where it has several rows, or ends beyond the matrix, each
+// block goes to its column's position, into its row's lanes.
+template <typename T>
+void pack_strip(const Strip& s) {
+    const Layer& layer = *s.layer;
+    const T* weight = static_cast<const T*>(layer.weight);
+    const int64_t rows = layer.rows, cols = layer.cols, end = s.output + s.width;
+    if (s.positions) {
+        for (int64_t c = 0; c < s.count; ++c) s.positions[s.columns[c]] = int32_t(c);
+        std::memset(s.weights, 0, s.work() * sizeof(float));
+    }
+    int64_t lane = 0;
+    for (int64_t r = s.output / rows; r < layer.block_rows() && r * rows < end; ++r) {
+        const int64_t first = s.output + lane - r * rows;  // row of the block
+        const int64_t count = (end < (r + 1) * rows ? end : (r + 1) * rows) - s.output - lane;
+        const int64_t begin = layer.crow_indices[r];
+        for (int64_t block = begin; block < layer.crow_indices[r + 1]; ++block) {
+            const int64_t position = s.positions ? s.positions[layer.col_indices[block]] : block - begin;
+            float* to = s.weights + position * cols * s.width + lane;
+            pack_rows(weight + (block * rows + first) * cols, count, cols, to, s.width);
+        }
+        lane += count;
+    }
+}
+
+void pack_weights(const Strip& s, int32_t dtype) {
+    if (dtype == BFLOAT16) pack_strip<uint16_t>(s);
+    else pack_strip<float>(s);
 }
 
 template <int VECS>
@@ -188,17 +216,16 @@ inline void multiply_add(Vec (&sums)[VECS], const Vec (&weights)[VECS], float x)
 }
 
 // All sums stay in registers: every index is a constant, so the compiler can take the array apart.
-template <int VECS, typename T, size_t... TOKEN>
-inline void accumulate(const Layer& layer, const Strip& s, const float* panel, float* out, std::index_sequence<TOKEN...>) {
+template <int VECS, size_t... TOKEN>
+inline void accumulate(const Strip& s, const float* panel, float* out, std::index_sequence<TOKEN...>) {
     Vec sums[sizeof...(TOKEN)][VECS] = {};
-    const int32_t cols = int32_t(layer.cols), ahead = 1 + PREFETCH_FEATURES / cols;
-    const int64_t rows = layer.rows;
-    const T* weight = static_cast<const T*>(layer.weight) + int64_t(s.begin) * cols * rows + s.offset;
-    for (int32_t block = s.begin; block < s.end; ++block) {
-        const float* x = panel + int64_t(layer.col_indices[block]) * cols * STRIDE;
-        const int32_t later = block + ahead < s.end ? block + ahead : block;
-        __builtin_prefetch(panel + int64_t(layer.col_indices[later]) * cols * STRIDE);
-        for (int32_t k = 0; k < cols; ++k, x += STRIDE, weight += rows) {
+    const int32_t cols = int32_t(s.layer->cols);
+    const int64_t ahead = 1 + PREFETCH_FEATURES / cols;
+    const float* weight = s.weights;
+    for (int64_t c = 0; c < s.count; ++c) {
+        const float* x = panel + int64_t(s.columns[c]) * cols * STRIDE;
+        __builtin_prefetch(panel + int64_t(s.columns[c + ahead < s.count ? c + ahead : c]) * cols * STRIDE);
+        for (int32_t k = 0; k < cols; ++k, x += STRIDE, weight += VECS * LANES) {
             Vec weights[VECS];
             for (int v = 0; v < VECS; ++v) weights[v] = load(weight + v * LANES);
             (multiply_add<VECS>(sums[TOKEN], weights, x[TOKEN]), ...);
@@ -212,7 +239,8 @@ inline void accumulate(const Layer& layer, const Strip& s, const float* panel, f
 
 // Bias, activation and the store of tokens x width sums.
 template <typename T>
-void finish(const Layer& layer, const Strip& s, int64_t first_token, int32_t tokens, const float* sums) {
+void finish(const Strip& s, int64_t first_token, int32_t tokens, const float* sums) {
+    const Layer& layer = *s.layer;
     T* y = static_cast<T*>(layer.y) + first_token * layer.y_stride + s.output;
     T bias[WIDEST_STRIP] = {}, last[WIDEST_STRIP];
     if (layer.bias) std::memcpy(bias, static_cast<const T*>(layer.bias) + s.output, s.valid * sizeof(T));
@@ -225,36 +253,29 @@ void finish(const Layer& layer, const Strip& s, int64_t first_token, int32_t tok
     }
 }
 
-using Accumulate = void (*)(const Layer&, const Strip&, const float* panel, float* out);
+using Accumulate = void (*)(const Strip&, const float* panel, float* out);
 
-template <int VECS, typename T, int TOKENS>
-void accumulate_tile(const Layer& layer, const Strip& s, const float* panel, float* out) {
-    accumulate<VECS, T>(layer, s, panel, out, std::make_index_sequence<TOKENS>());
+template <int VECS, int TOKENS>
+void accumulate_tile(const Strip& s, const float* panel, float* out) {
+    accumulate<VECS>(s, panel, out, std::make_index_sequence<TOKENS>());
 }
 
-template <int VECS, typename T, size_t... TOKENS>
+template <int VECS, size_t... TOKENS>
 Accumulate tile_for(int32_t tokens, std::index_sequence<TOKENS...>) {
-    static const Accumulate tiles[] = {accumulate_tile<VECS, T, TOKENS + 1>...};
+    static const Accumulate tiles[] = {accumulate_tile<VECS, TOKENS + 1>...};
     return tiles[tokens - 1];
-}
-
-template <typename T>
-void multiply_strip(const Layer& layer, const Strip& s, int64_t first_token, int32_t tokens, const float* panel) {
-    constexpr auto counts = std::make_index_sequence<MAX_TOKENS>();
-    alignas(64) float sums[MAX_TOKENS * WIDEST_STRIP];
-    const Accumulate run = s.width == WIDEST_STRIP ? tile_for<WIDEST_STRIP / LANES, T>(tokens, counts)
-                                                   : tile_for<16 / LANES, T>(tokens, counts);
-    run(layer, s, panel, sums);
-    finish<T>(layer, s, first_token, tokens, sums);
 }
 
 int32_t strip_rows(int64_t rows) { return rows % WIDEST_STRIP ? 16 : WIDEST_STRIP; }
 
-void multiply(const Layer& layer, int32_t dtype, int64_t number, int64_t first_token, int32_t tokens, const float* panel) {
-    const Strip s = locate(layer, number, strip_rows(layer.rows));
-    if (s.valid <= 0) return;
-    if (dtype == BFLOAT16) multiply_strip<uint16_t>(layer, s, first_token, tokens, panel);
-    else multiply_strip<float>(layer, s, first_token, tokens, panel);
+void multiply(const Strip& s, int32_t dtype, int64_t first_token, int32_t tokens, const float* panel) {
+    constexpr auto counts = std::make_index_sequence<MAX_TOKENS>();
+    alignas(64) float sums[MAX_TOKENS * WIDEST_STRIP];
+    const Accumulate run =
+        s.width == WIDEST_STRIP ? tile_for<WIDEST_STRIP / LANES>(tokens, counts) : tile_for<16 / LANES>(tokens, counts);
+    run(s, panel, sums);
+    if (dtype == BFLOAT16) finish<uint16_t>(s, first_token, tokens, sums);
+    else finish<float>(s, first_token, tokens, sums);
 }
 
 }  // namespace
@@ -264,6 +285,7 @@ void multiply(const Layer& layer, int32_t dtype, int64_t number, int64_t first_t
 #define OBJECT(name) isa_##name
 #define OBJECT_OF(name) OBJECT(name)
 
-const Isa OBJECT_OF(BLOCKPRUNE_ISA) = {NAME_OF(BLOCKPRUNE_ISA), MAX_TOKENS, STRIDE, strip_rows, pack, multiply};
+const Isa OBJECT_OF(BLOCKPRUNE_ISA) = {
+    NAME_OF(BLOCKPRUNE_ISA), MAX_TOKENS, STRIDE, strip_rows, pack_inputs, pack_weights, multiply};
 
 }  // namespace blockprune

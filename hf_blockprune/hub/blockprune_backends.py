@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blockprune_layout import PackedWeight, check_indices, unpack
+from .blockprune_layout import PackedWeight, check_packed, unpack
 from .blockprune_prepared import PreparedCache
 from .blockprune_reference import ACTIVATIONS, LayerArguments, reference_forward
 
@@ -25,6 +25,7 @@ __all__ = [
     "register_backend",
     "run",
     "run_all",
+    "use_unpacker",
 ]
 
 
@@ -35,7 +36,6 @@ class Backend(NamedTuple):
         forward: (x [tokens, in_features], layer) -> [tokens, out_features].
         supports: (x, layer) -> whether it can run a call.
         pays: (x, layer) -> whether it is expected to be faster than `dense`; asked for "auto" alone.
-        keeps_copy: layer -> whether it works with a copy of the weight from an earlier call.
         forward_all: (x [tokens, in_features], layers that read it, of one block shape) -> their outputs; None where
             one call for several layers is no faster than several.
     """
@@ -43,7 +43,6 @@ class Backend(NamedTuple):
     forward: Callable[[Tensor, LayerArguments], Tensor]
     supports: Callable[[Tensor, LayerArguments], bool]
     pays: Callable[[Tensor, LayerArguments], bool] = lambda *_: True
-    keeps_copy: Callable[[LayerArguments], bool] = lambda _: False
     forward_all: Callable[[Tensor, list[LayerArguments]], list[Tensor]] | None = None
 
 
@@ -65,22 +64,14 @@ def available_backends() -> list[str]:
 def choose_backend(x: Tensor, layer: LayerArguments, backend: str = "auto") -> str:
     """Name of the backend that runs a call; `BLOCKPRUNE_BACKEND` overrides "auto".
 
-    "auto-live" passes over backends that would keep a copy of the weight: it is for training, where weights change all
-    the time, and not always so that torch records it.
-
     Raises:
         ValueError: the backend is unknown, or cannot run these tensors.
     """
-    if backend in ("auto", "auto-live"):
+    if backend == "auto":
         backend = os.environ.get("BLOCKPRUNE_BACKEND", backend)
-    if backend in ("auto", "auto-live"):
+    if backend == "auto":
         for name in available_backends():
-            candidate = _BACKENDS[name]
-            if (
-                candidate.supports(x, layer)
-                and not (backend == "auto-live" and candidate.keeps_copy(layer))
-                and candidate.pays(x, layer)
-            ):
+            if _BACKENDS[name].supports(x, layer) and _BACKENDS[name].pays(x, layer):
                 return name
         backend = "reference"
     if backend not in _BACKENDS:
@@ -108,22 +99,48 @@ def checked_bias(layer: LayerArguments, dtype: torch.dtype) -> Tensor | None:
     return bias.contiguous()
 
 
-_DENSE_WEIGHTS: PreparedCache[Tensor] = PreparedCache()
+# By device type; of all copies of this file, as above.
+Unpacker = Callable[[int, LayerArguments], Tensor]
+_UNPACKERS: dict[str, Unpacker] = vars(torch.ops.blockprune).setdefault("unpackers", {})
+_CHECKED: PreparedCache[None] = PreparedCache()
+
+
+def use_unpacker(device_type: str, unpacker: Unpacker) -> None:
+    """Let `dense` make its matrices with another function.
+
+    Args:
+        device_type: whose tensors it takes.
+        unpacker: (in_features, layer) -> dense matrix [out_features, in_features]; checks indices.
+    """
+    _UNPACKERS[device_type] = unpacker
+
+
+def unpack_layer(in_features: int, layer: LayerArguments) -> Tensor:
+    """A layer's dense matrix [out_features, in_features], its indices checked.
+
+    Where that would make the host wait for another device they are checked once: torch lets later ones lead nowhere
+    outside of the matrix.
+
+    Raises:
+        BlockSparseFormatError: indices that break the format's rules.
+    """
+    packed, out_features = PackedWeight(*layer[:3]), layer.out_features
+
+    def check() -> None:
+        check_packed("block_sparse_linear", packed, out_features, in_features)
+
+    if packed.weight.device.type == "cpu":
+        check()
+    else:
+        _CHECKED.get(packed[1:], (in_features, out_features, packed.weight.shape), check)
+    return unpack(packed, out_features, in_features)
 
 
 def dense_forward(x: Tensor, layer: LayerArguments) -> Tensor:
-    """torch's own Linear with the unpacked matrix, which is kept in memory beside the packed one."""
-    weight, crow_indices, col_indices, bias, out_features, activation, residual = layer
-    packed, in_features = PackedWeight(weight, crow_indices, col_indices), x.shape[-1]
-
-    def make() -> Tensor:
-        check_indices("weight", crow_indices, col_indices, -(-in_features // weight.shape[2]))
-        return unpack(packed, out_features, in_features)
-
-    key = (out_features, in_features, weight.shape, weight.stride(), weight.dtype)
-    dense = _DENSE_WEIGHTS.get(packed, key, make)
-    out = ACTIVATIONS[activation](F.linear(x, dense, bias))
-    return out if residual is None else out + residual
+    """torch's own Linear with the matrix unpacked for this call."""
+    dense = _UNPACKERS.get(x.device.type, unpack_layer)(x.shape[-1], layer)
+    out = ACTIVATIONS[layer.activation](F.linear(x, dense, layer.bias))
+    return out if layer.residual is None else out + layer.residual
 
 
 def _same_dtype(x: Tensor, layer: LayerArguments) -> bool:
@@ -131,7 +148,7 @@ def _same_dtype(x: Tensor, layer: LayerArguments) -> bool:
 
 
 register_backend("reference", Backend(reference_forward, _same_dtype))
-register_backend("dense", Backend(dense_forward, _same_dtype, keeps_copy=lambda _: True))
+register_backend("dense", Backend(dense_forward, _same_dtype))
 
 
 def run(x: Tensor, layer: LayerArguments, backend: str = "auto") -> Tensor:

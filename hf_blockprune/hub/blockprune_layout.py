@@ -70,9 +70,9 @@ def pack(weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> PackedWe
 
 def block_rows_of(crow_indices: Tensor, nnz_blocks: int) -> Tensor:
     """Block row of each stored block, int64 [nnz_blocks]."""
-    counts = crow_indices.long().diff()
-    rows = torch.arange(len(counts), device=crow_indices.device)
-    return torch.repeat_interleave(rows, counts, output_size=nnz_blocks)
+    # By search, which writes nowhere outside of its result, whatever the indices are.
+    blocks = torch.arange(nnz_blocks, dtype=crow_indices.dtype, device=crow_indices.device)
+    return torch.searchsorted(crow_indices[1:], blocks, right=True)
 
 
 def block_mask(packed: PackedWeight, block_cols: int) -> Tensor:
@@ -92,23 +92,10 @@ def unpack(packed: PackedWeight, out_features: int, in_features: int) -> Tensor:
     """
     nnz, rows, cols = packed.weight.shape
     grid = grid_shape(out_features, in_features, (rows, cols))
-    blocks = packed.weight.new_zeros(*grid, rows, cols)
+    dense = packed.weight.new_zeros(grid[0] * rows, grid[1] * cols)
+    blocks = dense.view(grid[0], rows, grid[1], cols).transpose(1, 2)
     blocks[block_rows_of(packed.crow_indices, nnz), packed.col_indices.long()] = packed.weight
-    return blocks.transpose(1, 2).reshape(grid[0] * rows, grid[1] * cols)[:out_features, :in_features].contiguous()
-
-
-def feature_major(weight: Tensor) -> Tensor:
-    """The same blocks [nnz_blocks, rows, cols], laid out in memory as [nnz_blocks, cols, rows].
-
-    Kernels read one input feature's weights to all of a block's outputs at once, and so a block row's kept features are
-    one matrix without gaps.
-    """
-    return weight.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def is_feature_major(weight: Tensor) -> bool:
-    """Whether `feature_major` would change nothing."""
-    return weight.transpose(1, 2).is_contiguous()
+    return dense[:out_features, :in_features].contiguous()
 
 
 def check_shapes(
@@ -165,20 +152,21 @@ def check_indices(name: str, crow_indices: Tensor, col_indices: Tensor, block_co
     for tensor_name, indices in (("crow_indices", crow_indices), ("col_indices", col_indices)):
         if indices.dtype != torch.int32:
             raise BlockSparseFormatError(f"{name}.{tensor_name}: must be int32, got {indices.dtype}")
-    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
+    # In NumPy, which starts no threads: a process may load a model and fork before it starts any.
+    crow, col = crow_indices.detach().cpu().numpy(), col_indices.detach().cpu().numpy()
     if not len(crow) or crow[0] != 0 or crow[-1] != len(col):
         raise BlockSparseFormatError(
             f"{name}.crow_indices: must start at 0 and end at {len(col)}, the number of kept blocks"
         )
-    counts = crow.diff()
-    if (counts < 0).any():
+    if (crow[1:] < crow[:-1]).any():
         raise BlockSparseFormatError(f"{name}.crow_indices: must not decrease")
-    if ((col < 0) | (col >= block_cols)).any():
+    if len(col) and (col.min() < 0 or col.max() >= block_cols):
         raise BlockSparseFormatError(f"{name}.col_indices: every block column must lie in [0, {block_cols})")
     # A row's first block may have any column; every later one must lie to the right of its neighbour.
-    # Adding a row's offset turns "increasing within each row" into "increasing everywhere".
-    keys = col + block_cols * torch.repeat_interleave(torch.arange(len(counts)), counts)
-    if (keys.diff() <= 0).any():
+    increases = col[1:] > col[:-1]
+    first = crow[(crow > 0) & (crow < len(col))]
+    increases[first - 1] = True
+    if not increases.all():
         raise BlockSparseFormatError(f"{name}.col_indices: must strictly increase within a block row")
 
 
@@ -202,25 +190,19 @@ def check_packed(name: str, packed: PackedWeight, out_features: int, in_features
     check_indices(name, packed.crow_indices, packed.col_indices, block_cols)
 
 
-class CheckedPattern(NamedTuple):
-    """Indices that `check_packed` let pass, and two orders to go through block rows; all on one device.
+class RowOrders(NamedTuple):
+    """Two orders to go through block rows, int32 [block_rows] on the indices' device: every block row once.
 
     Attributes:
-        crow_indices, col_indices: int32 copies: what was checked is what kernels read.
-        longest_first: int32 [block_rows], every block row once.
-        in_order: int32 [block_rows], 0, 1, 2, ...
+        longest_first: rows with more blocks before those with fewer.
+        in_order: 0, 1, 2, ...
     """
 
-    crow_indices: Tensor
-    col_indices: Tensor
     longest_first: Tensor
     in_order: Tensor
 
 
-def checked_pattern(name: str, packed: PackedWeight, out_features: int, in_features: int) -> CheckedPattern:
-    """Check a matrix (see `check_packed`; indices are read from the device for it) and order its block rows."""
-    check_packed(name, packed, out_features, in_features)
-    crow, col = packed.crow_indices, packed.col_indices
-    longest_first = crow.diff().argsort(descending=True, stable=True).to(torch.int32)
-    in_order = torch.arange(len(longest_first), dtype=torch.int32, device=crow.device)
-    return CheckedPattern(crow.clone(), col.clone(), longest_first, in_order)
+def row_orders(crow_indices: Tensor) -> RowOrders:
+    """The orders of a matrix's block rows."""
+    longest_first = crow_indices.diff().argsort(descending=True, stable=True).to(torch.int32)
+    return RowOrders(longest_first, torch.arange(len(longest_first), dtype=torch.int32, device=crow_indices.device))

@@ -10,9 +10,7 @@ from .blockprune_layout import (
     PackedWeight,
     block_mask,
     check_indices,
-    feature_major,
     grid_shape,
-    is_feature_major,
     pack,
     unpack,
 )
@@ -111,8 +109,7 @@ class BlockSparseLinear(nn.Module):
         self.grid_shape = grid_shape(out_features, in_features, self.block_shape)
         if not 0 <= nnz_blocks <= self.grid_shape[0] * self.grid_shape[1]:
             raise BlockSparseFormatError(f"nnz_blocks: {nnz_blocks} is not between 0 and the {self.grid_shape} grid")
-        rows, cols = self.block_shape
-        self.weight = nn.Parameter(torch.zeros(nnz_blocks, cols, rows, device=device, dtype=dtype).transpose(1, 2))
+        self.weight = nn.Parameter(torch.zeros(nnz_blocks, *self.block_shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         crow = torch.zeros(self.grid_shape[0] + 1, dtype=torch.int32, device=device)
         self.register_buffer("crow_indices", crow)
@@ -134,7 +131,7 @@ class BlockSparseLinear(nn.Module):
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
-        module.weight.data = feature_major(packed.weight)
+        module.weight.data = packed.weight
         if linear.bias is not None and module.bias is not None:
             module.bias.data = linear.bias.detach().clone()
         module.crow_indices, module.col_indices = packed.crow_indices, packed.col_indices
@@ -153,11 +150,6 @@ class BlockSparseLinear(nn.Module):
 
     def _packed(self) -> PackedWeight:
         return PackedWeight(self.weight.detach(), self.crow_indices, self.col_indices)
-
-    def arrange(self) -> None:
-        """Lay the kept blocks out in memory as kernels read them; their values and shape stay."""
-        if not self.weight.is_meta and not is_feature_major(self.weight):
-            self.weight.data = feature_major(self.weight.detach())
 
     def mask(self) -> Tensor:
         """Bool [block_rows, block_cols], True where a block is kept."""

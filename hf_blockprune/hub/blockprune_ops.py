@@ -166,8 +166,6 @@ def block_sparse_linear(
         raise ValueError(
             f"residual: expected {x.dtype} {[*x.shape[:-1], out_features]}, got {residual.dtype} {list(residual.shape)}"
         )
-    if backend == "auto" and weight.requires_grad and torch.is_grad_enabled():
-        backend = "auto-live"
     return torch.ops.blockprune.block_sparse_linear(
         x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual
     )

@@ -1,12 +1,10 @@
-"""What a backend makes of a layer's tensors before it can multiply: made once, and again when they change."""
+"""What is learned from a layer's indices once, where asking again would make the host wait for a GPU."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 T = TypeVar("T")
 
@@ -14,9 +12,8 @@ T = TypeVar("T")
 class PreparedCache(Generic[T]):
     """Values made from tensors, kept while the tensors' memory lives.
 
-    A change through an operation that torch records (`copy_`, `load_state_dict`) is noticed by the tensor's version,
-    and so is the step of a `torch.optim` optimizer. One through `tensor.data` is not, so nothing that trains may rely
-    on this.
+    A change through an operation that torch records (`copy_`, `load_state_dict`) is noticed by the tensor's version.
+    One through `tensor.data` is not: results may not depend on what is kept here, and no copy of a tensor belongs here.
 
     Example:
         >>> import torch
@@ -60,16 +57,3 @@ class PreparedCache(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
-
-
-def _count_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    """Raise the versions of what an optimizer changes: fused ones, which `Trainer` takes, leave them as they are."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not parameter.is_inference():
-                torch.autograd.graph.increment_version(parameter)
-
-
-# Once in a process, though a checkpoint's own copy of this file and the installed package may both be loaded.
-if "step_hook" not in vars(torch.ops.blockprune):
-    vars(torch.ops.blockprune)["step_hook"] = register_optimizer_step_post_hook(_count_step)

@@ -1,8 +1,10 @@
 """The block-sparse product on GPUs, in Triton: y = act(x W^T + b) + residual.
 
-A program makes an output tile of BLOCK_M tokens by one block row. Kept blocks lie feature-major in memory, so those of
-a row are one matrix [kept features, rows] without gaps: the inner loop reads BLOCK_K features of it at a time, of
-however many blocks, beside the same features gathered from x. Blocks of any width run that way.
+A program makes an output tile of BLOCK_M tokens by one block row. The inner loop takes BLOCK_K of the row's kept
+features at a time, of however many blocks, beside the same features gathered from x. Blocks of any width run that way.
+
+Weights and indices are read where they are. Indices were checked, but may have been written to since without torch's
+knowledge: no value of theirs leads outside of the arrays.
 
 This file needs triton; the others do without where it is missing.
 """
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blockprune_layout import CheckedPattern
+from .blockprune_layout import RowOrders
 from .blockprune_reference import LayerArguments
 from .blockprune_tuning import Config
 
@@ -54,6 +56,7 @@ def block_sparse_linear_kernel(
     in_features,
     out_features,
     block_rows,
+    nnz_blocks,
     stride_token,
     stride_feature,
     ROWS: tl.constexpr,
@@ -75,10 +78,11 @@ def block_sparse_linear_kernel(
     Programs take tiles in turn, or with STRIPS each a stretch of them: with GROUP 1 these are block rows of the same
     tokens, whose x then comes from the L1 cache but once.
 
-    Shapes: x [readable_tokens, in_features] by its two strides, of which `tokens` count; weight [nnz_blocks, COLS,
-    ROWS], row_order [block_rows], residual and y [tokens, out_features] contiguous. CONTIGUOUS: features of x that
-    surely lie side by side.
+    Shapes: x [readable_tokens, in_features] by its two strides, of which `tokens` count; weight [nnz_blocks, ROWS,
+    COLS], row_order [block_rows], residual and y [tokens, out_features] contiguous. CONTIGUOUS: features of x that
+    surely lie side by side. Indices that break the format's rules give wrong outputs and nothing worse.
     """
+    block_cols = tl.cdiv(in_features, COLS)
     token_tiles = tl.cdiv(tokens, BLOCK_M)
     tiles = token_tiles * block_rows
     begin = tl.program_id(0)
@@ -94,8 +98,9 @@ def block_sparse_linear_kernel(
         within = tile % (GROUP * block_rows)
         row = tl.load(row_order + within // size)
         m = (first + within % size) * BLOCK_M + tl.arange(0, BLOCK_M)
-        start = tl.load(crow_indices + row)
-        kept = (tl.load(crow_indices + row + 1) - start) * COLS  # features
+        start = tl.minimum(tl.maximum(tl.load(crow_indices + row), 0), nnz_blocks)
+        stop = tl.minimum(tl.maximum(tl.load(crow_indices + row + 1), start), nnz_blocks)
+        kept = (stop - start) * COLS  # features
         cols = col_indices + start
         blocks = weight + start.to(tl.int64) * (COLS * ROWS)
         x_rows = x + m.to(tl.int64)[:, None] * stride_token
@@ -107,13 +112,16 @@ def block_sparse_linear_kernel(
             k = start_k + offset_k
             feature = tl.max_contiguous(tl.multiple_of(col * COLS + k % COLS, CONTIGUOUS), CONTIGUOUS)
             wanted = k < kept
-            there = wanted if WHOLE_COLS else wanted & (feature < in_features)
+            there = wanted & (col >= 0) & (col < block_cols)
+            if not WHOLE_COLS:
+                there = there & (feature < in_features)
             x_tile = tl.load(
                 x_rows + feature.to(tl.int64)[None, :] * stride_feature,
                 mask=(m < readable_tokens)[:, None] & there[None, :],
                 other=0.0,
             )
-            w_tile = tl.load(blocks + k[:, None] * ROWS + offset_n[None, :], mask=wanted[:, None], other=0.0)
+            place_k = k // COLS * (ROWS * COLS) + k % COLS  # of the feature's first weight
+            w_tile = tl.load(blocks + place_k[:, None] + offset_n[None, :] * COLS, mask=wanted[:, None], other=0.0)
             # The next blocks' places are on their way while these are multiplied.
             col = tl.load(cols + (k + BLOCK_K) // COLS, mask=k + BLOCK_K < kept, other=0)
             if WIDEN:
@@ -140,22 +148,22 @@ def k_major(x: Tensor) -> Tensor:
 
 
 def launch(
-    x: Tensor, tokens: int, layer: LayerArguments, pattern: CheckedPattern, *, config: Config, precision: str
+    x: Tensor, tokens: int, layer: LayerArguments, orders: RowOrders, *, config: Config, precision: str
 ) -> Tensor:
     """Run the kernel: [tokens, out_features].
 
     Args:
         x: [tokens or more, in_features], one of its strides 1.
         tokens: those that count.
-        layer: weight feature-major in memory, bias and residual contiguous.
-        pattern: of the weight.
+        layer: all of its tensors contiguous.
+        orders: of its block rows.
         config: how.
         precision: "ieee" or "tf32", of products in float32.
     """
     in_features, out_features = x.shape[1], layer.out_features
     rows, cols = layer.weight.shape[1:]
     y = x.new_empty(tokens, out_features)
-    block_rows = len(pattern.longest_first)
+    block_rows = len(orders.longest_first)
     tiles = triton.cdiv(tokens, config.block_m) * block_rows
     programs = min(tiles, config.per_sm * multiprocessors(x.device) or tiles)
     if not programs:
@@ -182,9 +190,9 @@ def launch(
         kernel[(programs,)](
             x,
             layer.weight,
-            pattern.crow_indices,
-            pattern.col_indices,
-            pattern.in_order if config.strips else pattern.longest_first,
+            layer.crow_indices,
+            layer.col_indices,
+            orders.in_order if config.strips else orders.longest_first,
             layer.bias,
             layer.residual,
             y,
@@ -193,6 +201,7 @@ def launch(
             in_features,
             out_features,
             block_rows,
+            len(layer.weight),
             *x.stride(),
             **constants,
         )

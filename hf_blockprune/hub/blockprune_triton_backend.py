@@ -1,4 +1,4 @@
-"""The op's `triton` backend: what the kernel needs to know of a layer, prepared once, and how it is run.
+"""The op's `triton` backend: what the kernel needs to know of a layer, and how it is run.
 
 Triton itself is imported when the kernel runs for the first time: not where there is no GPU.
 """
@@ -17,14 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blockprune_backends import Backend, checked_bias, register_backend
-from .blockprune_layout import (
-    CheckedPattern,
-    PackedWeight,
-    checked_pattern,
-    feature_major,
-    is_feature_major,
-    unpack,
-)
+from .blockprune_layout import PackedWeight, RowOrders, check_packed, row_orders, unpack
 from .blockprune_prepared import PreparedCache
 from .blockprune_reference import ACTIVATIONS, LayerArguments
 from .blockprune_tuning import Choice, Config, Problem, Tuner, candidates
@@ -43,8 +36,7 @@ class TritonBackend:
     """Block-sparse products with the Triton kernel."""
 
     def __init__(self) -> None:
-        self._patterns: PreparedCache[CheckedPattern] = PreparedCache()
-        self._copies: PreparedCache[Tensor] = PreparedCache()
+        self._orders: PreparedCache[RowOrders] = PreparedCache()
         self._tuners: dict[torch.device, Tuner] = {}
         self._choices: dict[tuple[torch.device, Problem], Choice] = {}
 
@@ -68,10 +60,6 @@ class TritonBackend:
         if choice.sparse_ms is None or choice.dense_ms is None:
             return layer.weight.numel() <= UNMEASURED_BREAK_EVEN * x.shape[-1] * layer.out_features
         return choice.sparse_ms < choice.dense_ms
-
-    def keeps_copy(self, layer: LayerArguments) -> bool:
-        """Whether the kernel cannot read the weight where it is."""
-        return not is_feature_major(layer.weight)
 
     def forward(self, x: Tensor, layer: LayerArguments) -> Tensor:
         """See `blockprune_backends.Backend`."""
@@ -107,28 +95,32 @@ class TritonBackend:
     def _run(self, inputs: "_Inputs", layer: LayerArguments, config: Config) -> Tensor:
         from .blockprune_triton import launch
 
-        x = inputs.x
-        pattern = self._pattern(x.shape[1], layer)
-        weight = layer.weight
-        if not is_feature_major(weight):
-            weight = self._copies.get((weight,), (weight.shape, weight.dtype), lambda: feature_major(layer.weight))
-        residual = None if layer.residual is None else layer.residual.contiguous()
-        layer = layer._replace(weight=weight, bias=checked_bias(layer, x.dtype), residual=residual)
+        x, orders = inputs.x, self._checked(inputs.x.shape[1], layer)
+        layer = layer._replace(
+            weight=layer.weight.contiguous(),
+            crow_indices=layer.crow_indices.contiguous(),
+            col_indices=layer.col_indices.contiguous(),
+            bias=checked_bias(layer, x.dtype),
+            residual=None if layer.residual is None else layer.residual.contiguous(),
+        )
         source = inputs.k_major if config.k_major else inputs.token_major
-        return launch(source, len(x), layer, pattern, config=config, precision=_precision(x.dtype))
+        return launch(source, len(x), layer, orders, config=config, precision=_precision(x.dtype))
 
-    def _pattern(self, in_features: int, layer: LayerArguments) -> CheckedPattern:
-        """The checked pattern; the first time, indices are read from the device.
+    def _checked(self, in_features: int, layer: LayerArguments) -> RowOrders:
+        """The orders of a layer's block rows; the first time, indices are read from the device and checked.
+
+        Orders stay right, if not the best, for indices that change unnoticed.
 
         Raises:
-            BlockSparseFormatError: indices that would lead outside the matrix; no kernel sees them.
+            BlockSparseFormatError: indices that would lead outside the matrix.
         """
         packed = PackedWeight(*layer[:3])
-        return self._patterns.get(
-            packed[1:],
-            (in_features, layer.out_features, packed.weight.shape),
-            lambda: checked_pattern("block_sparse_linear", packed, layer.out_features, in_features),
-        )
+
+        def make() -> RowOrders:
+            check_packed("block_sparse_linear", packed, layer.out_features, in_features)
+            return row_orders(packed.crow_indices)
+
+        return self._orders.get(packed[1:], (in_features, layer.out_features, packed.weight.shape), make)
 
 
 class _Inputs:
@@ -219,5 +211,5 @@ def register() -> None:
     if find_spec("triton") is None:
         return
     backend = TritonBackend()
-    functions = backend.forward, backend.supports, backend.pays, backend.keeps_copy, backend.forward_all
+    functions = backend.forward, backend.supports, backend.pays, backend.forward_all
     register_backend("triton", Backend(*functions))

@@ -1,6 +1,7 @@
 // Random products of odd shapes through the C ABI, compared with plain loops in double precision. Built with sanitizers,
 // and with every array exactly as large as the kernels may touch.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -13,7 +14,7 @@
 
 extern "C" {
 const char* blockprune_cpu_isa(const char*);
-int32_t blockprune_cpu_strip_rows(const char*, int64_t);
+int32_t blockprune_cpu_unpack(int64_t, int64_t, const void*, int32_t);
 int32_t blockprune_cpu_linear(const char*, const void*, int64_t, int64_t, int64_t, int32_t, const void*, int64_t, int32_t);
 }
 
@@ -42,32 +43,49 @@ struct Input {
 };
 
 struct Case {
-    int64_t rows = 16 * between(1, 5), cols, out = between(1, 200);
-    std::unique_ptr<int32_t[]> crow, col, order;
+    int64_t rows = between(0, 1) ? 16 * between(1, 5) : between(1, 70), nnz, cols, out = between(1, 200);
+    std::unique_ptr<int32_t[]> crow, col;
     std::unique_ptr<float[]> weight, bias, y;
 
-    Case(const char* isa, const Input& input, int64_t cols) : cols(cols) {
+    Case(const Input& input, int64_t cols) : cols(cols) {
         const int64_t block_rows = (out + rows - 1) / rows, block_cols = (input.features + cols - 1) / cols;
         const double density = between(0, 4) / 4.0;
-        std::vector<int32_t> starts{0}, columns, strips;
+        std::vector<int32_t> starts{0}, columns;
         for (int64_t r = 0; r < block_rows; ++r) {
             for (int64_t c = 0; c < block_cols; ++c) {
                 if (std::uniform_real_distribution<>()(generator) < density) columns.push_back(int32_t(c));
             }
             starts.push_back(int32_t(columns.size()));
         }
-        const int64_t count = block_rows * (rows / blockprune_cpu_strip_rows(isa, rows));
-        for (int64_t s = count; s--;) strips.push_back(int32_t(s));
         crow = exactly(starts);
         col = exactly(columns);
-        order = exactly(strips);
+        nnz = int64_t(columns.size());
         weight = noise(int64_t(columns.size()) * rows * cols);
         bias = noise(out);
         y = exactly(std::vector<float>(input.tokens * out, NAN));
     }
 
     blockprune::Layer layer() const {
-        return {weight.get(), crow.get(), col.get(), order.get(), bias.get(), y.get(), out, out, rows, cols, 0};
+        return {weight.get(), crow.get(), col.get(), bias.get(), y.get(), out, out, nnz, rows, cols, 0};
+    }
+
+    bool unpacks(const Input& input) const {
+        auto dense = exactly(std::vector<float>(out * input.features, NAN));
+        blockprune::Layer target = layer();
+        target.y = dense.get();
+        if (blockprune_cpu_unpack(input.features, 4, &target, int32_t(between(1, 3)))) return false;
+        for (int64_t b = 0, r = 0; r < (out + rows - 1) / rows; ++r) {
+            for (; b < crow[r + 1]; ++b) {
+                for (int64_t i = 0; i < rows * cols; ++i) {
+                    const int64_t o = r * rows + i / cols, k = col[b] * cols + i % cols;
+                    if (o >= out || k >= input.features) continue;
+                    float& value = dense[o * input.features + k];
+                    if (value != weight[b * rows * cols + i]) return false;
+                    value = 0;
+                }
+            }
+        }
+        return std::all_of(dense.get(), dense.get() + out * input.features, [](float v) { return v == 0; });
     }
 
     double error(const Input& input) const {
@@ -78,7 +96,7 @@ struct Case {
                 for (int64_t b = crow[o / rows]; b < crow[o / rows + 1]; ++b) {
                     for (int64_t k = 0; k < cols && col[b] * cols + k < input.features; ++k) {
                         sum += double(input.x[t * input.stride + col[b] * cols + k]) *
-                               weight[(b * cols + k) * rows + o % rows];
+                               weight[(b * rows + o % rows) * cols + k];
                     }
                 }
                 error += (y[t * out + o] - sum) * (y[t * out + o] - sum);
@@ -95,7 +113,7 @@ bool correct(const char* isa) {
     std::vector<Case> cases;
     std::vector<blockprune::Layer> layers;
     for (int64_t i = between(1, 3); i--;) {
-        cases.emplace_back(isa, input, cols);
+        cases.emplace_back(input, cols);
         layers.push_back(cases.back().layer());
     }
     if (blockprune_cpu_linear(isa, input.x.get(), input.stride, input.tokens, input.features, 0, layers.data(),
@@ -103,7 +121,7 @@ bool correct(const char* isa) {
         return false;
     }
     for (const Case& c : cases) {
-        if (!(c.error(input) < 1e-5)) return false;
+        if (!(c.error(input) < 1e-5) || !c.unpacks(input)) return false;
     }
     return true;
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hf_blockprune._cpu
-from setup import COMMON_FLAGS, ISA_FLAGS
+from setup import COMMON_FLAGS, ISA_FLAGS, PLAIN_SOURCES
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
@@ -21,7 +21,7 @@ def build(folder, *extra):
     objects = []
     for name, source, flags in [
         ("stress", STRESS, []),
-        ("driver", SOURCES / "driver.cpp", []),
+        *((Path(source).stem, SOURCES / Path(source).name, []) for source in PLAIN_SOURCES),
         *(
             (isa, SOURCES / "tile.cpp", [*flags, f"-DBLOCKPRUNE_ISA={isa}"])
             for isa, flags in ISA_FLAGS[platform.machine()].items()

@@ -4,7 +4,6 @@ import gc
 
 import pytest
 import torch
-from torch import nn
 
 from hf_blockprune.hub.blockprune_prepared import PreparedCache
 
@@ -39,17 +38,6 @@ def test_is_made_again_after_a_change(cache, change):
     total(cache, x)
     change(x)
     assert total(cache, x) == 6
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-def test_an_optimizer_step_is_a_change(cache, kind, fused):
-    """Fused steps write into parameters without raising their versions."""
-    x = nn.Parameter(torch.ones(3))
-    total(cache, x)
-    x.grad = torch.ones(3)
-    kind([x], lr=1.0, weight_decay=0.0, fused=fused).step()
-    assert total(cache, x) == pytest.approx(0, abs=1e-6)
 
 
 def test_keys_tell_values_apart(cache):

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from hf_blockprune.errors import BlockSparseFormatError
 from hf_blockprune.hub.blockprune_backends import LayerArguments, choose_backend
-from hf_blockprune.hub.blockprune_layout import CheckedPattern, feature_major, pack
+from hf_blockprune.hub.blockprune_layout import RowOrders, pack
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.hub.blockprune_triton import k_major, launch
 from hf_blockprune.hub.blockprune_triton_backend import BLOCK_ROWS, TritonBackend
@@ -56,8 +56,7 @@ def triton(case, activation="none", **options):
 
 def layer_arguments(case, **changes):
     case = to_device(case)
-    packed = case.packed._replace(weight=feature_major(case.packed.weight))
-    return LayerArguments(*packed, case.bias, len(case.dense), **changes)
+    return LayerArguments(*case.packed, case.bias, len(case.dense), **changes)
 
 
 def launch_with(config, case, **changes):
@@ -65,9 +64,9 @@ def launch_with(config, case, **changes):
     layer, x = layer_arguments(case, **changes), case.x.to(DEVICE)
     rows = len(layer.crow_indices) - 1
     order = torch.randperm(rows, dtype=torch.int32).to(DEVICE)
-    pattern = CheckedPattern(layer.crow_indices, layer.col_indices, order, order.sort()[0])
+    orders = RowOrders(order, order.sort()[0])
     source = k_major(x) if config.k_major else x
-    return launch(source, len(x), layer, pattern, config=config, precision="ieee")
+    return launch(source, len(x), layer, orders, config=config, precision="ieee")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -169,7 +168,7 @@ def test_inputs_and_weights_in_other_layouts(view):
     case = make_case((16, 16), (6, 4))
     case = case._replace(x=view(case.x))
     assert_matches(triton(case), reference(case), torch.float32)
-    packed = case.packed._replace(weight=feature_major(case.packed.weight))
+    packed = case.packed._replace(weight=case.packed.weight.transpose(1, 2).contiguous().transpose(1, 2))
     assert_matches(triton(case._replace(packed=packed)), reference(case), torch.float32)
 
 
@@ -225,7 +224,7 @@ def test_indices_are_checked_once_and_before_the_kernel_sees_them(monkeypatch):
         raise AssertionError("checked again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(blockprune_triton_backend, "checked_pattern", no_more)
+        patch.setattr(blockprune_triton_backend, "check_packed", no_more)
         backend.forward(x, layer)
     layer.col_indices[0] = 1000
     with pytest.raises(BlockSparseFormatError, match="col_indices"):
