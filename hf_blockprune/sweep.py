@@ -12,13 +12,14 @@ from .config import BlockPruneConfig, Budget
 from .data import load_images
 from .environment import environment
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
-from .evaluation import Predictions, summarise
+from .evaluation import Outputs, Predictions, summarise
 from .html_report import sweep_page
 from .inspection import inspect_checkpoint
 from .jobs import PruneJob, prune_and_measure
 from .pareto import frontier
 from .progress import discard, weights_fingerprint
 from .pruner import EVALUATION_SPLITS, BlockPruner
+from .scores import main_score
 from .shared_statistics import SharedStatistics
 from .sweep_folder import SweepFolder
 from .version import __version__
@@ -133,9 +134,9 @@ class _Sweep:
 
     def _settings(self) -> dict[str, Any]:
         """All that decides the results, as JSON-ready values."""
-        calibration = None
+        calibration, taylor = None, any(config.method == "taylor" for config in self.configs.values())
         if self.job.dataset is not None:
-            calibration = load_images(self.job.dataset, split=self.job.split).identity
+            calibration = load_images(self.job.dataset, split=self.job.split, labels=taylor).identity
         evaluation = load_images(self.job.evaluation, prefer_splits=EVALUATION_SPLITS).identity
         return {
             "model": self.dense.name,
@@ -146,7 +147,7 @@ class _Sweep:
             "version": __version__,
         }
 
-    def _point(self, name: str, answers: Predictions, shared: SharedStatistics) -> dict[str, Any]:
+    def _point(self, name: str, answers: Predictions | Outputs, shared: SharedStatistics) -> dict[str, Any]:
         """Prune, measure and save one point; errors that a user can act on become part of it."""
         config = self.configs[name]
         shape = list(config.block_shape)
@@ -160,7 +161,7 @@ class _Sweep:
         return {**point, **found, "wall_seconds": round(perf_counter() - start, 1)}
 
     def _prune(
-        self, name: str, config: BlockPruneConfig, answers: Predictions, shared: SharedStatistics
+        self, name: str, config: BlockPruneConfig, answers: Predictions | Outputs, shared: SharedStatistics
     ) -> dict[str, Any]:
         pruner = BlockPruner.from_pretrained(self.job.model, config, accelerator=self.dense.accelerator)
         job, work_dir = replace(self.job, config=config), self.folder.work_dir(name)
@@ -178,7 +179,9 @@ class _Sweep:
     def _write(self, values: dict[str, Any]) -> None:
         """Mark the frontier, drop checkpoints that are not to be kept, and write both files."""
         points = [point for point in values["points"] if point["status"] == "done"]
-        marks = frontier([(point["flops_ratio"], point["evaluation"]["top1"]) for point in points])
+        marks = frontier(
+            [(point["flops_ratio"], point["evaluation"][main_score(point["evaluation"])]) for point in points]
+        )
         for point, on_frontier in zip(points, marks, strict=True):
             point["frontier"] = on_frontier
             kept = self.keep == "all" or (self.keep == "frontier" and on_frontier)

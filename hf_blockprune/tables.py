@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from .checkpoint import stream_reordered
+from .scores import SCORES, change_text, main_score, main_text, score_text
 
 
 def summary_table(report: dict[str, Any]) -> Table:
@@ -32,7 +33,9 @@ def summary_table(report: dict[str, Any]) -> Table:
         table.add_row("features of hidden states", "in another order (permutation.residual_order); predictions stay")
     recovery = report["recovery"]
     if recovery is not None and recovery["evaluation_before"] is not None:
-        table.add_row("top-1 before recovery", f"{recovery['evaluation_before']['top1']:.2%}")
+        before = recovery["evaluation_before"]
+        key = main_score(before)
+        table.add_row(f"{SCORES[key]} before recovery", score_text(key, before[key]))
     if report.get("finetuning") is not None:
         f = report["finetuning"]
         epochs = f["settings"]["epochs"]
@@ -41,8 +44,9 @@ def summary_table(report: dict[str, Any]) -> Table:
         )
     if report["evaluation"] is not None:
         e = report["evaluation"]
-        dense = f", dense {e['baseline_top1']:.2%}" if "baseline_top1" in e else ""
-        table.add_row("top-1", f"{e['top1']:.2%} of {e['num_images']} images{dense}")
+        key = main_score(e)
+        dense = f", dense {score_text(key, e[f'baseline_{key}'])}" if f"baseline_{key}" in e else ""
+        table.add_row(SCORES[key], f"{score_text(key, e[key])} of {e['num_images']} images{dense}")
     table.add_row("seconds", ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items()))
     return table
 
@@ -69,6 +73,11 @@ def layer_table(report: dict[str, Any]) -> Table:
 
 def _total(report: dict[str, Any], key: str) -> float:
     return sum(layer[key] or 0.0 for layer in report["layers"])
+
+
+def _points(evaluation: dict[str, Any]) -> str:
+    low, high = (f"{100 * bound:+.1f}" for bound in evaluation["interval"])
+    return f"{100 * evaluation['delta']:+.1f} ({low} to {high})"
 
 
 def _number(value: float | None) -> str:
@@ -139,12 +148,14 @@ def evaluation_table(values: dict[str, Any]) -> Table:
     """Accuracy, with the comparison where there was one."""
     table = Table(show_header=False)
     table.add_row("images", str(values["num_images"]))
-    table.add_row("top-1", f"{values['top1']:.2%}")
-    table.add_row("top-5", f"{values['top5']:.2%}")
+    for key in SCORES:
+        if key in values:
+            table.add_row(SCORES[key], score_text(key, values[key]))
     if "delta" in values:
-        low, high = values["interval"]
-        table.add_row("baseline top-1", f"{values['baseline_top1']:.2%}")
-        table.add_row("change", f"{values['delta']:+.2%} (95 % interval {low:+.2%} to {high:+.2%})")
+        key = main_score(values)
+        table.add_row(f"baseline {SCORES[key]}", score_text(key, values[f"baseline_{key}"]))
+        table.add_row("change", change_text(values))
+    if "flipped_to_wrong" in values:
         table.add_row("flipped", f"{values['flipped_to_wrong']} to wrong, {values['flipped_to_right']} to right")
     return table
 
@@ -179,21 +190,21 @@ def inspect_table(values: dict[str, Any]) -> Table:
 def sweep_table(values: dict[str, Any]) -> Table:
     """A sweep's points, cheapest first; those that no other beats are marked."""
     dense = values["dense"]
-    table = Table(title=f"{values['model']}, dense top-1 {dense['top1']:.1%} of {dense['num_images']} images")
+    main = main_score(dense)
+    table = Table(title=f"{values['model']}, dense {main_text(dense, 1)} of {dense['num_images']} images")
     table.add_column("")
     table.add_column("point", no_wrap=True)
-    for column in ("FLOPs kept", "top-1", "change, 95 % interval", "seconds"):
+    for column in ("FLOPs kept", SCORES[main], "change, 95 % interval", "seconds"):
         table.add_column(column, justify="right")
     done = [point for point in values["points"] if point["status"] == "done"]
-    for point in sorted(done, key=lambda p: (p["flops_ratio"], -p["evaluation"]["top1"])):
+    for point in sorted(done, key=lambda p: (p["flops_ratio"], -p["evaluation"][main])):
         e = point["evaluation"]
-        low, high = (f"{100 * bound:+.1f}" for bound in e["interval"])
         table.add_row(
             "*" if point["frontier"] else "",
             point["name"],
             f"{point['flops_ratio']:.1%}",
-            f"{e['top1']:.1%}",
-            f"{100 * e['delta']:+.1f} ({low} to {high})",
+            score_text(main, e[main], 1),
+            _points(e) if main == "top1" else change_text(e),
             f"{point['wall_seconds']:.0f}",
             style="bold" if point["frontier"] else None,
         )
