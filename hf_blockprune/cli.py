@@ -13,7 +13,6 @@ from rich.table import Table
 
 from .config import Budget
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
-from .scores import main_text
 from .tables import (
     evaluation_table,
     inspect_table,
@@ -400,7 +399,7 @@ def sweep(
 
 def say_point(point: dict[str, Any]) -> None:
     """One line on a sweep's point that is done."""
-    result = main_text(point["evaluation"]) if point["status"] == "done" else "failed"
+    result = f"top-1 {point['evaluation']['top1']:.2%}" if point["status"] == "done" else "failed"
     err.print(f"{point['name']}: {result}, {point['wall_seconds']:.0f} s", markup=False, highlight=False)
 
 

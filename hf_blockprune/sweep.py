@@ -19,9 +19,9 @@ from .jobs import PruneJob, prune_and_measure
 from .pareto import frontier
 from .progress import discard, weights_fingerprint
 from .pruner import EVALUATION_SPLITS, BlockPruner
-from .scores import main_score
 from .shared_statistics import SharedStatistics
 from .sweep_folder import SweepFolder
+from .tasks import SINGLE, task_of
 from .version import __version__
 
 FORMAT_VERSION = 1
@@ -106,6 +106,8 @@ def run_sweep(
     dense = BlockPruner.from_pretrained(job.model)
     if dense.accelerator.num_processes > 1:
         raise ConfigError("a sweep runs in one process; start it without accelerate launch")
+    if (problem := task_of(dense.model.config).problem) != SINGLE:
+        raise ConfigError(f"a sweep compares accuracies, the model's task is {problem}; prune point by point")
     return _Sweep(job, configs, dense, folder, keep).run(on_point or (lambda point: None))
 
 
@@ -179,9 +181,7 @@ class _Sweep:
     def _write(self, values: dict[str, Any]) -> None:
         """Mark the frontier, drop checkpoints that are not to be kept, and write both files."""
         points = [point for point in values["points"] if point["status"] == "done"]
-        marks = frontier(
-            [(point["flops_ratio"], point["evaluation"][main_score(point["evaluation"])]) for point in points]
-        )
+        marks = frontier([(point["flops_ratio"], point["evaluation"]["top1"]) for point in points])
         for point, on_frontier in zip(points, marks, strict=True):
             point["frontier"] = on_frontier
             kept = self.keep == "all" or (self.keep == "frontier" and on_frontier)

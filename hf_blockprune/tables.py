@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from .checkpoint import stream_reordered
-from .scores import SCORES, change_text, main_score, main_text, score_text
+from .scores import SCORES, change_text, main_score, score_text
 
 
 def summary_table(report: dict[str, Any]) -> Table:
@@ -73,11 +73,6 @@ def layer_table(report: dict[str, Any]) -> Table:
 
 def _total(report: dict[str, Any], key: str) -> float:
     return sum(layer[key] or 0.0 for layer in report["layers"])
-
-
-def _points(evaluation: dict[str, Any]) -> str:
-    low, high = (f"{100 * bound:+.1f}" for bound in evaluation["interval"])
-    return f"{100 * evaluation['delta']:+.1f} ({low} to {high})"
 
 
 def _number(value: float | None) -> str:
@@ -190,21 +185,21 @@ def inspect_table(values: dict[str, Any]) -> Table:
 def sweep_table(values: dict[str, Any]) -> Table:
     """A sweep's points, cheapest first; those that no other beats are marked."""
     dense = values["dense"]
-    main = main_score(dense)
-    table = Table(title=f"{values['model']}, dense {main_text(dense, 1)} of {dense['num_images']} images")
+    table = Table(title=f"{values['model']}, dense top-1 {dense['top1']:.1%} of {dense['num_images']} images")
     table.add_column("")
     table.add_column("point", no_wrap=True)
-    for column in ("FLOPs kept", SCORES[main], "change, 95 % interval", "seconds"):
+    for column in ("FLOPs kept", "top-1", "change, 95 % interval", "seconds"):
         table.add_column(column, justify="right")
     done = [point for point in values["points"] if point["status"] == "done"]
-    for point in sorted(done, key=lambda p: (p["flops_ratio"], -p["evaluation"][main])):
+    for point in sorted(done, key=lambda p: (p["flops_ratio"], -p["evaluation"]["top1"])):
         e = point["evaluation"]
+        low, high = (f"{100 * bound:+.1f}" for bound in e["interval"])
         table.add_row(
             "*" if point["frontier"] else "",
             point["name"],
             f"{point['flops_ratio']:.1%}",
-            score_text(main, e[main], 1),
-            _points(e) if main == "top1" else change_text(e),
+            f"{e['top1']:.1%}",
+            f"{100 * e['delta']:+.1f} ({low} to {high})",
             f"{point['wall_seconds']:.0f}",
             style="bold" if point["frontier"] else None,
         )
