@@ -16,7 +16,7 @@ from .card import model_card
 from .config import BlockPruneConfig, RecoveryConfig
 from .data import load_images
 from .errors import CheckpointError, ModelError
-from .evaluation import Evaluation, Predictions, predict, summarise
+from .evaluation import Outputs, Predictions, predict, summarise
 from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import describe_checkpoint, open_checkpoint
@@ -184,7 +184,7 @@ class BlockPruner:
             raise ModelError(f"{self.name} has no block-sparse layers to recover; call prune() first")
         settings, seed = self.config.recovery or RecoveryConfig(), self.config.calibration.seed
         dense = self._teacher(teacher)
-        images = load_images(dataset, split=split).sample(settings.samples, seed)
+        images = load_images(dataset, split=split, labels=False).sample(settings.samples, seed)
         self.model.to(self.accelerator.device)
         result = recover(
             self.model,
@@ -242,7 +242,7 @@ class BlockPruner:
         run = Finetuning(
             self.model,
             self.processor,
-            load_images(dataset, split=split),
+            load_images(dataset, split=split, labels=settings.uses_labels),
             settings,
             self.accelerator,
             teacher=dense,
@@ -309,11 +309,14 @@ class BlockPruner:
         self,
         dataset: Any,
         *,
-        against: "str | Path | BlockPruner | Predictions | None" = None,
+        against: "str | Path | BlockPruner | Predictions | Outputs | None" = None,
         split: str | None = None,
         batch_size: int = 32,
-    ) -> Evaluation:
-        """Top-1 and top-5 accuracy, and the paired change against another model.
+    ) -> Any:
+        """How good the model is at its task, and the paired change against another model.
+
+        Top-1 and top-5 accuracy where it chooses one class; mean average precision and F1 where an image has several
+        labels; R2 and mean squared error where it predicts numbers (see `problem_type` of transformers' configs).
 
         Args:
             dataset: labelled images, named as for `prune`.
@@ -322,14 +325,17 @@ class BlockPruner:
             split: split of the data set; "validation" or "test" by default.
             batch_size: images in one pass on each process.
 
+        Returns:
+            An `Evaluation`, `MultiLabelEvaluation` or `RegressionEvaluation`, by the task.
+
         Raises:
-            DataError: images that are missing, unlabelled, corrupt past 1 %, or labelled outside the model's classes.
+            DataError: images that are missing, unlabelled, corrupt past 1 %, or with labels that do not fit the model.
             ModelError: the other model cannot be loaded.
         """
         images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS)
         options = {"accelerator": self.accelerator, "batch_size": batch_size}
-        baseline = against if isinstance(against, Predictions) else None
-        if against is not None and not isinstance(against, Predictions):
+        baseline = against if isinstance(against, (Predictions, Outputs)) else None
+        if against is not None and not isinstance(against, (Predictions, Outputs)):
             other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
             baseline = predict(other.model, images, other.processor, **options)
         result = summarise(predict(self.model, images, self.processor, **options), baseline)
@@ -337,7 +343,7 @@ class BlockPruner:
             self._report["evaluation"] = {"dataset": images.public_name, **result.to_dict()}
         return result
 
-    def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> Predictions:
+    def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> "Predictions | Outputs":
         """The model's answers on labelled images, for `evaluate` of others to compare with; arguments are its."""
         images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS)
         return predict(self.model, images, self.processor, accelerator=self.accelerator, batch_size=batch_size)

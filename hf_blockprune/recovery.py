@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import get_cosine_schedule_with_warmup
@@ -31,6 +30,7 @@ from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_layout import pack
 from .hub.blockprune_quantizer import block_sparse_layers
 from .selection import timed
+from .tasks import Regression, SingleLabel, Task, task_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,7 +51,8 @@ class Recovery:
         num_images: images learned from.
         num_held_back: images that chose the step to keep.
         divergence: KL(dense || pruned) of the predictions in nats, the mean over held-back images, after each step;
-            "pruned" is where it began.
+            "pruned" is where it began. Of a regression, half the squared error over the variance of the dense model's
+            answers.
         kept: the step whose weights the model holds.
         seconds: time by step.
     """
@@ -184,6 +185,7 @@ class _Run:
     accelerator: "Accelerator"
     seed: int
     student: nn.Module = field(init=False)
+    task: Task = field(init=False)
 
     def __post_init__(self) -> None:
         self.device, self.generator = self.accelerator.device, torch.Generator().manual_seed(self.seed)
@@ -201,6 +203,7 @@ class _Run:
         self.teacher_layers = layer_chain(self.teacher, names)
         learn_calls(self.student, self.layers, self._some(self.learned[:1]))
         self.student.requires_grad_(True)
+        self.task = self._task()
         embeddings = getattr(getattr(self.student, "base_model", None), "embeddings", None)
         if embeddings is not None:  # they were not pruned, and would learn single images by heart
             embeddings.requires_grad_(False)
@@ -209,22 +212,36 @@ class _Run:
     def _some(self, chosen: Tensor) -> Tensor:
         return self.pixels[chosen].to(self.device).float()
 
+    @torch.no_grad()
+    def _task(self) -> Task:
+        task = task_of(self.model.config)
+        if not isinstance(task, Regression):
+            return task
+        chosen = self.learned[:FISHER_IMAGES].split(IMAGES_AT_ONCE)
+        return task.scaled(torch.cat([self.teacher(pixel_values=self._some(part)).logits for part in chosen]))
+
     def _token_weights(self) -> list[Tensor]:
         """Weight of each token after each layer, [tokens] with mean 1: its squared gradient in the dense model.
 
-        The gradient is that of the log-probability of a class drawn from the model's own prediction (true Fisher).
+        The gradient is that of the log-probability of a label drawn from the model's own prediction (true Fisher).
         """
         sums = [torch.zeros((), device=self.device) for _ in self.teacher_layers]
         for chosen in self.learned[:FISHER_IMAGES].split(IMAGES_AT_ONCE):
             seen = _call(self.teacher, self.teacher_layers, self._some(chosen).requires_grad_())
             if not seen.logits.isfinite().all():
                 raise ModelError("the teacher's predictions are not finite; check its weights and the images")
-            drawn = torch.multinomial(seen.logits.softmax(-1).cpu(), 1, generator=self.generator).squeeze(1)
-            loss = F.cross_entropy(seen.logits, drawn.to(self.device), reduction="sum")
-            grads = torch.autograd.grad(loss, seen.hidden)
+            drawn = self._drawn(seen.logits.detach())
+            grads = torch.autograd.grad(self.task.losses(seen.logits, drawn.to(self.device)).sum(), seen.hidden)
             sums = [total + grad.square().sum((0, 2)) for total, grad in zip(sums, grads, strict=True)]
         share = self.settings.token_weights
         return [share * total / total.mean().clamp(min=1e-30) + 1 - share for total in sums]
+
+    def _drawn(self, outputs: Tensor) -> Tensor:
+        """A label for each image; drawn on the CPU, so that every device draws the same."""
+        if isinstance(self.task, SingleLabel):
+            return torch.multinomial(outputs.softmax(-1).cpu(), 1, generator=self.generator).squeeze(1)
+        seed = int(torch.randint(2**31, (), generator=self.generator))
+        return self.task.sample(outputs.cpu(), torch.arange(len(outputs)), seed)
 
     @torch.no_grad()
     def divergence(self) -> float:
@@ -234,7 +251,7 @@ class _Run:
         for chosen in mine.split(IMAGES_AT_ONCE):
             pixels = self._some(chosen)
             wanted, have = (model(pixel_values=pixels).logits for model in (self.teacher, self.student))
-            total += kl_divergence(wanted, have).sum()
+            total += self.task.divergence(wanted, have).sum()
         return float(self._sum(total)) / len(self.judged)
 
     def reconstruct(self, epochs: int) -> None:
@@ -280,7 +297,8 @@ class _Run:
                 for a, b, weight in zip(have.hidden, wanted.hidden, self.token_weights, strict=True)
             ]
             mean_hidden = torch.stack(hidden).mean()
-            return kl_divergence(wanted.logits, have.logits).mean() + self.settings.hidden_weight * mean_hidden
+            answers = self.task.divergence(wanted.logits, have.logits).mean()
+            return answers + self.settings.hidden_weight * mean_hidden
 
         order = list(self._order(len(self.learned), epochs))
         self._descend(loss, self.student, order, "distillation", progress="Distillation")
@@ -352,8 +370,3 @@ def _advanced(unit: Unit, states: Tensor, module: nn.Module | None = None) -> Te
             ends = states if part.shape[1:] == states.shape[1:] else part.new_empty(len(states), *part.shape[1:])
         ends[chosen] = part
     return states if ends is None else ends
-
-
-def kl_divergence(wanted: Tensor, have: Tensor) -> Tensor:
-    """KL(wanted || have) of each image from logits, [images]."""
-    return F.kl_div(have.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -19,6 +18,7 @@ from .blocks import expand_mask
 from .errors import ModelError
 from .layer_statistics import LayerStatistics
 from .reconstruction import Moments, solve
+from .tasks import Regression, task_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,14 +53,16 @@ def true_losses(
         damping: of the surviving weights' solution.
 
     Returns:
-        KL(dense || pruned) in nats for each group, the mean over images.
+        KL(dense || pruned) of what the model's task makes of its outputs, in nats for each group, the mean over images.
 
     Raises:
         ModelError: a layer's surviving weights cannot be solved for.
     """
     from accelerate.utils import gather_object
 
-    wanted = _log_probabilities(model, pixels)
+    wanted, task = _outputs(model, pixels), task_of(model.config)
+    if isinstance(task, Regression):
+        task = task.scaled(wanted)
     losses = []
     mine = list(range(accelerator.process_index, len(groups), accelerator.num_processes))
     for number in logging.tqdm(mine, desc="True losses", disable=not accelerator.is_main_process):
@@ -68,8 +70,8 @@ def true_losses(
         before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
         for name in group:
             _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
-        have = _log_probabilities(model, pixels)
-        losses.append((number, float(F.kl_div(have, wanted, reduction="batchmean", log_target=True))))
+        have = _outputs(model, pixels)
+        losses.append((number, float(task.divergence(wanted, have).mean())))
         for parameter, value in before:
             parameter.data = value
     every = dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
@@ -98,11 +100,11 @@ def _prune(
         linear.bias.data = linear.bias.data + ((weight - pruned).double() @ mean).to(weight.dtype)
 
 
-def _log_probabilities(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Float64 [images, classes]."""
+def _outputs(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Float64 [images, outputs]."""
     dtype = next(model.parameters()).dtype
     parts = [model(pixel_values=part.to(dtype)).logits for part in pixels.split(IMAGES_AT_ONCE)]
-    return torch.cat(parts).double().log_softmax(-1)
+    return torch.cat(parts).double()
 
 
 def loss_factors(losses: Sequence[float], predicted: Sequence[float]) -> list[float]:
