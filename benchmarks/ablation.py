@@ -20,7 +20,7 @@ from benchmarks.timing import load, save
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.data import load_images, load_pixels
 from hf_blockprune.environment import environment
-from hf_blockprune.outputs import kl_divergence
+from hf_blockprune.tasks import SingleLabel
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
@@ -91,7 +91,7 @@ def measure(
     pruner.prune(options.calibration)
     seconds = time.perf_counter() - start
     have = logits(pruner, pixels)
-    each = kl_divergence(wanted, have)
+    each = SingleLabel(wanted.shape[-1]).divergence(wanted, have)
     report = pruner.report()
     return {
         "divergence": float(each.mean()),

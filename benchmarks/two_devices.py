@@ -18,8 +18,8 @@ from benchmarks.timing import save
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.environment import environment
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.outputs import kl_divergence
 from hf_blockprune.simulation import predict
+from hf_blockprune.tasks import SingleLabel
 
 DEVICES = ("cpu-avx512", "systolic-32")
 
@@ -35,7 +35,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for device in DEVICES:
         pruner = prune(options, device, accelerator)
-        each = kl_divergence(wanted, logits(pruner, pixels))
+        each = SingleLabel(wanted.shape[-1]).divergence(wanted, logits(pruner, pixels))
         layers = dict(block_sparse_layers(pruner.model))
         row: dict[str, Any] = {"device": device, "asked": options.ratio, "batch": options.batch}
         for other in DEVICES:

@@ -163,6 +163,7 @@ def first_inputs(
 ) -> list[BoundaryBatch]:
     """This process's share of the images at the boundary of the first layer; layers learn how they are called."""
     kept: list[BoundaryBatch] = []
+    images = images.without_labels()
     stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config)
     for batch in stream:
         if "pixel_values" in batch:

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from .blocks import block_sums, grid_shape
-from .data import NO_LABEL, CorruptImages, ImageSet, batches, num_batches
+from .data import CorruptImages, ImageSet, batches, num_batches
 from .errors import DataError
 from .layer_statistics import LayerStatistics
 from .modes import evaluating
-from .outputs import Embedding, is_classifier, output_of
+from .outputs import output_of, task_for
+from .tasks import missing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,20 +51,22 @@ def collect(
         accelerator: device and processes.
         batch_size: images in one pass on each process.
         moments: collect `mean` and `second_moment`.
-        gradients: collect `output_weight`, `token_weight`, `gradient` and `block_gradients`. The loss is the cross
-            entropy with the image's label; an image without one gets a label sampled from the model's prediction.
+        gradients: collect `output_weight`, `token_weight`, `gradient` and `block_gradients`. The loss is that of the
+            model's task with the image's label; an image without one gets a label sampled from the model's prediction.
         fisher: collect `output_weight` and `token_weight`, and `mean` and `second_moment` with every token weighted by
             its squared output gradient: a token that the loss does not depend on, such as a patch in the last layer of
             a model that reads its class token alone, does not count. All labels are sampled from the model's
-            predictions, which makes it the true Fisher; those of an encoder are its embedding and noise. Excludes the
-            other two.
+            predictions, which makes it the true Fisher; those of the data set are not read. Excludes the other two.
         block_shape: blocks of `block_gradients`.
         seed: of sampled labels; an image's label depends on its position alone, not on processes or batches.
 
     Raises:
-        DataError: labels outside the model's range, too many corrupt images, or activations that are not finite.
+        DataError: labels that do not fit the model, too many corrupt images, or activations that are not finite.
     """
     model.to(accelerator.device)
+    if not gradients:
+        images = images.without_labels()
+    several = images.labelled is not None and images.labelled.listed
     accumulators = {
         name: _Accumulator(
             name, linear, moments=moments or fisher, fisher=fisher, block_shape=block_shape if gradients else None
@@ -82,10 +84,8 @@ def collect(
         for batch in progress:
             corrupt.count(batch)
             if "pixel_values" in batch:
-                if fisher:
-                    batch["labels"].fill_(NO_LABEL)
                 try:
-                    _run(model, batch, accumulators, gradients=gradients or fisher, seed=seed)
+                    _run(model, batch, accumulators, gradients=gradients or fisher, several=several, seed=seed)
                 except NotFiniteError as error:
                     raise DataError(
                         f"{error.what} for calibration image {images.file_name(error.index)} are not finite; check the "
@@ -105,7 +105,13 @@ def _share_counts(corrupt: CorruptImages) -> None:
 
 
 def _run(
-    model: nn.Module, batch: dict[str, Any], accumulators: dict[str, "_Accumulator"], *, gradients: bool, seed: int
+    model: nn.Module,
+    batch: dict[str, Any],
+    accumulators: dict[str, "_Accumulator"],
+    *,
+    gradients: bool,
+    several: bool,
+    seed: int,
 ) -> None:
     pixels = batch["pixel_values"].to(next(model.parameters()).dtype)
     for accumulator in accumulators.values():
@@ -115,28 +121,16 @@ def _run(
             model(pixel_values=pixels)
         return
     output = model(pixel_values=pixels.requires_grad_())
-    answered = output_of(model, output).float()
-    if is_classifier(output):
-        drawn = _sampled_labels(answered, batch["index"], seed)
-        labels = torch.where(batch["labels"] == NO_LABEL, drawn, batch["labels"])
-        losses = F.cross_entropy(answered, labels, reduction="none")
-    else:
-        task = Embedding()
-        losses = task.losses(answered, task.sample(answered, batch["index"], seed))
+    outputs, task = output_of(model, output).float(), task_for(model, output, several=several)
+    labels = task.sample(outputs, batch["index"], seed)
+    given = ~missing(batch["labels"])
+    if given.any():
+        labels[given] = batch["labels"][given].to(labels)
+    losses = task.losses(outputs, labels)
     if not losses.isfinite().all():
         bad = batch["index"][~losses.isfinite()].tolist()
         raise NotFiniteError(bad[0], "the predictions")
     losses.sum().backward()
-
-
-def _sampled_labels(logits: Tensor, index: Tensor, seed: int) -> Tensor:
-    """One label an image from the model's own prediction, by a uniform number that the image's position determines."""
-    uniform = torch.stack(
-        [torch.rand((), generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in index.tolist()]
-    )
-    cumulative = logits.detach().double().softmax(dim=-1).cumsum(dim=-1)
-    uniform = uniform.to(cumulative.device, cumulative.dtype)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, uniform).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from .hardware.profiles import load_profile
 from .inspection import StoredModel, describe_checkpoint, open_checkpoint
 from .intervals import wilson_interval
 from .publish import hub_errors
+from .scores import SCORES, score_text
 from .simulation import CARD_DEVICES, simulate_stored
 from .stored_values import StoredValues, flat, short
 
@@ -107,6 +108,8 @@ def _predict(stored: StoredModel, profiles: list[tuple[Any, int]]) -> tuple[list
 def _made(report: StoredValues, values: dict[str, Any]) -> dict[str, Any]:
     """What the report file says; adds to the layers and the notes of `values`."""
     _add_layers(report, values)
+    if measured := _other_scores(report.part("evaluation")):
+        values["notes"].append(measured)
     config, calibration = report.part("config"), report.part("calibration")
     recovery, environment = report.part("recovery"), report.part("environment")
     return {
@@ -129,8 +132,11 @@ def _made(report: StoredValues, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_values(stored: StoredValues | None) -> dict[str, Any] | None:
-    """Measured accuracies with their intervals, and the paired change where the dense model was measured too."""
-    if stored is None:
+    """Measured accuracies with their intervals, and the paired change where the dense model was measured too.
+
+    None also for a task without accuracy, see `_other_scores`.
+    """
+    if stored is None or _other_scores(stored):
         return None
     images, top1 = stored.count("num_images"), stored.need("top1", 0, 1)
     values: dict[str, Any] = {
@@ -146,6 +152,16 @@ def evaluation_values(stored: StoredValues | None) -> dict[str, Any] | None:
         values["delta"], values["interval"] = stored.number("delta", -1, 1), stored.numbers("interval", 2)
         values |= {key: stored.number(key, 0) for key in FLIPPED}
     return values
+
+
+def _other_scores(stored: StoredValues | None) -> str | None:
+    """What was measured of a model that does not choose one class, in words."""
+    if stored is None or "top1" in stored.values:
+        return None
+    values = {key: stored.number(key) for key in SCORES}
+    found = [f"{SCORES[key]} {score_text(key, value)}" for key, value in values.items() if value is not None]
+    images, dataset = stored.number("num_images", 0), stored.text("dataset")
+    return f"Measured on {images} images of {dataset}: {', '.join(found)}" if found else None
 
 
 def _latency(stored: StoredValues | None) -> dict[str, Any] | None:

@@ -157,6 +157,14 @@ ImageColumn = Annotated[str | None, typer.Option("--image-column", help="Column 
 LabelColumn = Annotated[
     str | None, typer.Option("--label-column", help="Column with the labels; json.label for a key inside of one.")
 ]
+LabelsBy = Annotated[
+    str | None,
+    typer.Option(
+        "--labels-by",
+        help="name finds classes by what they are called; position takes the data set's class numbers for the "
+        "model's; none reads no labels.",
+    ),
+]
 Streaming = Annotated[
     bool | None, typer.Option("--streaming", help="Read images one by one, no further than needed.", show_default=False)
 ]
@@ -178,6 +186,7 @@ def job_from_options(
     dataset_config: str | None,
     image_column: str | None,
     label_column: str | None,
+    labels_by: str | None,
     streaming: bool | None,
     shuffle_buffer: int | None,
     **settings: Any,
@@ -188,6 +197,7 @@ def job_from_options(
     calibration = {"samples": samples, "batch_size": batch_size, "seed": seed}
     calibration = {key: value for key, value in calibration.items() if value is not None}
     columns = {"image_column": image_column, "label_column": label_column, "streaming": streaming}
+    columns["labels_by"] = labels_by
     settings["dataset_options"] = {**columns, "config": dataset_config, "shuffle_buffer": shuffle_buffer}
     settings["evaluation_options"] = columns
     return PruneJob.read(recipe, calibration=calibration, **settings)
@@ -222,6 +232,7 @@ def prune(
     dataset_config: DatasetConfig = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    labels_by: LabelsBy = None,
     streaming: Streaming = None,
     shuffle_buffer: ShuffleBuffer = None,
     samples: Samples = None,
@@ -250,6 +261,7 @@ def prune(
         dataset_config=dataset_config,
         image_column=image_column,
         label_column=label_column,
+        labels_by=labels_by,
         streaming=streaming,
         shuffle_buffer=shuffle_buffer,
         samples=samples,
@@ -274,17 +286,19 @@ def evaluate(
     dataset_config: DatasetConfig = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    labels_by: LabelsBy = None,
     streaming: Streaming = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images in one pass.")] = 32,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure accuracy and its paired change against another model; of an encoder, how close its embeddings are."""
+    """Measure accuracy, or what else measures the model's task, and the change against another model."""
     set_quiet(quiet)
     from .pruner import BlockPruner
     from .sources import DataSource
 
-    source = DataSource(dataset, dataset_config, split, image_column, label_column, bool(streaming))
+    columns = {"image_column": image_column, "label_column": label_column, "labels_by": labels_by}
+    source = DataSource.of(dataset, config=dataset_config, split=split, streaming=bool(streaming), **columns)
     pruner = BlockPruner.from_pretrained(model)
     result = pruner.evaluate(source, against=against, batch_size=batch_size)
     values = result.to_dict()
@@ -341,6 +355,7 @@ def sweep(
     dataset_config: DatasetConfig = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    labels_by: LabelsBy = None,
     streaming: Streaming = None,
     shuffle_buffer: ShuffleBuffer = None,
     samples: Samples = None,
@@ -368,6 +383,7 @@ def sweep(
         dataset_config=dataset_config,
         image_column=image_column,
         label_column=label_column,
+        labels_by=labels_by,
         streaming=streaming,
         shuffle_buffer=shuffle_buffer,
         samples=samples,

@@ -1,18 +1,38 @@
-"""Which columns of a data set hold images and labels, and what its labels say."""
+"""Which columns of a data set hold images and labels."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import DataError
 from .sources import DataSource
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "json.label")
-NO_LABEL = -1
 
 
-def choose_columns(dataset: Any, source: DataSource) -> tuple[Any, str, str | None, tuple[str, ...] | None]:
-    """(the data set with undecoded images and labels alone, its image column, label column, names of the classes).
+@dataclass(frozen=True)
+class LabelColumn:
+    """Where labels lie, and what they look like.
 
-    The last two are None where there are none.
+    Attributes:
+        name: of the column; "json.label" is a key inside of one.
+        class_names: names of the classes by index, where the data set knows them.
+        listed: whether each image has a list of labels.
+        fixed: the length of those lists where it is always the same.
+    """
+
+    name: str
+    class_names: tuple[str, ...] | None = None
+    listed: bool = False
+    fixed: int | None = None
+
+
+def choose_columns(dataset: Any, source: DataSource, *, labels: bool = True) -> tuple[Any, str, LabelColumn | None]:
+    """(the data set with undecoded images and labels alone, its image column, its label column or None).
+
+    Args:
+        dataset: a `datasets` data set.
+        source: says which columns are wanted.
+        labels: whether labels are; else no such column is looked for.
 
     Raises:
         DataError: a column that was asked for does not exist or holds something else, or there is no image column.
@@ -23,15 +43,13 @@ def choose_columns(dataset: Any, source: DataSource) -> tuple[Any, str, str | No
         dataset = dataset.cast(_features_of_first(dataset, source.name))
     features = dataset.features
     image = _image_column(features, source)
-    label = _label_column(features, source)
-    names = getattr(_feature(features, label), "names", None) if label else None
-    if label is not None and label not in features:
-        kept = [image, label.partition(".")[0]]
-    else:
-        kept = [image] if label is None else [image, label]
+    label = _label_column(features, source) if labels and source.labels_by != "none" else None
+    kept = [image]
+    if label is not None:
+        kept.append(label.name if label.name in features else label.name.partition(".")[0])
     dataset = dataset.select_columns(list(dict.fromkeys(kept)))
     dataset = dataset.cast_column(image, datasets.Image(decode=False))
-    return dataset, image, label, tuple(names) if names else None
+    return dataset, image, label
 
 
 def label_of(record: dict[str, Any], column: str) -> Any:
@@ -40,41 +58,6 @@ def label_of(record: dict[str, Any], column: str) -> Any:
         return record[column]
     outer, _, key = column.partition(".")
     return (record[outer] or {}).get(key)
-
-
-class Labels:
-    """Class indices of a model for the labels of a data set: indices, names, or indices of names that both know.
-
-    Args:
-        class_names: the data set's names of its classes by index, None where it has none.
-        model_config: of a transformers classifier.
-        name: of the data set, for messages.
-    """
-
-    def __init__(self, class_names: tuple[str, ...] | None, model_config: Any, name: str) -> None:
-        # A config that was given id2label alone has no label2id.
-        ids = model_config.label2id or {name: index for index, name in (model_config.id2label or {}).items()}
-        self.by_name = {text: int(index) for text, index in ids.items()}
-        known = class_names is not None and all(text in self.by_name for text in class_names)
-        self.by_index = [self.by_name[text] for text in class_names] if class_names is not None and known else None
-        self.name = name
-
-    def __call__(self, label: Any) -> int:
-        """The model's class index; NO_LABEL for None.
-
-        Raises:
-            DataError: text that is none of the model's class names.
-        """
-        if label is None:
-            return NO_LABEL
-        if isinstance(label, str):
-            if label not in self.by_name:
-                raise DataError(
-                    f"{self.name}: label {label!r} is no class of the model; expected names such as "
-                    f"{next(iter(self.by_name), None)!r}, class indices, or one folder a class"
-                )
-            return self.by_name[label]
-        return self.by_index[int(label)] if self.by_index and int(label) >= 0 else int(label)
 
 
 def _features_of_first(stream: Any, name: str) -> Any:
@@ -108,7 +91,7 @@ def _image_column(features: Any, source: DataSource) -> str:
     return column
 
 
-def _label_column(features: Any, source: DataSource) -> str | None:
+def _label_column(features: Any, source: DataSource) -> LabelColumn | None:
     import datasets
 
     column = source.label_column
@@ -119,12 +102,17 @@ def _label_column(features: Any, source: DataSource) -> str | None:
     feature = _feature(features, column)
     if feature is None:
         raise DataError(f"{source.name}: has no column {column!r}; choose the labels from {', '.join(features)}")
-    if not isinstance(feature, (datasets.Value, datasets.ClassLabel)):
+    inner, listed = feature, isinstance(feature, (datasets.List, datasets.LargeList))
+    if listed:
+        inner = feature.feature
+    if not isinstance(inner, (datasets.Value, datasets.ClassLabel)):
         raise DataError(
-            f"{source.name}: column {column!r} holds {type(feature).__name__}, not one label an image; name another as "
-            "label_column"
+            f"{source.name}: column {column!r} holds {type(feature).__name__}, not one label an image or a list of "
+            "them; name another as label_column"
         )
-    return column
+    length = getattr(feature, "length", -1) if listed else -1
+    names = getattr(inner, "names", None)
+    return LabelColumn(column, tuple(names) if names else None, listed, length if length >= 0 else None)
 
 
 def _feature(features: Any, column: str) -> Any:

@@ -12,9 +12,11 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
-from .columns import NO_LABEL, Labels, choose_columns, label_of
+from .columns import LabelColumn, choose_columns, label_of
 from .errors import DataError
+from .labels import Labels
 from .sources import DataSource, choose_split, is_url, read_errors, reason
+from .tasks import NO_LABEL
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,19 +32,29 @@ class ImageSet:
         dataset: a `datasets.Dataset`, or an `IterableDataset` when streaming.
         name: for messages.
         image_column: the column with the images.
-        label_column: the column with class indices or names, None where there is none.
-        class_names: names of the classes by index, where the data set knows them.
+        labelled: the column with labels, None where there is none.
         shuffle_buffer: images that a stream's sample is drawn from, 0 to take the first ones.
         most: images that were taken of a stream, which may hold fewer; None for all.
+        labels_by: how labels become the model's; see `DataSource`.
     """
 
     dataset: Any
     name: str
     image_column: str
-    label_column: str | None
-    class_names: tuple[str, ...] | None
+    labelled: LabelColumn | None
     shuffle_buffer: int = 0
     most: int | None = None
+    labels_by: str = "name"
+
+    @property
+    def label_column(self) -> str | None:
+        """Name of the column with labels, None where there is none."""
+        return None if self.labelled is None else self.labelled.name
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes by index, where the data set knows them."""
+        return None if self.labelled is None else self.labelled.class_names
 
     @property
     def streaming(self) -> bool:
@@ -59,8 +71,35 @@ class ImageSet:
     @property
     def identity(self) -> dict[str, Any]:
         """What a sample is determined by, with the seed, as JSON-ready values."""
-        options = {key: getattr(self, key) for key in ("image_column", "label_column", "streaming", "shuffle_buffer")}
+        keys = ("image_column", "label_column", "labels_by", "streaming", "shuffle_buffer")
+        options = {key: getattr(self, key) for key in keys}
         return {"name": self.public_name, "split": str(getattr(self.dataset, "split", None)), **options}
+
+    def without_labels(self) -> "ImageSet":
+        """The same images; their labels are not even read."""
+        return replace(self, dataset=self.dataset.select_columns([self.image_column]), labelled=None)
+
+    def labels_for(self, model_config: Any) -> Labels | None:
+        """What turns its labels into those of a model; None where it has none.
+
+        Raises:
+            DataError: a label is none of the model's. A stream's, which are not known yet, are refused as they come.
+        """
+        if self.labelled is None:
+            return None
+        column = self.labelled
+        labels = Labels(
+            column.class_names,
+            model_config,
+            self.name,
+            listed=column.listed,
+            fixed=column.fixed,
+            by=self.labels_by,
+        )
+        if not self.streaming and not column.listed and column.name in self.dataset.column_names:
+            for label in dict.fromkeys(self.dataset.select_columns([column.name])[:][column.name]):
+                labels(label)
+        return labels
 
     def sample(self, samples: int, seed: int) -> "ImageSet":
         """At most `samples` images, drawn without replacement; of a stream, the first ones, or out of its buffer.
@@ -101,7 +140,12 @@ def load_pixels(
     """
     corrupt, pixels, index = CorruptImages(images.name), [], []
     stream = batches(
-        images, processor, batch_size=32, accelerator=accelerator, model_config=model_config, everywhere=True
+        images.without_labels(),
+        processor,
+        batch_size=32,
+        accelerator=accelerator,
+        model_config=model_config,
+        everywhere=True,
     )
     for batch in stream:
         corrupt.count(batch)
@@ -113,13 +157,16 @@ def load_pixels(
     return torch.cat(pixels), torch.cat(index)
 
 
-def load_images(source: Any, *, split: str | None = None, prefer_splits: Sequence[str] = ("train",)) -> ImageSet:
+def load_images(
+    source: Any, *, split: str | None = None, prefer_splits: Sequence[str] = ("train",), labels: bool = True
+) -> ImageSet:
     """Open a data set.
 
     Args:
         source: what `DataSource.path` can be, or a `DataSource` that says how to read it.
         split: the split to use; by default the source's own, the first of `prefer_splits` that exists, or the only one.
         prefer_splits: see `split`.
+        labels: whether labels are wanted; without, nothing that is wrong with them matters.
 
     Raises:
         DataError: nothing is there, it holds no images, or the split or a column does not exist.
@@ -139,8 +186,8 @@ def load_images(source: Any, *, split: str | None = None, prefer_splits: Sequenc
         raise DataError(f"{name}: holds no images")
     if isinstance(dataset, datasets.Dataset) and source.streaming:
         dataset = dataset.to_iterable_dataset()
-    dataset, image, label, class_names = choose_columns(dataset, source)
-    return ImageSet(dataset, name, image, label, class_names, source.shuffle_buffer)
+    dataset, image, label = choose_columns(dataset, source, labels=labels)
+    return ImageSet(dataset, name, image, label, source.shuffle_buffer, labels_by=source.labels_by)
 
 
 @dataclass
@@ -170,7 +217,7 @@ class CorruptImages:
 class _Collate:
     """Decodes and preprocesses records; leaves out, and names, what cannot be decoded."""
 
-    def __init__(self, images: ImageSet, processor: Any, labels: Labels) -> None:
+    def __init__(self, images: ImageSet, processor: Any, labels: Labels | None) -> None:
         self.images, self.processor, self.labels = images, processor, labels
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -183,15 +230,13 @@ class _Collate:
                 corrupt.append(stored.get("path") or f"image {record['index']}")
                 continue
             index.append(record["index"])
-            labels.append(self._label(record))
+            if self.labels is not None:
+                labels.append(label_of(record, self.images.labelled.name))  # type: ignore[union-attr]
         batch: dict[str, Any] = {"corrupt": corrupt, "index": torch.tensor(index, dtype=torch.int64)}
         if decoded:
             batch["pixel_values"] = self.processor(images=decoded, return_tensors="pt")["pixel_values"]
-            batch["labels"] = torch.tensor(labels)
+            batch["labels"] = torch.full((len(index),), NO_LABEL) if self.labels is None else self.labels.tensor(labels)
         return batch
-
-    def _label(self, record: dict[str, Any]) -> int:
-        return NO_LABEL if self.images.label_column is None else self.labels(label_of(record, self.images.label_column))
 
 
 def decode_image(stored: dict[str, Any] | None) -> Image.Image:
@@ -268,18 +313,19 @@ def batches(
     model_config: Any,
     everywhere: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """This process's batches: pixel_values [b, c, h, w], labels [b] (-1: none), index [b], corrupt (file names).
+    """This process's batches: pixel_values [b, c, h, w], labels, index [b], corrupt (file names).
 
-    Every image is seen by exactly one process, once; with `everywhere`, by each process. A batch in which nothing could
-    be decoded has no pixel_values.
+    Labels are those that the model's task takes (see `tasks`), and -1 [b] where the data set has none. Every image is
+    seen by exactly one process, once; with `everywhere`, by each process. A batch in which nothing could be decoded has
+    no pixel_values.
 
     Raises:
-        DataError: a label lies outside the model's classes.
+        DataError: a label does not fit the model.
     """
     from accelerate.data_loader import prepare_data_loader
 
     rank, world = (0, 1) if everywhere else (accelerator.process_index, accelerator.num_processes)
-    collate = _Collate(images, processor, Labels(images.class_names, model_config, images.name))
+    collate = _Collate(images, processor, images.labels_for(model_config))
     if images.streaming:
         loader = DataLoader(_Stream(images, batch_size, rank, world), batch_size=batch_size, collate_fn=collate)
     else:
@@ -289,21 +335,9 @@ def batches(
             loader, num_processes=world, process_index=rank, put_on_device=False, even_batches=False
         )
     for batch in loader:
-        if "labels" in batch:
-            check_labels(batch["labels"], model_config.num_labels, images.name)
         yield {key: value.to(accelerator.device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 def num_batches(images: ImageSet, batch_size: int, processes: int) -> int | None:
     """Batches of the busiest process, None for a stream."""
     return None if images.streaming else -(-len(images.dataset) // (batch_size * processes))
-
-
-def check_labels(labels: torch.Tensor, num_labels: int, name: str) -> None:
-    """Raise DataError where a label lies outside the classes."""
-    wrong = labels[(labels < NO_LABEL) | (labels >= num_labels)]
-    if len(wrong):
-        raise DataError(
-            f"{name}: label {int(wrong[0])} lies outside the model's {num_labels} classes (0 to {num_labels - 1}); "
-            "use the model's class indices or give the class names of the model"
-        )

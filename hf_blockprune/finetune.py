@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .columns import NO_LABEL
 from .config import BlockPruneConfig
-from .data import MAX_CORRUPT_SHARE, ImageSet, check_labels
+from .data import MAX_CORRUPT_SHARE, ImageSet
 from .errors import ConfigError, DataError, ModelError
 from .evaluation import predict, summarise
 from .finetune_config import FinetuneConfig
@@ -32,6 +31,7 @@ from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
 from .progress import Progress, weights_fingerprint
 from .skeleton import channels_of
+from .tasks import Regression, missing, task_of
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class History:
         epoch, step_in_epoch: the epoch that is under way, and its steps that are done.
         step: steps done in all.
         losses: mean loss of each epoch that is done.
-        evaluations: {epoch, top1, top5, num_images} of each evaluation.
+        evaluations: {epoch, top1 and top5 or what else measures the task, num_images} of each evaluation.
         best_epoch: after which the kept weights were taken; None where nothing was evaluated, and the last are kept.
         pruning: {step, kept} of each choice of blocks, kept being the share of the dense model's cost.
         loss_sum, seen, missing: of the epoch under way: sum of the losses, images, and those that cannot be decoded.
@@ -125,7 +125,7 @@ class Finetuning:
         teacher = None if self.teacher is None else _single(copy.deepcopy(self.teacher).to(device)).eval()
         blank = torch.zeros(1, channels_of(self.model), *size, device=device)
         # A copy trains, which processes may wrap or shard.
-        self.student = Student(copy.deepcopy(self.model), teacher, settings, self.accelerator, blank)
+        self.student = Student(copy.deepcopy(self.model), teacher, settings, self.accelerator, blank, self.data.task)
         self.best: dict[str, Tensor] | None = None
 
     def _check(self) -> None:
@@ -153,11 +153,20 @@ class Finetuning:
             )
         if settings.distillation.needs_teacher and self.teacher is None:
             raise ModelError("distillation: name the dense model as teacher, or set distillation.kind to none")
+        if isinstance(task_of(self.model.config), Regression):
+            self._check_regression()
         if self.teacher is not None and self.teacher.config.num_labels != classes:
             raise ModelError(
                 f"the teacher has {self.teacher.config.num_labels} classes, the model {classes}; name the dense model "
                 "that it was pruned from"
             )
+
+    def _check_regression(self) -> None:
+        distillation = self.settings.distillation
+        if distillation.kind == "hard":
+            raise ConfigError("distillation.kind: a model that predicts numbers has no likeliest class; use soft")
+        if distillation.temperature != 1:
+            raise ConfigError("distillation.temperature: a model that predicts numbers has none; leave it out")
 
     def _open_progress(self) -> Progress | None:
         if self.work_dir is None:
@@ -250,8 +259,7 @@ class Finetuning:
 
     def _check_batch(self, batch: dict[str, Any]) -> None:
         self.history.skipped += [file for file in batch["corrupt"] if file not in self.history.skipped]
-        check_labels(batch["labels"], self.model.config.num_labels, self.images.name)
-        if self.settings.label_weight and (batch["labels"] == NO_LABEL).any():
+        if self.settings.label_weight and missing(batch["labels"]).any():
             raise DataError(f"{self.images.name}: some images have no label; remove them, or set label_weight to 0")
 
     def _prune(self, share: float) -> None:
@@ -264,18 +272,18 @@ class Finetuning:
         self.history.pruning.append({"step": self.history.step, "kept": account["reached"] / account["dense"]})
 
     def _evaluate(self) -> None:
-        """Measure accuracy, and keep the weights where it is the highest so far; not before pruning is done."""
+        """Measure how good it is, and keep the weights where it is the highest so far; not before pruning is done."""
         assert self.evaluation is not None
         history, weights = self.history, self.student.weights()
         self.model.load_state_dict(weights)
         options = {"accelerator": self.accelerator, "batch_size": self.settings.micro_batch}
         found = summarise(predict(self.model, self.evaluation, self.processor, **options))
-        values = {"epoch": history.epoch, "top1": found.top1, "top5": found.top5, "num_images": found.num_images}
-        best = next((e["top1"] for e in history.evaluations if e["epoch"] == history.best_epoch), -1.0)
+        values = {"epoch": history.epoch, **found.scores, "num_images": found.num_images}
+        best = next((e[found.main] for e in history.evaluations if e["epoch"] == history.best_epoch), float("-inf"))
         history.evaluations.append(values)
-        self.accelerator.log({"top1": found.top1, "top5": found.top5}, step=history.step)
+        self.accelerator.log(found.scores, step=history.step)
         pruned = self.pruning is None or history.step >= self.pruning.last
-        if pruned and found.top1 > best:
+        if pruned and found.scores[found.main] > best:
             history.best_epoch, self.best = history.epoch, weights
             if self.progress is not None:
                 self.progress.write(BEST, weights, {"epoch": history.epoch})

@@ -67,7 +67,7 @@ class DistillationConfig:
 
     Args:
         kind: "soft" (KL divergence of its predictions from the model's), "hard" (cross entropy with the class that it
-            takes for the most likely) or "none".
+            takes for the most likely, or each class that it finds likely; not for a regression) or "none".
         temperature: what both models' logits are divided by in "soft"; the loss is multiplied by its square.
         weight: of that loss.
         hidden_weight: of the squared distance between the hidden states after each layer, over the variance of the
@@ -186,8 +186,8 @@ class FinetuneConfig:
         clip: largest norm of the gradient; None leaves it as it is.
         ema: decay of the average of the weights over steps; what is evaluated and saved is that average. None for the
             weights themselves.
-        label_weight: of the cross entropy with the labels; 0 needs no labels.
-        label_smoothing: share of each label that is spread over all classes.
+        label_weight: of the loss with the labels (see `tasks`); 0 needs no labels.
+        label_smoothing: share of each label that is spread over all classes; of a regression none is.
         distillation: see `DistillationConfig`.
         augment: see `AugmentConfig`; None takes images as evaluation does.
         gradual: see `GradualConfig`; None leaves masks as they are.
@@ -292,6 +292,11 @@ class FinetuneConfig:
         for tracker in self.trackers if isinstance(self.trackers, tuple) else [self.trackers]:
             if tracker not in TRACKERS:
                 refuse("trackers", f"a list of {', '.join(TRACKERS)}", self.trackers)
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the images' labels are read at all."""
+        return self.label_weight > 0 or (self.gradual is not None and self.gradual.method == "taylor")
 
     def replace(self, **changes: Any) -> "FinetuneConfig":
         """A copy with some settings changed, checked again."""

@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .columns import NO_LABEL, Labels, label_of
+from .columns import label_of
 from .data import ImageSet, decode_image
 from .errors import DataError
 from .finetune_augment import ORDER, PAIR, draws, erase, mix, view
 from .finetune_config import FinetuneConfig
 from .sources import read_errors, reason
+from .tasks import MULTI, NO_LABEL, SINGLE, task_of
 
 
 def num_images(images: ImageSet, settings: FinetuneConfig) -> int:
@@ -69,7 +70,7 @@ class TrainingImages:
     """Views of a data set's images, epoch by epoch.
 
     Args:
-        images: the data set.
+        images: the data set; its labels are read where they count.
         processor: the model's image processor.
         settings: how.
         model_config: the model's.
@@ -86,6 +87,10 @@ class TrainingImages:
     world: int
 
     def __post_init__(self) -> None:
+        if not self.settings.label_weight:
+            self.images = self.images.without_labels()
+        self.labels = self.images.labels_for(self.model_config)
+        self.task = task_of(self.model_config) if self.labels is None else self.labels.task
         self.count = num_images(self.images, self.settings)
         self.steps = -(-self.count // self.settings.batch_size)
 
@@ -97,7 +102,7 @@ class TrainingImages:
             first_step: where to begin.
 
         Yields:
-            For each micro-batch pixel_values [n, c, h, w], targets [n, classes], labels [n] (-1: none) and corrupt
+            For each micro-batch pixel_values [n, c, h, w], targets [n, outputs], labels (see `tasks`) and corrupt
             (file names); without pixel_values where there is no image.
         """
         seed, size = self.settings.seed, self.settings.batch_size
@@ -159,16 +164,15 @@ class Views:
     def __init__(self, source: TrainingImages, epoch: int) -> None:
         self.images, self.processor, self.size = source.images, source.processor, source.size
         self.settings, self.epoch = source.settings, epoch
-        self.labels = Labels(source.images.class_names, source.model_config, source.images.name)
-        self.classes = source.model_config.num_labels
+        self.labels, self.task = source.labels, source.task
         mean = getattr(source.processor, "image_mean", None) or [0.5] * 3
         self.fill = tuple(round(255 * value) for value in mean)
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        labels = [self._label(record) for record in records]
+        labels = self._labels(records)
         pixels, corrupt = self._pixels(records)
         here = [place for place, one in enumerate(pixels) if one is not None]
-        batch: dict[str, Any] = {"corrupt": corrupt, "labels": torch.tensor([labels[place] for place in here])}
+        batch: dict[str, Any] = {"corrupt": corrupt, "labels": labels[here]}
         if here:
             targets = self._targets(labels)
             self._mix(records, pixels, targets)
@@ -176,8 +180,10 @@ class Views:
             batch["targets"] = targets[here]
         return batch
 
-    def _label(self, record: dict[str, Any]) -> int:
-        return NO_LABEL if self.images.label_column is None else self.labels(label_of(record, self.images.label_column))
+    def _labels(self, records: list[dict[str, Any]]) -> Tensor:
+        if self.labels is None:
+            return torch.full((len(records),), NO_LABEL)
+        return self.labels.tensor([label_of(record, self.images.label_column or "") for record in records])
 
     def _pixels(self, records: list[dict[str, Any]]) -> tuple[list[Tensor | None], list[str]]:
         """(each record's view, None where it cannot be decoded; the names of those)."""
@@ -201,15 +207,16 @@ class Views:
         pixels = self.processor(images=[image], do_resize=False, do_center_crop=False, return_tensors="pt")
         return erase(pixels["pixel_values"][0], augment.erasing, rng)
 
-    def _targets(self, labels: list[int]) -> Tensor:
-        """Smoothed shares of the classes, [images, classes]; zeros without a label, or with one that is no class."""
-        targets = torch.zeros(len(labels), self.classes)
-        smoothing = self.settings.label_smoothing
-        for row, label in zip(targets, labels, strict=True):
-            if 0 <= label < self.classes:
-                row += smoothing / self.classes
-                row[label] += 1 - smoothing
-        return targets
+    def _targets(self, labels: Tensor) -> Tensor:
+        """What is learned, [images, outputs]: smoothed shares of the classes, zeros without a label; or numbers."""
+        smoothing, outputs = self.settings.label_smoothing, self.task.outputs
+        if self.task.problem == SINGLE or self.labels is None:
+            targets = torch.zeros(len(labels), outputs)
+            given = labels != NO_LABEL
+            one_hot = torch.nn.functional.one_hot(labels[given], outputs)
+            targets[given] = (1 - smoothing) * one_hot + smoothing / outputs
+            return targets
+        return (1 - smoothing) * labels + smoothing / 2 if self.task.problem == MULTI else labels.clone()
 
     def _mix(self, records: list[dict[str, Any]], pixels: list[Any], targets: Tensor) -> None:
         """Mix the images of each pair, in place; one whose partner is missing stays as it is."""

@@ -2,37 +2,41 @@
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ModelError
-from .outputs import kl_divergence
+from .tasks import SINGLE, MultiLabel, SingleLabel, Task
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy with shares of classes, [images].
+def label_losses(task: Task, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The task's loss with labels that may be smoothed and mixed, [images].
 
     Args:
-        logits: [images, classes].
-        targets: [images, classes]; a row of zeros, for an image without a label, has no loss.
+        task: what outputs mean.
+        outputs: [images, outputs].
+        targets: [images, outputs]; for one class an image shares of the classes, of which a row of zeros, for an image
+            without a label, has no loss.
     """
-    return -(targets * logits.log_softmax(-1)).sum(-1)
+    if task.problem == SINGLE:
+        return -(targets * outputs.log_softmax(-1)).sum(-1)
+    return task.losses(outputs, targets)
 
 
-def soft_distillation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+def soft_distillation(task: Task, outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of predictions at a temperature T (arXiv 1503.02531), [images].
 
     Args:
-        logits: the student's, [images, classes].
+        task: what outputs mean.
+        outputs: the student's, [images, outputs].
         wanted: the teacher's.
         temperature: T; the factor T^2 keeps gradients as large as they are at 1.
     """
-    return kl_divergence(wanted / temperature, logits / temperature) * temperature**2
+    return task.divergence(wanted / temperature, outputs / temperature) * temperature**2
 
 
-def hard_distillation(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Cross entropy with the class that the teacher takes for the most likely (arXiv 2012.12877), [images]."""
-    return F.cross_entropy(logits, wanted.argmax(-1), reduction="none")
+def hard_distillation(task: SingleLabel | MultiLabel, outputs: Tensor, wanted: Tensor) -> Tensor:
+    """The task's loss with the labels that the teacher takes for the most likely (arXiv 2012.12877), [images]."""
+    return task.losses(outputs, task.hard(wanted))
 
 
 def hidden_distance(have: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from .errors import ModelError
 from .finetune_augment import DROPOUT, draws
 from .finetune_config import FinetuneConfig
-from .finetune_loss import hard_distillation, hidden_distance, soft_cross_entropy, soft_distillation
+from .finetune_loss import hard_distillation, hidden_distance, label_losses, soft_distillation
 from .finetune_pruning import masks_of, shrink
 from .finetune_state import Average, decay_groups, fill, freeze_unused, moments_of, set_moments, weights_of, whole
 from .hub.blockprune_layout import PackedWeight, block_mask
+from .tasks import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,6 +31,7 @@ class Student:
         settings: how.
         accelerator: device, processes and precision.
         blank: one image, [1, channels, height, width].
+        task: what the models' outputs mean.
     """
 
     model: Any
@@ -37,6 +39,7 @@ class Student:
     settings: FinetuneConfig
     accelerator: "Accelerator"
     blank: Tensor
+    task: Task
     average: Average | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +139,7 @@ class Student:
         have = output.logits.float()
         losses = torch.zeros_like(have[:, 0])
         if self.settings.label_weight:
-            losses = losses + self.settings.label_weight * soft_cross_entropy(have, batch["targets"].to(have))
+            losses = losses + self.settings.label_weight * label_losses(self.task, have, batch["targets"].to(have))
         return losses if self.teacher is None else losses + self._distillation(output, pixels)
 
     def _distillation(self, output: Any, pixels: Tensor) -> Tensor:
@@ -146,9 +149,9 @@ class Student:
         have, wanted = output.logits.float(), answer.logits.float()
         losses = torch.zeros_like(have[:, 0])
         if settings.kind == "soft" and settings.weight:
-            losses = losses + settings.weight * soft_distillation(have, wanted, settings.temperature)
+            losses = losses + settings.weight * soft_distillation(self.task, have, wanted, settings.temperature)
         elif settings.kind == "hard" and settings.weight:
-            losses = losses + settings.weight * hard_distillation(have, wanted)
+            losses = losses + settings.weight * hard_distillation(self.task, have, wanted)  # type: ignore[arg-type]
         if settings.hidden_weight:
             sides = [[states.float() for states in side.hidden_states[1:]] for side in (output, answer)]
             losses = losses + settings.hidden_weight * hidden_distance(*sides)

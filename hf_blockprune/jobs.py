@@ -8,7 +8,7 @@ from typing import Any
 from .checkpoint import check_output
 from .config import BlockPruneConfig, read_settings
 from .errors import ConfigError
-from .evaluation import Predictions
+from .evaluation import Outputs, Predictions
 from .progress import discard
 from .pruner import BlockPruner
 from .shared_statistics import SharedStatistics
@@ -112,7 +112,7 @@ def prune_and_measure(
     job: PruneJob,
     *,
     work_dir: Path,
-    dense: Predictions | None = None,
+    dense: Predictions | Outputs | None = None,
     shared: SharedStatistics | None = None,
 ) -> None:
     """The steps of a job between loading and saving.

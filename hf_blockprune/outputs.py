@@ -3,18 +3,15 @@
 Everything that compares two models, or asks what a layer is worth, reads answers here.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ModelError
 from .hardware.flops import dtype_of, image_size
 from .skeleton import channels_of, skeleton
-
-SEED_STRIDE = 1_000_003
+from .tasks import Regression, Task, task_of
 
 
 def output_of(model: nn.Module, output: Any) -> Tensor:
@@ -48,7 +45,7 @@ def answers(model: nn.Module, pixels: Tensor) -> Tensor:
     return output_of(model, model(pixel_values=pixels.to(dtype_of(model))))
 
 
-def is_classifier(output: Any) -> bool:
+def has_scores(output: Any) -> bool:
     """Whether what a model's forward gave are scores of classes, [images, classes]."""
     logits = getattr(output, "logits", None)
     return torch.is_tensor(logits) and logits.dim() == 2
@@ -65,43 +62,20 @@ def classifies(model: nn.Module, processing: Any = None) -> bool:
     made = skeleton(model)
     size = image_size(made.config, processing)
     pixels = torch.empty(1, channels_of(made), *size, dtype=dtype_of(made), device="meta")
-    return is_classifier(made(pixel_values=pixels))
+    return has_scores(made(pixel_values=pixels))
 
 
-@dataclass(frozen=True)
-class Embedding:
-    """Answers that are features: each image's are taken for the mean of a normal distribution.
+def task_for(model: Any, output: Any, *, several: bool = False) -> Task:
+    """What a model's answers mean: of scores what its config says, and of an embedding numbers.
 
-    Attributes:
-        variance: of each of its values. Divergences have no unit where it is that of the values over images.
+    Labels drawn for numbers are these and noise, so that gradients of their losses are random projections of the
+    embedding's Jacobian, whose mean square is the Fisher information.
+
+    Args:
+        model: of transformers.
+        output: what its forward gave.
+        several: as for `task_of`.
     """
-
-    variance: float = 1.0
-
-    def losses(self, outputs: Tensor, wanted: Tensor) -> Tensor:
-        """Half the squared error of outputs [images, values] over the variance, the sum over values, [images]."""
-        return (outputs - wanted).square().sum(-1) / (2 * self.variance)
-
-    def sample(self, outputs: Tensor, index: Tensor, seed: int) -> Tensor:
-        """Values for each image, normal about the model's own; the image's position determines the draw.
-
-        Gradients of losses of these are random projections of the answers' Jacobian, whose mean square is the Fisher
-        information.
-        """
-        generators = [torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in index.tolist()]
-        noise = torch.stack([torch.randn(outputs.shape[-1], generator=g) for g in generators])
-        return outputs.detach() + noise.to(outputs) * self.variance**0.5
-
-    def divergence(self, wanted: Tensor, have: Tensor) -> Tensor:
-        """KL(wanted || have) in nats: half the squared distance over the variance, the sum over values, [images]."""
-        return self.losses(have, wanted)
-
-    def scaled(self, wanted: Tensor) -> "Embedding":
-        """In units of how much answers [images, values] vary over images: the divergence is half the share lost."""
-        spread = float(wanted.detach().double().var(0, unbiased=False).sum()) if len(wanted) else 0.0
-        return replace(self, variance=spread or self.variance)
-
-
-def kl_divergence(wanted: Tensor, have: Tensor) -> Tensor:
-    """KL(wanted || have) of each image from logits, [images]."""
-    return F.kl_div(have.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    if has_scores(output):
+        return task_of(model.config, several=several)
+    return Regression(output_of(model, output).shape[-1])

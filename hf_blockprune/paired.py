@@ -53,3 +53,14 @@ def paired_change(before: np.ndarray, after: np.ndarray) -> PairedChange:
     half = Z_95 * math.sqrt(b + c - (c - b) ** 2 / m) / m
     interval = (max(-1.0, centre - half), min(1.0, centre + half))
     return PairedChange((to_right - to_wrong) / n, interval, to_wrong, to_right)
+
+
+def mean_change(differences: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences, by the normal distribution.
+
+    Args:
+        differences: of each image, [images].
+    """
+    centre = float(differences.mean())
+    half = Z_95 * float(differences.std(ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    return centre - half, centre + half

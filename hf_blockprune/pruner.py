@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from .card import model_card
 from .config import BlockPruneConfig, RecoveryConfig
 from .data import load_images
 from .errors import CheckpointError, ModelError
-from .evaluation import Evaluation, Predictions, predict, summarise
+from .evaluation import Outputs, Predictions, predict, summarise
 from .fidelity import Embeddings, Fidelity, compare, embed
 from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
@@ -194,7 +194,7 @@ class BlockPruner:
             raise ModelError(f"{self.name} has no block-sparse layers to recover; call prune() first")
         settings, seed = self.config.recovery or RecoveryConfig(), self.config.calibration.seed
         dense = self._teacher(teacher)
-        images = load_images(dataset, split=split).sample(settings.samples, seed)
+        images = load_images(dataset, split=split, labels=False).sample(settings.samples, seed)
         self.model.to(self.accelerator.device)
         result = recover(
             self.model,
@@ -254,7 +254,7 @@ class BlockPruner:
         run = Finetuning(
             self.model,
             self.processor,
-            load_images(dataset, split=split),
+            load_images(dataset, split=split, labels=settings.uses_labels),
             settings,
             self.accelerator,
             teacher=dense,
@@ -321,11 +321,15 @@ class BlockPruner:
         self,
         dataset: Any,
         *,
-        against: "str | Path | BlockPruner | Predictions | Embeddings | None" = None,
+        against: "str | Path | BlockPruner | Predictions | Outputs | Embeddings | None" = None,
         split: str | None = None,
         batch_size: int = 32,
-    ) -> "Evaluation | Fidelity":
-        """Top-1 and top-5 accuracy, and the paired change against another model; of an encoder, its `Fidelity` to it.
+    ) -> Any:
+        """How good the model is at its task, and the paired change against another model.
+
+        Top-1 and top-5 accuracy where it chooses one class; mean average precision and F1 where an image has several
+        labels; R2 and mean squared error where it predicts numbers (see `problem_type` of transformers' configs); how
+        close its embeddings are to the other model's where it is an encoder.
 
         Args:
             dataset: images, named as for `prune`; labelled ones, but for an encoder.
@@ -334,8 +338,11 @@ class BlockPruner:
             split: split of the data set; "validation" or "test" by default.
             batch_size: images in one pass on each process.
 
+        Returns:
+            An `Evaluation`, `MultiLabelEvaluation`, `RegressionEvaluation` or `Fidelity`, by the task.
+
         Raises:
-            DataError: images that are missing, unlabelled, corrupt past 1 %, or labelled outside the model's classes.
+            DataError: images that are missing, unlabelled, corrupt past 1 %, or with labels that do not fit the model.
             ModelError: the other model cannot be loaded, or that of an encoder is missing or another one.
         """
         if not self._classifies():
@@ -344,8 +351,8 @@ class BlockPruner:
             raise ModelError(f"{self.name} gives scores of classes, which do not compare with embeddings")
         images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS)
         options = {"accelerator": self.accelerator, "batch_size": batch_size}
-        baseline = against if isinstance(against, Predictions) else None
-        if against is not None and not isinstance(against, Predictions):
+        baseline = against if isinstance(against, (Predictions, Outputs)) else None
+        if against is not None and not isinstance(against, (Predictions, Outputs)):
             other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
             baseline = predict(other.model, images, other.processor, **options)
         result = summarise(predict(self.model, images, self.processor, **options), baseline)
@@ -357,7 +364,7 @@ class BlockPruner:
         return classifies(self.model, self.processor.to_dict())
 
     def _fidelity(self, dataset: Any, against: Any, split: str | None, batch_size: int) -> Fidelity:
-        if against is None or isinstance(against, Predictions):
+        if against is None or isinstance(against, (Predictions, Outputs)):
             raise ModelError(
                 f"{self.name} is an encoder, which has no accuracy; name the dense model to compare embeddings with "
                 "(against=, --against)"
@@ -369,7 +376,7 @@ class BlockPruner:
             wanted = other.embeddings(dataset, **options)
         result = compare(self.embeddings(dataset, **options), wanted)
         if self._report is not None:
-            self._report["fidelity"] = {"dataset": load_images(dataset).public_name, **result.to_dict()}
+            self._report["fidelity"] = result.to_dict()
         return result
 
     def embeddings(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> Embeddings:
@@ -381,10 +388,10 @@ class BlockPruner:
         """
         if self._classifies():
             raise ModelError(f"{self.name} is a classifier; its answers are predictions()")
-        images = replace(load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS), label_column=None)
+        images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS, labels=False)
         return embed(self.model, images, self.processor, accelerator=self.accelerator, batch_size=batch_size)
 
-    def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> Predictions:
+    def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> "Predictions | Outputs":
         """The model's answers on labelled images, for `evaluate` of others to compare with; arguments are its."""
         images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS)
         return predict(self.model, images, self.processor, accelerator=self.accelerator, batch_size=batch_size)

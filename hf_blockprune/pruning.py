@@ -116,7 +116,7 @@ class Pruning:
         if dataset is None:
             what = "refit" if self.config.method == "magnitude" else f"method {self.config.method!r}"
             raise ModelError(f"{what} needs calibration images; pass a data set to prune()")
-        found = load_images(dataset, split=split)
+        found = load_images(dataset, split=split, labels=self.config.method == "taylor")
         count = None if found.streaming else len(found.dataset)
         return found.sample(self.config.calibration.samples, self.config.calibration.seed), count
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import get_cosine_schedule_with_warmup
@@ -30,8 +29,9 @@ from .errors import ModelError
 from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_layout import pack
 from .hub.blockprune_quantizer import block_sparse_layers
-from .outputs import Embedding, answers, is_classifier, kl_divergence, output_of
+from .outputs import answers, output_of, task_for
 from .selection import timed
+from .tasks import Regression, SingleLabel, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,7 +52,8 @@ class Recovery:
         num_images: images learned from.
         num_held_back: images that chose the step to keep.
         divergence: KL(dense || pruned) of the predictions in nats, the mean over held-back images, after each step;
-            "pruned" is where it began. Of an encoder, half the squared error of the embedding over its variance.
+            "pruned" is where it began. Of a regression and of an encoder, half the squared error over the variance of
+            the dense model's answers.
         kept: the step whose weights the model holds.
         seconds: time by step.
     """
@@ -153,11 +154,11 @@ def _write_back(student: nn.Module, model: nn.Module) -> None:
 
 @dataclass
 class _Call:
-    """What a model gave for some images: answers, whether they are scores of classes, and the output of each layer."""
+    """What a model gave for some images: answers, the output of each layer, and what the answers mean."""
 
     answers: Tensor
     hidden: list[Tensor]
-    classes: bool
+    task: Task
 
 
 def _call(model: nn.Module, layers: list[Unit], pixels: Tensor) -> _Call:
@@ -169,7 +170,7 @@ def _call(model: nn.Module, layers: list[Unit], pixels: Tensor) -> _Call:
     handles = [layer.module.register_forward_hook(record) for layer in layers]
     try:
         output = model(pixel_values=pixels)
-        return _Call(output_of(model, output), hidden, is_classifier(output))
+        return _Call(output_of(model, output), hidden, task_for(model, output))
     finally:
         for handle in handles:
             handle.remove()
@@ -187,7 +188,7 @@ class _Run:
     accelerator: "Accelerator"
     seed: int
     student: nn.Module = field(init=False)
-    task: Embedding | None = field(init=False)
+    task: Task = field(init=False)
 
     def __post_init__(self) -> None:
         self.device, self.generator = self.accelerator.device, torch.Generator().manual_seed(self.seed)
@@ -205,49 +206,46 @@ class _Run:
         self.teacher_layers = layer_chain(self.teacher, names)
         learn_calls(self.student, self.layers, self._some(self.learned[:1]))
         self.student.requires_grad_(True)
+        self.task = self._task()
         embeddings = getattr(getattr(self.student, "base_model", None), "embeddings", None)
         if embeddings is not None:  # they were not pruned, and would learn single images by heart
             embeddings.requires_grad_(False)
-        self.task = self._task()
         self.token_weights = self._token_weights()
 
     def _some(self, chosen: Tensor) -> Tensor:
         return self.pixels[chosen].to(self.device).float()
 
+    @torch.no_grad()
+    def _task(self) -> Task:
+        task = _call(self.teacher, [], self._some(self.learned[:1])).task
+        if not isinstance(task, Regression):
+            return task
+        chosen = self.learned[:FISHER_IMAGES].split(IMAGES_AT_ONCE)
+        return task.scaled(torch.cat([answers(self.teacher, self._some(part)) for part in chosen]))
+
     def _token_weights(self) -> list[Tensor]:
         """Weight of each token after each layer, [tokens] with mean 1: its squared gradient in the dense model.
 
-        The gradient is that of the log-probability of a class drawn from the model's own prediction (true Fisher).
+        The gradient is that of the log-probability of a label drawn from the model's own prediction (true Fisher).
         """
         sums = [torch.zeros((), device=self.device) for _ in self.teacher_layers]
         for chosen in self.learned[:FISHER_IMAGES].split(IMAGES_AT_ONCE):
             seen = _call(self.teacher, self.teacher_layers, self._some(chosen).requires_grad_())
             if not seen.answers.isfinite().all():
                 raise ModelError("the teacher's predictions are not finite; check its weights and the images")
-            grads = torch.autograd.grad(self._surprise(seen), seen.hidden, allow_unused=True)
-            grads = [torch.zeros_like(h) if g is None else g for g, h in zip(grads, seen.hidden, strict=True)]
+            drawn = self._drawn(seen.answers.detach()).to(self.device)
+            loss = self.task.losses(seen.answers, drawn).sum()
+            grads = torch.autograd.grad(loss, seen.hidden, materialize_grads=True)  # a backbone reads some layers
             sums = [total + grad.square().sum((0, 2)) for total, grad in zip(sums, grads, strict=True)]
         share = self.settings.token_weights
         return [share * total / total.mean().clamp(min=1e-30) + 1 - share for total in sums]
 
-    def _surprise(self, seen: _Call) -> Tensor:
-        """Negative log-likelihood of answers drawn from the model's own, the sum over images."""
-        if isinstance(self.task, Embedding):
-            noise = torch.randn(seen.answers.shape, generator=self.generator).to(seen.answers)
-            return (seen.answers * noise).sum() / self.task.variance**0.5
-        drawn = torch.multinomial(seen.answers.softmax(-1).cpu(), 1, generator=self.generator).squeeze(1)
-        return F.cross_entropy(seen.answers, drawn.to(self.device), reduction="sum")
-
-    @torch.no_grad()
-    def _task(self) -> Embedding | None:
-        """How embeddings compare, in units of the dense model's; None of a classifier."""
-        chosen = self.learned[:FISHER_IMAGES].split(IMAGES_AT_ONCE)
-        seen = [_call(self.teacher, self.teacher_layers, self._some(part)) for part in chosen]
-        return None if seen[0].classes else Embedding().scaled(torch.cat([part.answers for part in seen]))
-
-    def _divergence(self, wanted: Tensor, have: Tensor) -> Tensor:
-        """Of each image, from answers [images, values]."""
-        return kl_divergence(wanted, have) if self.task is None else self.task.divergence(wanted, have)
+    def _drawn(self, outputs: Tensor) -> Tensor:
+        """A label for each image; drawn on the CPU, so that every device draws the same."""
+        if isinstance(self.task, SingleLabel):
+            return torch.multinomial(outputs.softmax(-1).cpu(), 1, generator=self.generator).squeeze(1)
+        seed = int(torch.randint(2**31, (), generator=self.generator))
+        return self.task.sample(outputs.cpu(), torch.arange(len(outputs)), seed)
 
     @torch.no_grad()
     def divergence(self) -> float:
@@ -257,7 +255,7 @@ class _Run:
         for chosen in mine.split(IMAGES_AT_ONCE):
             pixels = self._some(chosen)
             wanted, have = (answers(model, pixels) for model in (self.teacher, self.student))
-            total += self._divergence(wanted, have).sum()
+            total += self.task.divergence(wanted, have).sum()
         return float(self._sum(total)) / len(self.judged)
 
     def reconstruct(self, epochs: int) -> None:
@@ -303,7 +301,7 @@ class _Run:
                 for a, b, weight in zip(have.hidden, wanted.hidden, self.token_weights, strict=True)
             ]
             mean_hidden = torch.stack(hidden).mean()
-            answered = self._divergence(wanted.answers, have.answers).mean()
+            answered = self.task.divergence(wanted.answers, have.answers).mean()
             return answered + self.settings.hidden_weight * mean_hidden
 
         order = list(self._order(len(self.learned), epochs))

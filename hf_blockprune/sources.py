@@ -19,6 +19,7 @@ SPLIT_FOLDERS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+LABELS_BY = ("name", "position", "none")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -36,6 +37,8 @@ class DataSource:
         label_column: the column with the labels, "json.label" for a key inside of one; by default a usual name.
         streaming: read image by image, no further than needed, and store nothing.
         shuffle_buffer: draw a stream's sample from a buffer of so many images; 0 takes the first ones.
+        labels_by: "name" finds the model's classes by what the data set calls them, "position" takes the data set's
+            class numbers for the model's, "none" reads no labels.
 
     Example:
         ```python
@@ -50,6 +53,7 @@ class DataSource:
     label_column: str | None = None
     streaming: bool = False
     shuffle_buffer: int = 0
+    labels_by: str = "name"
 
     def __post_init__(self) -> None:
         for name in ("config", "split", "image_column", "label_column"):
@@ -57,6 +61,8 @@ class DataSource:
                 raise ConfigError(f"data set: {name} must be text, got {getattr(self, name)!r}")
         if not isinstance(self.streaming, bool):
             raise ConfigError(f"data set: streaming must be true or false, got {self.streaming!r}")
+        if self.labels_by not in LABELS_BY:
+            raise ConfigError(f"data set: labels_by must be one of {', '.join(LABELS_BY)}, got {self.labels_by!r}")
         if type(self.shuffle_buffer) is not int or self.shuffle_buffer < 0:
             raise ConfigError(f"data set: shuffle_buffer must be a number of images, got {self.shuffle_buffer!r}")
         if self.shuffle_buffer and self._named and not self.streaming:

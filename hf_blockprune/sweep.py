@@ -12,7 +12,7 @@ from .config import BlockPruneConfig, Budget
 from .data import load_images
 from .environment import environment
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
-from .evaluation import Predictions, summarise
+from .evaluation import Outputs, Predictions, summarise
 from .html_report import sweep_page
 from .inspection import inspect_checkpoint
 from .jobs import PruneJob, prune_and_measure
@@ -22,6 +22,7 @@ from .progress import discard, weights_fingerprint
 from .pruner import EVALUATION_SPLITS, BlockPruner
 from .shared_statistics import SharedStatistics
 from .sweep_folder import SweepFolder
+from .tasks import SINGLE, task_of
 from .version import __version__
 
 FORMAT_VERSION = 1
@@ -108,6 +109,8 @@ def run_sweep(
         raise ConfigError(f"model: a sweep compares accuracies, and {job.model} is an encoder; prune it once a budget")
     if dense.accelerator.num_processes > 1:
         raise ConfigError("a sweep runs in one process; start it without accelerate launch")
+    if (problem := task_of(dense.model.config).problem) != SINGLE:
+        raise ConfigError(f"a sweep compares accuracies, the model's task is {problem}; prune point by point")
     return _Sweep(job, configs, dense, folder, keep).run(on_point or (lambda point: None))
 
 
@@ -136,9 +139,9 @@ class _Sweep:
 
     def _settings(self) -> dict[str, Any]:
         """All that decides the results, as JSON-ready values."""
-        calibration = None
+        calibration, taylor = None, any(config.method == "taylor" for config in self.configs.values())
         if self.job.dataset is not None:
-            calibration = load_images(self.job.dataset, split=self.job.split).identity
+            calibration = load_images(self.job.dataset, split=self.job.split, labels=taylor).identity
         evaluation = load_images(self.job.evaluation, prefer_splits=EVALUATION_SPLITS).identity
         return {
             "model": self.dense.name,
@@ -149,7 +152,7 @@ class _Sweep:
             "version": __version__,
         }
 
-    def _point(self, name: str, answers: Predictions, shared: SharedStatistics) -> dict[str, Any]:
+    def _point(self, name: str, answers: Predictions | Outputs, shared: SharedStatistics) -> dict[str, Any]:
         """Prune, measure and save one point; errors that a user can act on become part of it."""
         config = self.configs[name]
         shape = list(config.block_shape)
@@ -163,7 +166,7 @@ class _Sweep:
         return {**point, **found, "wall_seconds": round(perf_counter() - start, 1)}
 
     def _prune(
-        self, name: str, config: BlockPruneConfig, answers: Predictions, shared: SharedStatistics
+        self, name: str, config: BlockPruneConfig, answers: Predictions | Outputs, shared: SharedStatistics
     ) -> dict[str, Any]:
         pruner = BlockPruner.from_pretrained(self.job.model, config, accelerator=self.dense.accelerator)
         job, work_dir = replace(self.job, config=config), self.folder.work_dir(name)

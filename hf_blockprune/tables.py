@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from .checkpoint import stream_reordered
+from .scores import SCORES, change_text, main_score, score_text
 
 
 def summary_table(report: dict[str, Any]) -> Table:
@@ -32,7 +33,9 @@ def summary_table(report: dict[str, Any]) -> Table:
         table.add_row("features of hidden states", "in another order (permutation.residual_order); predictions stay")
     recovery = report["recovery"]
     if recovery is not None and recovery["evaluation_before"] is not None:
-        table.add_row("top-1 before recovery", f"{recovery['evaluation_before']['top1']:.2%}")
+        before = recovery["evaluation_before"]
+        key = main_score(before)
+        table.add_row(f"{SCORES[key]} before recovery", score_text(key, before[key]))
     if report.get("finetuning") is not None:
         f = report["finetuning"]
         epochs = f["settings"]["epochs"]
@@ -41,8 +44,9 @@ def summary_table(report: dict[str, Any]) -> Table:
         )
     if report["evaluation"] is not None:
         e = report["evaluation"]
-        dense = f", dense {e['baseline_top1']:.2%}" if "baseline_top1" in e else ""
-        table.add_row("top-1", f"{e['top1']:.2%} of {e['num_images']} images{dense}")
+        key = main_score(e)
+        dense = f", dense {score_text(key, e[f'baseline_{key}'])}" if f"baseline_{key}" in e else ""
+        table.add_row(SCORES[key], f"{score_text(key, e[key])} of {e['num_images']} images{dense}")
     if report.get("fidelity") is not None:
         f = report["fidelity"]
         text = f"cosine {f['cosine']:.4f}, squared error {f['relative_squared_error']:.4f} of the variance"
@@ -143,12 +147,14 @@ def evaluation_table(values: dict[str, Any]) -> Table:
     """Accuracy, with the comparison where there was one."""
     table = Table(show_header=False)
     table.add_row("images", str(values["num_images"]))
-    table.add_row("top-1", f"{values['top1']:.2%}")
-    table.add_row("top-5", f"{values['top5']:.2%}")
+    for key in SCORES:
+        if key in values:
+            table.add_row(SCORES[key], score_text(key, values[key]))
     if "delta" in values:
-        low, high = values["interval"]
-        table.add_row("baseline top-1", f"{values['baseline_top1']:.2%}")
-        table.add_row("change", f"{values['delta']:+.2%} (95 % interval {low:+.2%} to {high:+.2%})")
+        key = main_score(values)
+        table.add_row(f"baseline {SCORES[key]}", score_text(key, values[f"baseline_{key}"]))
+        table.add_row("change", change_text(values))
+    if "flipped_to_wrong" in values:
         table.add_row("flipped", f"{values['flipped_to_wrong']} to wrong, {values['flipped_to_right']} to right")
     return table
 

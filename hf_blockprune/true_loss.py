@@ -7,7 +7,7 @@ model's predictions over the predicted loss is the factor by which the group's l
 SPDY, Frantar and Alistarh 2022, arXiv 2201.13096, which searches for such factors instead).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,9 @@ from .blocks import expand_mask
 from .errors import ModelError
 from .hardware.flops import dtype_of
 from .layer_statistics import LayerStatistics
-from .outputs import Embedding, is_classifier, kl_divergence, output_of
+from .outputs import output_of, task_for
 from .reconstruction import Moments, solve
+from .tasks import Regression, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,15 +55,16 @@ def true_losses(
         damping: of the surviving weights' solution.
 
     Returns:
-        KL(dense || pruned) in nats for each group, the mean over images; of an encoder, half the squared error of its
-        embedding over the embedding's variance.
+        KL(dense || pruned) of what the model's task makes of its outputs, in nats for each group, the mean over images.
 
     Raises:
         ModelError: a layer's surviving weights cannot be solved for.
     """
     from accelerate.utils import gather_object
 
-    wanted, divergence = _answers(model, pixels)
+    wanted, task = _outputs(model, pixels)
+    if isinstance(task, Regression):
+        task = task.scaled(wanted)
     losses = []
     mine = list(range(accelerator.process_index, len(groups), accelerator.num_processes))
     for number in logging.tqdm(mine, desc="True losses", disable=not accelerator.is_main_process):
@@ -70,7 +72,8 @@ def true_losses(
         before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
         for name in group:
             _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
-        losses.append((number, float(divergence(wanted, _answers(model, pixels)[0]).mean())))
+        have, _ = _outputs(model, pixels)
+        losses.append((number, float(task.divergence(wanted, have).mean())))
         for parameter, value in before:
             parameter.data = value
     every = dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
@@ -99,11 +102,10 @@ def _prune(
         linear.bias.data = linear.bias.data + ((weight - pruned).double() @ mean).to(weight.dtype)
 
 
-def _answers(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-    """Float64 [images, values], and the divergence of two such by image."""
-    outputs = [model(pixel_values=part.to(dtype_of(model))) for part in pixels.split(IMAGES_AT_ONCE)]
-    values = torch.cat([output_of(model, output) for output in outputs]).double()
-    return values, kl_divergence if is_classifier(outputs[0]) else Embedding().scaled(values).divergence
+def _outputs(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Task]:
+    """Float64 [images, outputs], and what they mean."""
+    parts = [model(pixel_values=part.to(dtype_of(model))) for part in pixels.split(IMAGES_AT_ONCE)]
+    return torch.cat([output_of(model, part) for part in parts]).double(), task_for(model, parts[0])
 
 
 def loss_factors(losses: Sequence[float], predicted: Sequence[float]) -> list[float]:

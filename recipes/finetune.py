@@ -36,6 +36,7 @@ def main(
     dataset_config: cli.DatasetConfig = None,
     image_column: cli.ImageColumn = None,
     label_column: cli.LabelColumn = None,
+    labels_by: cli.LabelsBy = None,
     streaming: cli.Streaming = None,
     shuffle_buffer: cli.ShuffleBuffer = None,
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the images.")] = None,
@@ -55,7 +56,12 @@ def main(
 
     main_process = PartialState().is_main_process
     cli.set_quiet(quiet or not main_process)
-    columns = {"image_column": image_column, "label_column": label_column, "streaming": streaming}
+    columns = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "labels_by": labels_by,
+        "streaming": streaming,
+    }
     job = FinetuneJob.read(
         config,
         model=model,

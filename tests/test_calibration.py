@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hf_blockprune import DataError, calibration
 from hf_blockprune.calibration import collect
 from hf_blockprune.data import decode_image, load_images
+from hf_blockprune.tasks import SingleLabel
 
 from .conftest import launch, tiny_model, write_images
 
@@ -224,7 +225,7 @@ def test_sampled_labels_depend_on_the_seed(model, unlabelled, processor, acceler
 
 def test_sampled_labels_follow_the_prediction():
     logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(3000, 1)
-    labels = calibration._sampled_labels(logits, torch.arange(3000), seed=0)
+    labels = SingleLabel(3).sample(logits, torch.arange(3000), seed=0)
     shares = torch.bincount(labels, minlength=3) / 3000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), rtol=0, atol=0.03)
 

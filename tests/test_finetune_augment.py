@@ -308,7 +308,7 @@ def test_views_do_not_depend_on_processes_micro_batches_or_where_one_begins(thir
     settings = FinetuneConfig(batch_size=6, micro_batch=4, seed=3)
     if streaming:
         stream = thirteen.dataset.to_iterable_dataset()
-        images = type(thirteen)(stream, "s", thirteen.image_column, thirteen.label_column, None, shuffle_buffer=5)
+        images = type(thirteen)(stream, "s", thirteen.image_column, thirteen.labelled, shuffle_buffer=5)
         settings = settings.replace(epoch_images=13)
     whole = by_step([epoch_of(images, processor, settings)])
     assert [len(step) for step in whole] == [6, 6, 1]

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from hf_blockprune import ModelError
-from hf_blockprune.finetune_loss import hard_distillation, hidden_distance, soft_cross_entropy, soft_distillation
+from hf_blockprune.finetune_loss import hard_distillation, hidden_distance, label_losses, soft_distillation
 from hf_blockprune.finetune_schedule import LearningRates, PruningSteps
+from hf_blockprune.tasks import SingleLabel
+
+CLASSES = SingleLabel(7)
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def test_soft_distillation_is_the_divergence_times_the_squared_temperature(logit
     for p, q in zip(probabilities(wanted, temperature), probabilities(have, temperature), strict=True):
         pairs = zip(shares(p), shares(q), strict=True)
         expected.append(temperature**2 * sum(a * math.log(a / b) for a, b in pairs))
-    got = soft_distillation(have.to(dtype), wanted.to(dtype), temperature)
+    got = soft_distillation(CLASSES, have.to(dtype), wanted.to(dtype), temperature)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
@@ -45,7 +48,7 @@ def test_hard_distillation_is_the_cross_entropy_with_the_teachers_class(logits):
         -math.log(shares(q)[max(range(7), key=p.__getitem__)])
         for p, q in zip(wanted.tolist(), probabilities(have), strict=True)
     ]
-    torch.testing.assert_close(hard_distillation(have, wanted), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(hard_distillation(CLASSES, have, wanted), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_cross_entropy_takes_shares_of_classes_and_none(logits):
@@ -56,7 +59,7 @@ def test_cross_entropy_takes_shares_of_classes_and_none(logits):
         -sum(t * math.log(v) for t, v in zip(row, shares(q), strict=True))
         for row, q in zip(targets.tolist(), probabilities(have), strict=True)
     ]
-    got = soft_cross_entropy(have, targets)
+    got = label_losses(CLASSES, have, targets)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
     assert got[2] == 0
 

@@ -132,8 +132,9 @@ def _bfloat16_break_even() -> float:
     return 0.4 if _has("avx512_bf16") else FLOAT32_BREAK_EVEN
 
 
-# Share of multiplications left at which torch's dense product is as fast, from benchmarks/kernels.py.
-FLOAT32_BREAK_EVEN = 0.95
+# Share of multiplications left at which torch's dense product with an unpacked matrix is as fast, from
+# benchmarks/kernels.py.
+FLOAT32_BREAK_EVEN = 1.0
 BREAK_EVEN = {torch.float32: FLOAT32_BREAK_EVEN, torch.bfloat16: _bfloat16_break_even()}
 
 

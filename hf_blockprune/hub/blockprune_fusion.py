@@ -1,40 +1,55 @@
 """What block-sparse layers do together: GELU in the product before it, and q, k and v of one attention in one call.
 
-In a fused MLP fc1 gives activated outputs and the activation passes them through, so a hook on fc1 sees them activated.
+The modules stay what they are and where they are. An MLP looks at each call whether they are still those that were
+fused, and whether anyone watches them; if not so, it does what its class does. So activations and layers can be
+replaced, and hooks see the values of the dense model.
 """
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from .blockprune_linear import BlockSparseLinear, SharedInput
+from .blockprune_linear import BlockSparseLinear, SharedInput, is_watched
 from .blockprune_reference import ACTIVATIONS
 
-# Attributes of the MLPs of transformers' vision models: the activation takes the Linear's output and nothing else.
-LINEAR, ACTIVATION = "fc1", "activation_fn"
+# Attributes of the MLPs of transformers' vision models.
+LINEAR, ACTIVATION, SECOND_LINEAR = "fc1", "activation_fn", "fc2"
 # Of their attentions: these read the same tensor.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+# Where classes are known to depend on their input and their attributes alone; a stranger's may draw random numbers.
+ACTIVATION_SOURCES = ("torch.nn.modules.activation", "transformers.activations")
+
+_FUSED = "_fused_activation"  # of an MLP: what its fc1 applies
+_LINEAR_FORWARD = BlockSparseLinear.forward
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
-class FusedActivation(nn.Module):
-    """Stands where an activation stood that the Linear before it applies.
+class FusedActivation(NamedTuple):
+    """An activation as it was when it was fused.
 
-    Args:
-        original: that activation; still applied where the Linear has been replaced by one that does not.
-        mlp: the module that holds both.
+    Attributes:
+        name: the op's name for it.
+        module: the activation.
+        forward: of its class.
+        attributes: its own, such as `approximate`.
     """
 
-    def __init__(self, original: nn.Module, mlp: nn.Module) -> None:
-        super().__init__()
-        self.original = original
-        self._mlp = (mlp,)  # in a tuple, or it would count as a part of this module
+    name: str
+    module: nn.Module
+    forward: Callable[..., Any]
+    attributes: dict[str, Any]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x as it is, or activated."""
-        linear = getattr(self._mlp[0], LINEAR)
-        return self.original(x) if getattr(linear, "activation", "none") == "none" else x
+    def is_that_of(self, mlp: nn.Module) -> bool:
+        """Whether the MLP still has it, as it was, and nobody watches it."""
+        module = getattr(mlp, ACTIVATION, None)
+        if module is not self.module or type(module).forward is not self.forward or is_watched(module):
+            return False
+        return all(getattr(module, key, None) == value for key, value in self.attributes.items())
 
 
 def fuse(model: nn.Module) -> None:
@@ -73,40 +88,110 @@ def share_inputs(model: nn.Module) -> int:
 def fuse_activations(model: nn.Module) -> int:
     """Let block-sparse layers apply the GELU that follows them, in place; predictions stay the same.
 
+    The MLP's class becomes a subclass of the same name, as with torch's own `parametrize` and `fully_shard`.
+
     Returns:
         Number of activations fused.
     """
     count = 0
-    for mlp, linear, activation in list(_pairs(model)):
-        name = None if type(activation).__name__ == FusedActivation.__name__ else _activation_name(activation)
-        if name is not None:
-            linear.activation = name
-            setattr(mlp, ACTIVATION, FusedActivation(activation, mlp))
+    for mlp, activation in list(_mlps(model)):
+        name = _activation_name(activation)
+        if name is not None and not is_fused(mlp) and _is_plain(type(mlp)):
+            own = {key: value for key, value in vars(activation).items() if key not in _MODULE_ATTRIBUTES}
+            setattr(mlp, _FUSED, FusedActivation(name, activation, type(activation).forward, own))
+            mlp.__class__ = _fused_class(type(mlp))
             count += 1
     return count
 
 
 def unfuse_activations(model: nn.Module) -> None:
     """Undo `fuse_activations`, in place."""
-    for mlp, linear, activation in list(_pairs(model)):
-        if type(activation).__name__ == FusedActivation.__name__:
-            linear.activation = "none"
-            setattr(mlp, ACTIVATION, activation.original)
+    for mlp in model.modules():
+        if is_fused(mlp):
+            delattr(mlp, _FUSED)
+            base = getattr(type(mlp), "_unfused_class", None)
+            if base is not None and type(mlp) is _fused_class(base):  # else torch has made yet another class of it
+                mlp.__class__ = base
 
 
-def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, Any, Any]]:
-    """(MLP, its block-sparse layer, the activation that follows), also of layers made by another copy of this code."""
+def is_fused(mlp: nn.Module) -> bool:
+    """Whether an MLP's fc1 applies its activation, where nobody watches or replaces either."""
+    return _FUSED in vars(mlp)
+
+
+def _mlps(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(MLP, its activation) where the Linear before it is block-sparse."""
     for module in model.modules():
         linear, activation = getattr(module, LINEAR, None), getattr(module, ACTIVATION, None)
-        if type(linear).__name__ == BlockSparseLinear.__name__ and isinstance(activation, nn.Module):
-            yield module, linear, activation
+        if isinstance(linear, BlockSparseLinear) and isinstance(activation, nn.Module):
+            yield module, activation
+
+
+def _is_plain(mlp_class: type[nn.Module]) -> bool:
+    """Whether MLPs of a class are fc2(activation_fn(fc1(x))) and nothing else, told by what becomes of stand-ins."""
+    path = [object() for _ in range(4)]
+
+    def step(i: int) -> Callable[[object], object]:
+        return lambda value: path[i + 1] if value is path[i] else None
+
+    stand_in: Any = SimpleNamespace(**{LINEAR: step(0), ACTIVATION: step(1), SECOND_LINEAR: step(2)})
+    try:
+        return mlp_class.forward(stand_in, path[0]) is path[-1]
+    except Exception:  # it asks for more than that
+        return False
+
+
+@functools.cache
+def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of an MLP's class whose fc1 applies the activation where it may."""
+    plain_forward: Callable[..., Any] = base.forward
+
+    @functools.wraps(plain_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fused: FusedActivation | None = getattr(self, _FUSED, None)
+        if fused is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return base.forward(self, *args, **kwargs)
+        linear = getattr(self, LINEAR, None)
+        if (
+            getattr(type(linear), "forward", None) is not _LINEAR_FORWARD
+            or is_watched(linear)
+            or linear.activation != "none"
+            or args[0].shape[-1] != linear.in_features
+            or not fused.is_that_of(self)
+            or base.forward is not plain_forward
+            or _has_any_global_hook()
+        ):
+            return base.forward(self, *args, **kwargs)
+        return getattr(self, SECOND_LINEAR)(linear.product(args[0], fused.name))
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        """Classes made at run time cannot be found by their name."""
+        return _new, (base,), vars(self)
+
+    members = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_unfused_class": base,
+    }
+    return type(base.__name__, (base,), members)
+
+
+def _new(base: type[nn.Module]) -> nn.Module:
+    fused_class = _fused_class(base)
+    return fused_class.__new__(fused_class)
 
 
 def _activation_name(activation: nn.Module) -> str | None:
     """The op's name for an activation, told by its values; None for one that the op does not know."""
-    # Every other value: oneDNN, which takes GELU of tensors without gaps, starts threads for however few, and a process
-    # that loads a model may fork before it starts any.
-    probe = torch.linspace(-8, 8, 513)[::2]
+    if type(activation).__module__ not in ACTIVATION_SOURCES:
+        return None
+    values = torch.cat([torch.linspace(-8, 8, 257), torch.tensor([-1e4, -1e2, 1e2, 1e4])])  # some clip large values
+    # Every other place of a tensor: oneDNN, which takes GELU of tensors without gaps, starts threads for however few, and
+    # a process that loads a model may fork before it starts any.
+    probe = values.repeat_interleave(2)[::2]
     values = activation(probe)
     for name in ("gelu", "gelu_tanh"):  # they differ by up to 5e-4
         if torch.allclose(values, ACTIVATIONS[name](probe), rtol=0, atol=1e-6):

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .blockprune_backends import LayerArguments
 from .blockprune_layout import (
@@ -34,28 +35,42 @@ class SharedInput:
         """Copies and files hold the layers, not what was computed."""
         return {"_layers": self._layers, "_last": None}
 
-    def serves(self, x: Tensor) -> bool:
-        """Whether outputs may be kept for the other layers."""
+    def output(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor | None:
+        """The output of one of the layers; None where each layer is to compute its own."""
         if x.is_meta or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        if torch.is_autocast_enabled(x.device.type):
-            return False
-        # Offloaded weights are there only while their own layer runs.
-        return all(layer.weight.device == x.device for layer in self._layers)
-
-    def output(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor:
-        """The output of one of the layers."""
-        place = next(i for i, other in enumerate(self._layers) if other is layer)
+            return None
+        place = next((i for i, other in enumerate(self._layers) if other is layer), None)
+        if place is None or torch.is_autocast_enabled(x.device.type):  # `DataParallel` calls replicas of the layers
+            return None
         last, version = self._last, 0 if x.is_inference() else x._version
         # Each output is given once, and only for the very tensor that it was computed from.
         if last is None or last[0] is not x or last[1] != version or last[2][place] is None:
+            if not self._can_run_now(x):
+                return None
             outputs = block_sparse_linears(x, [other.arguments() for other in self._layers])
             last = self._last = (x, version, [*outputs])
         y, last[2][place] = last[2][place], None
         if all(other is None for other in last[2]):
             self._last = None
-        assert y is not None
         return y
+
+    def _can_run_now(self, x: Tensor) -> bool:
+        """Whether all layers will have these weights and this input when it is their turn."""
+        # Hooks may change either. Offloaded weights are there only while their own layer runs.
+        return not _has_any_global_hook() and not any(
+            is_watched(layer) or layer.weight.device != x.device for layer in self._layers
+        )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether anyone gets or changes what goes in or out of a module: by a hook, or with a `forward` of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def _check_loaded(module: nn.Module, _incompatible_keys: object) -> None:
@@ -75,7 +90,7 @@ class BlockSparseLinear(nn.Module):
 
     Attributes:
         dense_shape: (out_features, in_features) of the dense Linear that this was cut from, None for one not cut.
-        activation: what is applied to the outputs, a name that the op knows; "none" but in fused MLPs.
+        activation: what is applied to the outputs, a name that the op knows; "none" at first.
         shared_input: the layers that read the same tensor as this one and are computed with it, None for one by itself.
 
     The pattern starts out invalid; fill the module with `from_dense`, or with `load_state_dict`, which checks what it
@@ -211,8 +226,11 @@ class BlockSparseLinear(nn.Module):
         """x [..., in_features] -> [..., out_features]."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs with {self.in_features} features, got {tuple(x.shape)}")
-        if self.shared_input is not None and self.shared_input.serves(x):
-            return self.shared_input.output(self, x)
+        shared = None if self.shared_input is None else self.shared_input.output(self, x)
+        return self.product(x, self.activation) if shared is None else shared
+
+    def product(self, x: Tensor, activation: str) -> Tensor:
+        """The outputs of x [..., in_features] with an activation of the caller's choice."""
         return block_sparse_linear(
             x,
             self.weight,
@@ -220,7 +238,7 @@ class BlockSparseLinear(nn.Module):
             self.col_indices,
             self.bias,
             out_features=self.out_features,
-            activation=self.activation,
+            activation=activation,
         )
 
     def arguments(self) -> LayerArguments:

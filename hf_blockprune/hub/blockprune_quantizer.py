@@ -84,7 +84,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
                     "and tensors do not belong together (ignore_mismatched_sizes needs a newer transformers here)"
                 )
             if parameter.dtype != dtype and not parameter.is_meta:
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = _converted(parameter.data, dtype)
 
     def dequantize(self, model, dtype=None):
         """Make every layer a Linear again, in its own dtype unless one is named, and the model a native one."""
@@ -111,6 +111,14 @@ class BlockPruneHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self):
         return True
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of another dtype, made in pieces too small for torch to start threads: the process may fork next."""
+    converted = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+    for to, piece in zip(converted.view(-1).split(16384), tensor.reshape(-1).split(16384), strict=True):
+        to.copy_(piece)
+    return converted
 
 
 def register() -> None:

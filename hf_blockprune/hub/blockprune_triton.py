@@ -120,8 +120,8 @@ def block_sparse_linear_kernel(
                 mask=(m < readable_tokens)[:, None] & there[None, :],
                 other=0.0,
             )
-            first = k // COLS * (ROWS * COLS) + k % COLS  # of the feature's weights
-            w_tile = tl.load(blocks + first[:, None] + offset_n[None, :] * COLS, mask=wanted[:, None], other=0.0)
+            place_k = k // COLS * (ROWS * COLS) + k % COLS  # of the feature's first weight
+            w_tile = tl.load(blocks + place_k[:, None] + offset_n[None, :] * COLS, mask=wanted[:, None], other=0.0)
             # The next blocks' places are on their way while these are multiplied.
             col = tl.load(cols + (k + BLOCK_K) // COLS, mask=k + BLOCK_K < kept, other=0)
             if WIDEN:

@@ -96,9 +96,13 @@ class TritonBackend:
         from .blockprune_triton import launch
 
         x, orders = inputs.x, self._checked(inputs.x.shape[1], layer)
-        packed = [tensor.contiguous() for tensor in layer[:3]]
-        residual = None if layer.residual is None else layer.residual.contiguous()
-        layer = LayerArguments(*packed, checked_bias(layer, x.dtype), layer.out_features, layer.activation, residual)
+        layer = layer._replace(
+            weight=layer.weight.contiguous(),
+            crow_indices=layer.crow_indices.contiguous(),
+            col_indices=layer.col_indices.contiguous(),
+            bias=checked_bias(layer, x.dtype),
+            residual=None if layer.residual is None else layer.residual.contiguous(),
+        )
         source = inputs.k_major if config.k_major else inputs.token_major
         return launch(source, len(x), layer, orders, config=config, precision=_precision(x.dtype))
 
