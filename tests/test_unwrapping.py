@@ -1,0 +1,170 @@
+"""Models inside others, and models that are refused before any work."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+from transformers import AutoModelForImageClassification, ViTForImageClassification
+
+from hf_blockprune import BlockPruneConfig, BlockPruner, ModelError
+from hf_blockprune.hardware.flops import count_flops
+from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+from hf_blockprune.skeleton import skeleton
+
+from .conftest import tiny_model
+
+PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+CONFIG = BlockPruneConfig(
+    block_shape=(8, 8), budget={"metric": "flops", "ratio": 0.75}, calibration={"samples": 24, "batch_size": 8}
+)
+MAGNITUDE = BlockPruneConfig(
+    method="magnitude", refit=False, block_shape=(8, 8), budget={"metric": "flops", "ratio": 0.75}
+)
+
+
+class OwnConstructor(ViTForImageClassification):
+    """Takes more than a config."""
+
+    def __init__(self, config, answer):
+        super().__init__(config)
+        self.answer = answer
+
+
+class Around(nn.Module):
+    """A plain module that holds a transformers model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = model
+
+    def forward(self, pixel_values):
+        return self.backbone(pixel_values=pixel_values)
+
+
+def compiled_inside(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_layers(model):
+    layers = model.vit.layers
+    for index in range(len(layers)):
+        layers[index] = torch.compile(layers[index], backend="eager")
+    return model
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled in place": compiled_inside,
+    "compiled layer by layer": compiled_layers,
+    "DataParallel": nn.DataParallel,
+    "DataParallel of compiled": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+}
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model(pixel_values=PIXELS).logits
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_model_inside_is_pruned_and_saved(wrapper, images, processor, tmp_path):
+    wrapped = WRAPPERS[wrapper](tiny_model())
+    plain = BlockPruner(tiny_model(), processor, CONFIG)
+    plain.prune(images)
+    pruner = BlockPruner(wrapped, processor, CONFIG)
+    assert type(pruner.model) is ViTForImageClassification
+    pruner.prune(images)
+    torch.testing.assert_close(logits_of(pruner.model), logits_of(plain.model), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(wrapped), logits_of(plain.model), atol=1e-5, rtol=1e-5)
+    pruner.save_pretrained(tmp_path / "pruned")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "pruned")
+    torch.testing.assert_close(logits_of(loaded), logits_of(plain.model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_constructor_may_take_more_than_a_config(images, processor, tmp_path):
+    model = OwnConstructor(tiny_model().config, 42).eval()
+    pruner = BlockPruner(model, processor, CONFIG)
+    pruner.prune(images)
+    assert pruner.report()["flops_ratio"] <= 0.75
+    pruner.save_pretrained(tmp_path / "own")
+    loaded = OwnConstructor.from_pretrained(tmp_path / "own", answer=42)
+    torch.testing.assert_close(logits_of(loaded), logits_of(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_what_it_is(dtype, images, processor, tmp_path):
+    pruner = BlockPruner(tiny_model().to(dtype), processor, CONFIG)
+    pruner.prune(images)
+    pruner.save_pretrained(tmp_path / "half")
+    loaded = BlockPruner.from_pretrained(tmp_path / "half").model
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    x = PIXELS.to(dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixel_values=x).logits, pruner.model(pixel_values=x).logits)
+
+
+def test_a_skeleton_has_the_dense_form_and_no_weights(images, processor):
+    model = tiny_model()
+    dense = count_flops(model)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    BlockPruner(model, processor, MAGNITUDE).prune()
+    made = skeleton(model)
+    assert all(tensor.is_meta for tensor in (*made.parameters(), *made.buffers()))
+    assert not next(block_sparse_layers(made), None)
+    assert next(block_sparse_layers(model), None)
+    assert count_flops(model) == dense
+    assert not calls
+
+
+def without_values():
+    with torch.device("meta"):
+        return tiny_model()
+
+
+def one_layer_twice():
+    model = tiny_model()
+    model.vit.layers[1] = model.vit.layers[0]
+    return model
+
+
+def one_weight_twice():
+    model = tiny_model()
+    model.vit.layers[1].mlp.fc1.weight = model.vit.layers[0].mlp.fc1.weight
+    return model
+
+
+REFUSED = {
+    "a name": (lambda: "vit", "expected a transformers model, got str"),
+    "a module around one": (lambda: Around(tiny_model()), r"pass its part backbone \(ViTForImageClassification\)"),
+    "a module of one's own": (lambda: nn.Linear(2, 2), "Linear: expected a transformers model"),
+    "a model of peft": (
+        lambda: get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])),
+        r"call merge_and_unload\(\) first",
+    ),
+    "adapters inside": (
+        lambda: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny_model()),
+        r"merge them first",
+    ),
+    "no values": (without_values, "has parameters on the meta device"),
+    "a layer used twice": (one_layer_twice, "share one weight"),
+    "a weight used twice": (one_weight_twice, "share one weight"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_before_any_work(kind, processor):
+    make, message = REFUSED[kind]
+    with pytest.raises(ModelError, match=message):
+        BlockPruner(make(), processor, MAGNITUDE).prune()
+
+
+def test_linears_that_see_nothing_of_an_image_stay(processor, caplog):
+    """As those of a second tower that only text reaches."""
+    model = tiny_model()
+    model.text = nn.ModuleList([nn.Linear(48, 48)])
+    pruner = BlockPruner(model, processor, MAGNITUDE)
+    pruner.prune()
+    assert type(model.text[0]) is nn.Linear
+    assert not any(layer["name"].startswith("text") for layer in pruner.report()["layers"])
