@@ -63,14 +63,28 @@ class BoundaryBatch:
     held_back: Tensor
 
 
+def layer_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of each list of layers: each ModuleList, or where there is none each Sequential of alike ones."""
+    modules = list(model.named_modules())
+    found = [(name, module) for name, module in modules if isinstance(module, nn.ModuleList)]
+    return found or [(name, module) for name, module in modules if _is_sequence(module)]
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether it is several layers of one class that have parts, as timm's models hold theirs."""
+    children = list(module.children())
+    alike = len(children) > 1 and len({type(child) for child in children}) == 1
+    return isinstance(module, nn.Sequential) and alike and all(list(child.children()) for child in children)
+
+
 def layer_chain(model: nn.Module, names: Any) -> list[Unit]:
     """The layers of the list that holds all named modules; those of its stages where the list is one of stages.
 
     Raises:
         ModelError: they do not lie in one list.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and all(target.startswith(f"{name}.") for target in names):
+    for name, module in layer_lists(model):
+        if all(target.startswith(f"{name}.") for target in names):
             return list(_units(name, module))
     raise ModelError(f"{type(model).__name__}: the pruned Linears lie in several lists of layers; refit needs one")
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .blocks import check_block_fits
+from .boundary import layer_lists
 from .config import BlockPruneConfig
 from .errors import ConfigError, ModelError
 from .hub.blockprune_names import unstorable
@@ -19,7 +20,7 @@ def find_targets(
 ) -> dict[str, nn.Linear]:
     """The Linears that a config selects, by module name, in forward order.
 
-    Candidates are the Linears of the repeated layers (those inside a ModuleList): patch embedding, pooler and heads
+    Candidates are the Linears of the repeated layers (see `layer_lists`): patch embedding, pooler and heads
     stay dense. Of these, `targets` selects and `ignore` takes out.
 
     Args:
@@ -32,7 +33,7 @@ def find_targets(
         ModelError: the model has no Linear in repeated layers.
         ConfigError: a pattern matches nothing, nothing is left, or a block is larger than a matrix.
     """
-    lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    lists = tuple(f"{name}." for name, _ in layer_lists(model))
     candidates = {
         name: module
         for name, module in model.named_modules()

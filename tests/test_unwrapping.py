@@ -176,3 +176,17 @@ def test_linears_that_see_nothing_of_an_image_stay(processor, caplog):
     pruner.prune()
     assert type(model.text[0]) is nn.Linear
     assert not any(layer["name"].startswith("text") for layer in pruner.report()["layers"])
+
+
+def test_layers_in_a_sequential_are_a_list_too(images, processor):
+    """As timm's models hold theirs."""
+    pruners = [BlockPruner(m, processor, CONFIG) for m in (tiny_model(), _with_sequential(tiny_model()))]
+    for pruner in pruners:
+        pruner.prune(images)
+    assert len(pruners[1].report()["layers"]) == len(pruners[0].report()["layers"]) == 12
+    pruners[1].recover(images, teacher=BlockPruner(_with_sequential(tiny_model()), processor))
+
+
+def _with_sequential(model):
+    model.vit.layers = nn.Sequential(*model.vit.layers)
+    return model
