@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .data import ImageSet, batches
 from .errors import ModelError
@@ -65,7 +66,8 @@ class BoundaryBatch:
 
 def layer_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of each list of layers: each ModuleList, or where there is none each Sequential of alike ones."""
-    modules = list(model.named_modules())
+    # A parametrized weight holds its parametrizations in a list, which is none of layers.
+    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, ParametrizationList)]
     found = [(name, module) for name, module in modules if isinstance(module, nn.ModuleList)]
     return found or [(name, module) for name, module in modules if _is_sequence(module)]
 
