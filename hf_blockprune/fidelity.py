@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """An encoder's answers: position of each image, and its embedding [images, values] in float32."""
+    """An encoder's answers: position of each image, its embedding [images, values] in float32, and the data set."""
 
     index: np.ndarray
     values: np.ndarray
     skipped: list[str]
+    dataset: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def embed(
     corrupt.check()
     rows = sorted((row for part, _, _ in gathered for row in part), key=lambda row: row[0])
     index, values = zip(*rows, strict=True)
-    return Embeddings(np.array(index), np.stack(values), corrupt.files)
+    return Embeddings(np.array(index), np.stack(values), corrupt.files, images.public_name)
 
 
 def compare(have: Embeddings, wanted: Embeddings) -> Fidelity:

@@ -374,9 +374,10 @@ class BlockPruner:
         if not isinstance(against, Embeddings):
             other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
             wanted = other.embeddings(dataset, **options)
-        result = compare(self.embeddings(dataset, **options), wanted)
+        have = self.embeddings(dataset, **options)
+        result = compare(have, wanted)
         if self._report is not None:
-            self._report["fidelity"] = result.to_dict()
+            self._report["fidelity"] = {"dataset": have.dataset, **result.to_dict()}
         return result
 
     def embeddings(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> Embeddings:

@@ -192,6 +192,8 @@ def test_an_encoder_is_evaluated_against_another_one(images, processor, tmp_path
     pruner.save_pretrained(tmp_path / "pruned")
     card = (tmp_path / "pruned" / "README.md").read_text()
     assert "pipeline_tag: image-feature-extraction" in card
+    assert f"On {found.num_images} images of {pruner.report()['fidelity']['dataset']}, against the dense model" in card
+    assert pruner.report()["fidelity"]["dataset"]
     assert f"cosine similarity {found.cosine:.4f}" in card
     assert "AutoModel.from_pretrained(" in card
     assert "AutoModelForImageClassification" not in card
