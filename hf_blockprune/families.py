@@ -104,7 +104,6 @@ _FAMILIES: dict[str, Family] = {
     "dinov2": DINOV2,
     "dinov2_with_registers": DINOV2,
     "swin": SWIN,
-    "ijepa": VIT,
     "clip": CLIP,
     "clip_vision_model": CLIP,
     "siglip": SIGLIP,
