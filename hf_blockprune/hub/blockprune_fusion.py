@@ -189,8 +189,8 @@ def _activation_name(activation: nn.Module) -> str | None:
     if type(activation).__module__ not in ACTIVATION_SOURCES:
         return None
     values = torch.cat([torch.linspace(-8, 8, 257), torch.tensor([-1e4, -1e2, 1e2, 1e4])])  # some clip large values
-    # Every other place of a tensor: oneDNN, which takes GELU of tensors without gaps, starts threads for however few, and
-    # a process that loads a model may fork before it starts any.
+    # Every other place of a tensor: oneDNN, which takes GELU of tensors without gaps, starts threads for however few,
+    # and a process that loads a model may fork before it starts any.
     probe = values.repeat_interleave(2)[::2]
     values = activation(probe)
     for name in ("gelu", "gelu_tanh"):  # they differ by up to 5e-4
