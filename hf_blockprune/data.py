@@ -1,6 +1,5 @@
 """Images in, batches out: finding, decoding and sampling data sets for calibration and evaluation."""
 
-import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -9,16 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from .columns import NO_LABEL, Labels, choose_columns, label_of
 from .errors import DataError
+from .model_input import ModelInput, channels_of, find_input, preprocess
+from .pictures import BROKEN, Decoding, decode_image, name_of
 from .sources import DataSource, choose_split, is_url, read_errors, reason
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+__all__ = [
+    "NO_LABEL",
+    "CorruptImages",
+    "ImageSet",
+    "batches",
+    "check_labels",
+    "decode_image",
+    "load_images",
+    "load_pixels",
+    "num_batches",
+]
 MAX_CORRUPT_SHARE = 0.01
 
 
@@ -34,6 +45,8 @@ class ImageSet:
         class_names: names of the classes by index, where the data set knows them.
         shuffle_buffer: images that a stream's sample is drawn from, 0 to take the first ones.
         most: images that were taken of a stream, which may hold fewer; None for all.
+        decoding: how its pictures become images.
+        model_input: what the model takes, where that was looked at; else it follows from its config.
     """
 
     dataset: Any
@@ -43,6 +56,16 @@ class ImageSet:
     class_names: tuple[str, ...] | None
     shuffle_buffer: int = 0
     most: int | None = None
+    decoding: Decoding = Decoding()
+    model_input: ModelInput | None = None
+
+    def fitted(self, model: Any, processor: Any) -> "ImageSet":
+        """For a model and its image processor.
+
+        Raises:
+            ModelError: pictures cannot be made into what the model takes.
+        """
+        return replace(self, model_input=find_input(model, processor))
 
     @property
     def streaming(self) -> bool:
@@ -150,8 +173,11 @@ class CorruptImages:
     name: str
     files: list[str] = field(default_factory=list)
     seen: int = 0
+    reason: str | None = None  # of the first one
 
     def count(self, batch: dict[str, Any]) -> None:
+        if batch["corrupt"] and self.reason is None:
+            self.reason = f"{Path(batch['corrupt'][0]).name}: {batch['why'][0]}"
         self.files += batch["corrupt"]
         self.seen += len(batch["corrupt"]) + len(batch["index"])
 
@@ -163,62 +189,38 @@ class CorruptImages:
             raise DataError(
                 f"{self.name}: {len(self.files)} of {self.seen} images cannot be decoded, more than "
                 f"{MAX_CORRUPT_SHARE:.0%}: {', '.join(self.files[:5])}{', ...' if len(self.files) > 5 else ''}; "
-                "mend or remove them"
+                f"mend or remove them{f' ({self.reason})' if self.reason else ''}"
             )
 
 
 class _Collate:
     """Decodes and preprocesses records; leaves out, and names, what cannot be decoded."""
 
-    def __init__(self, images: ImageSet, processor: Any, labels: Labels) -> None:
+    def __init__(self, images: ImageSet, processor: Any, labels: Labels, model_config: Any) -> None:
         self.images, self.processor, self.labels = images, processor, labels
+        self.model_input = images.model_input or ModelInput(channels_of(model_config))
+        self.decode = replace(images.decoding, channels=self.model_input.channels)
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        decoded, labels, index, corrupt = [], [], [], []
+        decoded, labels, index, corrupt, why = [], [], [], [], []
         for record in records:
             try:
-                decoded.append(decode_image(record[self.images.image_column]))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                stored = record[self.images.image_column] or {}
-                corrupt.append(stored.get("path") or f"image {record['index']}")
+                decoded.append(self.decode(record[self.images.image_column]))
+            except BROKEN as error:
+                corrupt.append(name_of(record[self.images.image_column], record["index"]))
+                why.append(str(error))
                 continue
             index.append(record["index"])
             labels.append(self._label(record))
-        batch: dict[str, Any] = {"corrupt": corrupt, "index": torch.tensor(index, dtype=torch.int64)}
+        batch: dict[str, Any] = {"corrupt": corrupt, "why": why, "index": torch.tensor(index, dtype=torch.int64)}
         if decoded:
-            batch["pixel_values"] = self.processor(images=decoded, return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = preprocess(self.processor, decoded, self.model_input.channels)
+            self.model_input.check(batch["pixel_values"], self.images.name)
             batch["labels"] = torch.tensor(labels)
         return batch
 
     def _label(self, record: dict[str, Any]) -> int:
         return NO_LABEL if self.images.label_column is None else self.labels(label_of(record, self.images.label_column))
-
-
-def decode_image(stored: dict[str, Any] | None) -> Image.Image:
-    """An RGB image from the {"bytes", "path"} record of `datasets`, turned upright.
-
-    Raises:
-        OSError, SyntaxError, ValueError, Image.DecompressionBombError: it is no image that can be decoded.
-        DataError: it lies on the network and cannot be read.
-    """
-    if stored is None or (stored["bytes"] is None and stored["path"] is None):
-        raise ValueError("no picture in this row")
-    content, path = stored["bytes"], stored["path"]
-    if content is None and is_url(path):
-        content = _read_url(path)
-    with Image.open(path if content is None else io.BytesIO(content)) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def _read_url(url: str) -> bytes:
-    """A network that fails is no corrupt image: with it left out, the result would be another one."""
-    from datasets.utils.file_utils import xopen
-
-    try:
-        with xopen(url, "rb") as file:
-            return file.read()
-    except read_errors() as error:
-        raise DataError(f"{url}: cannot be read ({reason(error)}); try again") from error
 
 
 class _Indexed(torch.utils.data.Dataset):
@@ -268,7 +270,7 @@ def batches(
     model_config: Any,
     everywhere: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """This process's batches: pixel_values [b, c, h, w], labels [b] (-1: none), index [b], corrupt (file names).
+    """This process's batches: pixel_values [b, c, h, w], labels [b] (-1: none), index [b], corrupt (file names), why (reasons).
 
     Every image is seen by exactly one process, once; with `everywhere`, by each process. A batch in which nothing could
     be decoded has no pixel_values.
@@ -279,7 +281,8 @@ def batches(
     from accelerate.data_loader import prepare_data_loader
 
     rank, world = (0, 1) if everywhere else (accelerator.process_index, accelerator.num_processes)
-    collate = _Collate(images, processor, Labels(images.class_names, model_config, images.name))
+    labels = Labels(images.class_names, model_config, images.name)
+    collate = _Collate(images, processor, labels, model_config)
     if images.streaming:
         loader = DataLoader(_Stream(images, batch_size, rank, world), batch_size=batch_size, collate_fn=collate)
     else:

@@ -22,6 +22,7 @@ from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import describe_checkpoint, open_checkpoint
 from .latency import measure_latency
 from .loading import load_classifier
+from .model_input import find_input
 from .pruning import Pruning
 from .publish import upload_checkpoint
 from .recovery import Recovery, recover
@@ -184,7 +185,7 @@ class BlockPruner:
             raise ModelError(f"{self.name} has no block-sparse layers to recover; call prune() first")
         settings, seed = self.config.recovery or RecoveryConfig(), self.config.calibration.seed
         dense = self._teacher(teacher)
-        images = load_images(dataset, split=split).sample(settings.samples, seed)
+        images = load_images(dataset, split=split).fitted(self.model, self.processor).sample(settings.samples, seed)
         self.model.to(self.accelerator.device)
         result = recover(
             self.model,
@@ -238,11 +239,11 @@ class BlockPruner:
         dense = self._in_same_order(self._teacher(teacher).model) if settings.distillation.needs_teacher else None
         judged = None
         if evaluation is not None:
-            judged = load_images(evaluation, prefer_splits=("validation", "test", "train"))
+            judged = load_images(evaluation, prefer_splits=EVALUATION_SPLITS).fitted(self.model, self.processor)
         run = Finetuning(
             self.model,
             self.processor,
-            load_images(dataset, split=split),
+            load_images(dataset, split=split).fitted(self.model, self.processor),
             settings,
             self.accelerator,
             teacher=dense,
@@ -331,7 +332,8 @@ class BlockPruner:
         baseline = against if isinstance(against, Predictions) else None
         if against is not None and not isinstance(against, Predictions):
             other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
-            baseline = predict(other.model, images, other.processor, **options)
+            baseline = predict(other.model, images.fitted(other.model, other.processor), other.processor, **options)
+        images = images.fitted(self.model, self.processor)
         result = summarise(predict(self.model, images, self.processor, **options), baseline)
         if self._report is not None:
             self._report["evaluation"] = {"dataset": images.public_name, **result.to_dict()}
@@ -339,7 +341,7 @@ class BlockPruner:
 
     def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> Predictions:
         """The model's answers on labelled images, for `evaluate` of others to compare with; arguments are its."""
-        images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS)
+        images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS).fitted(self.model, self.processor)
         return predict(self.model, images, self.processor, accelerator=self.accelerator, batch_size=batch_size)
 
     def benchmark(
@@ -367,10 +369,11 @@ class BlockPruner:
             raise ModelError(f"{self.name} has no block-sparse layers to measure; call prune() first")
         other = BlockPruner.from_pretrained(against) if isinstance(against, (str, Path)) else against
         self.model.to(self.accelerator.device)
+        size = find_input(self.model, self.processor).size
         values = measure_latency(
             self.model,
             None if other is None else other.model,
-            image_size=image_size(self.model.config, self.processor.to_dict()),
+            image_size=size or image_size(self.model.config, self.processor.to_dict()),
             batch_sizes=batch_sizes,
             seconds=seconds,
         )

@@ -43,7 +43,8 @@ def image_size(config: Any, processing: Mapping[str, Any] | None = None) -> tupl
     """
     processing = processing or {}
     crop = processing.get("crop_size") if processing.get("do_center_crop") else None
-    for size in (crop, processing.get("size"), getattr(config, "image_size", None)):
+    resized = processing.get("size") if processing.get("do_resize") is not False else None
+    for size in (crop, resized, getattr(config, "image_size", None)):
         if isinstance(size, Mapping):
             size = (size.get("height"), size.get("width"))
         height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
