@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers.utils import logging
 
 from .columns import NO_LABEL, Labels, choose_columns, label_of
 from .errors import DataError
 from .model_input import ModelInput, channels_of, find_input, preprocess
 from .pictures import BROKEN, Decoding, decode_image, name_of
-from .sources import DataSource, choose_split, is_url, read_errors, reason
+from .reading import is_url, read_errors, reason
+from .sources import DataSource
+from .splits import choose_split
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +34,7 @@ __all__ = [
     "num_batches",
 ]
 MAX_CORRUPT_SHARE = 0.01
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class ImageSet:
         shuffle_buffer: images that a stream's sample is drawn from, 0 to take the first ones.
         most: images that were taken of a stream, which may hold fewer; None for all.
         decoding: how its pictures become images.
+        left_out: files beside the images that may be pictures and cannot be read, by their path in the folder.
         model_input: what the model takes, where that was looked at; else it follows from its config.
     """
 
@@ -56,7 +61,8 @@ class ImageSet:
     class_names: tuple[str, ...] | None
     shuffle_buffer: int = 0
     most: int | None = None
-    decoding: Decoding = Decoding()
+    decoding: Decoding = field(default_factory=Decoding)
+    left_out: tuple[str, ...] = ()
     model_input: ModelInput | None = None
 
     def fitted(self, model: Any, processor: Any) -> "ImageSet":
@@ -83,6 +89,8 @@ class ImageSet:
     def identity(self) -> dict[str, Any]:
         """What a sample is determined by, with the seed, as JSON-ready values."""
         options = {key: getattr(self, key) for key in ("image_column", "label_column", "streaming", "shuffle_buffer")}
+        if self.decoding.white is not None:
+            options["white"] = self.decoding.white
         return {"name": self.public_name, "split": str(getattr(self.dataset, "split", None)), **options}
 
     def sample(self, samples: int, seed: int) -> "ImageSet":
@@ -151,7 +159,7 @@ def load_images(source: Any, *, split: str | None = None, prefer_splits: Sequenc
 
     source = source if isinstance(source, DataSource) else DataSource(source)
     name = source.name
-    dataset = source.open()
+    dataset, left_out = source.open()
     if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         dataset = dataset[choose_split([str(s) for s in dataset], split or source.split, prefer_splits, name)]
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
@@ -163,7 +171,15 @@ def load_images(source: Any, *, split: str | None = None, prefer_splits: Sequenc
     if isinstance(dataset, datasets.Dataset) and source.streaming:
         dataset = dataset.to_iterable_dataset()
     dataset, image, label, class_names = choose_columns(dataset, source)
-    return ImageSet(dataset, name, image, label, class_names, source.shuffle_buffer)
+    found = ImageSet(dataset, name, image, label, class_names, source.shuffle_buffer)
+    if left_out:
+        logger.warning(f"{found.name}: files that cannot be read as pictures are left out: {_some(left_out)}")
+    return replace(found, decoding=Decoding(white=source.white), left_out=tuple(left_out))
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of many names, and their number."""
+    return f"{', '.join(names[:5])}{f', ... ({len(names)} in all)' if len(names) > 5 else ''}"
 
 
 @dataclass
@@ -270,7 +286,7 @@ def batches(
     model_config: Any,
     everywhere: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """This process's batches: pixel_values [b, c, h, w], labels [b] (-1: none), index [b], corrupt (file names), why (reasons).
+    """This process's batches: pixel_values [b, c, h, w], labels [b] (-1: none), index [b], corrupt (file names), why.
 
     Every image is seen by exactly one process, once; with `everywhere`, by each process. A batch in which nothing could
     be decoded has no pixel_values.

@@ -40,6 +40,8 @@ class Evaluation:
         top1, top5: shares of the images.
         num_images: images that were evaluated.
         skipped: files that could not be decoded.
+        left_out: files beside the images that may be pictures of formats that cannot be read, None where there are
+            none.
     """
 
     top1: float
@@ -51,6 +53,7 @@ class Evaluation:
     interval: tuple[float, float] | None = None
     flipped_to_wrong: int | None = None
     flipped_to_right: int | None = None
+    left_out: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, without the comparison where there was none."""

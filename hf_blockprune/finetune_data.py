@@ -20,7 +20,7 @@ from .finetune_augment import ORDER, PAIR, draws, erase, mix, view
 from .finetune_config import FinetuneConfig
 from .model_input import ModelInput, channels_of, preprocess
 from .pictures import BROKEN, name_of
-from .sources import read_errors, reason
+from .reading import read_errors, reason
 
 
 def num_images(images: ImageSet, settings: FinetuneConfig) -> int:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .errors import DataError, ModelError
 from .hardware.flops import image_size
+from .pictures import MODES
 
 CHANNELS = ("num_channels", "in_channels", "in_chans")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by channels
 PROBES = ((160, 120), (96, 144))  # (width, height) of pictures that show whether all are brought to one size
 
 

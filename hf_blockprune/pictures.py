@@ -17,10 +17,10 @@ from PIL import ExifTags, Image
 from transformers.utils import logging
 
 from .errors import DataError
-from .model_input import MODES
-from .sources import is_url, read_errors, reason
+from .reading import is_url, read_errors, reason
 
 logger = logging.get_logger(__name__)
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by a model's channels
 # What a picture that cannot be decoded raises.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 PLUGINS = ("pillow_avif", "pillow_heif", "pillow_jxl")
@@ -178,11 +178,9 @@ def _shades(values: np.ndarray, ranges: tuple[float, ...], *, given: bool) -> np
                 "or values from 0 and say what is white (white in the data set's description)"
             )
         (white,) = ranges
-    if white == 65535 and values.dtype.kind in "iu":
-        shades = values >> 8  # the high byte, as Pillow itself makes it of coloured pictures
-    else:
-        shades = np.round(values * (255 / white))
-    shades = np.clip(shades, 0, 255).astype(np.uint8)
+    # Of 16 bits the high byte, as Pillow itself makes it of coloured pictures.
+    high_byte = white == 65535 and values.dtype.kind in "iu"
+    shades = np.clip(values >> 8 if high_byte else np.round(values * (255 / white)), 0, 255).astype(np.uint8)
     if values.size and high > 0 and shades.max() < NEARLY_BLACK:
         logger.warning_once(
             "Pictures of more than 8 bits come out nearly black: their values use a small part of what their format "

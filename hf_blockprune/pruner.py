@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -335,6 +335,7 @@ class BlockPruner:
             baseline = predict(other.model, images.fitted(other.model, other.processor), other.processor, **options)
         images = images.fitted(self.model, self.processor)
         result = summarise(predict(self.model, images, self.processor, **options), baseline)
+        result = replace(result, left_out=list(images.left_out) or None)
         if self._report is not None:
             self._report["evaluation"] = {"dataset": images.public_name, **result.to_dict()}
         return result

@@ -169,6 +169,7 @@ class Pruning:
             "found_images": found,
             "num_images": next(iter(statistics.values())).num_images,
             "skipped": [Path(file).name for file in corrupt.files],
+            "left_out": list(images.left_out),
             "fewer_tokens_than_inputs": _underdetermined(statistics, self.targets),
         }
         return statistics, calibration
