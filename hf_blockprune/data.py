@@ -1,23 +1,21 @@
-"""Images in, batches out: finding, decoding and sampling data sets for calibration and evaluation."""
+"""Images in, batches out: for calibration and evaluation, on any number of processes."""
 
 import itertools
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers.utils import logging
 
-from .columns import NO_LABEL, Labels, choose_columns, label_of
+from .columns import NO_LABEL, Labels, label_of
 from .errors import DataError
-from .model_input import ModelInput, channels_of, find_input, preprocess
-from .pictures import BROKEN, Decoding, decode_image, name_of
-from .reading import is_url, read_errors, reason
-from .sources import DataSource
-from .splits import choose_split
+from .image_set import ImageSet
+from .model_input import ModelInput, channels_of, preprocess, stacked
+from .opening import load_images
+from .pictures import BROKEN, decode_image, name_of, stored_pixels
+from .reading import read_errors, reason
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,92 +32,6 @@ __all__ = [
     "num_batches",
 ]
 MAX_CORRUPT_SHARE = 0.01
-logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A data set of images, not decoded yet.
-
-    Attributes:
-        dataset: a `datasets.Dataset`, or an `IterableDataset` when streaming.
-        name: for messages.
-        image_column: the column with the images.
-        label_column: the column with class indices or names, None where there is none.
-        class_names: names of the classes by index, where the data set knows them.
-        shuffle_buffer: images that a stream's sample is drawn from, 0 to take the first ones.
-        most: images that were taken of a stream, which may hold fewer; None for all.
-        decoding: how its pictures become images.
-        left_out: files beside the images that may be pictures and cannot be read, by their path in the folder.
-        model_input: what the model takes, where that was looked at; else it follows from its config.
-    """
-
-    dataset: Any
-    name: str
-    image_column: str
-    label_column: str | None
-    class_names: tuple[str, ...] | None
-    shuffle_buffer: int = 0
-    most: int | None = None
-    decoding: Decoding = field(default_factory=Decoding)
-    left_out: tuple[str, ...] = ()
-    model_input: ModelInput | None = None
-
-    def fitted(self, model: Any, processor: Any) -> "ImageSet":
-        """For a model and its image processor.
-
-        Raises:
-            ModelError: pictures cannot be made into what the model takes.
-        """
-        return replace(self, model_input=find_input(model, processor))
-
-    @property
-    def streaming(self) -> bool:
-        return not hasattr(self.dataset, "__len__")
-
-    @property
-    def public_name(self) -> str:
-        """The name without the folders of this machine and the keys in URLs, for reports that may be published."""
-        if is_url(self.name):
-            return re.sub(r"[?#]\S*", "", re.sub(r"//[^/]*@", "//", self.name))
-        path = Path(self.name).expanduser()
-        return "/".join((path.resolve() if path.exists() else path).parts[-2:])
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a sample is determined by, with the seed, as JSON-ready values."""
-        options = {key: getattr(self, key) for key in ("image_column", "label_column", "streaming", "shuffle_buffer")}
-        if self.decoding.white is not None:
-            options["white"] = self.decoding.white
-        return {"name": self.public_name, "split": str(getattr(self.dataset, "split", None)), **options}
-
-    def sample(self, samples: int, seed: int) -> "ImageSet":
-        """At most `samples` images, drawn without replacement; of a stream, the first ones, or out of its buffer.
-
-        A smaller sample of the same seed is the beginning of a larger one, so that an image at a position that is held
-        back is held back from every step.
-        """
-        if self.streaming:
-            stream = self.dataset
-            if self.shuffle_buffer:
-                stream = stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-            return replace(self, dataset=stream.take(samples), most=samples)
-        chosen = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:samples]
-        return replace(self, dataset=self.dataset.select(chosen.tolist()))
-
-    def file_name(self, index: int) -> str:
-        """The name of an image by its position, or the position where it has no name."""
-        record = next(iter(self.dataset.skip(index))) if self.streaming else self.dataset[index]
-        stored = record[self.image_column] or {}
-        return Path(stored["path"]).name if stored.get("path") else f"number {index}"
-
-    def every(self, step: int, most: int) -> "ImageSet":
-        """At most `most` images, one in `step`, or all where there are fewer than that; of a stream, the first ones."""
-        if self.streaming:
-            most = most if self.most is None else min(most, self.most)
-            return replace(self, dataset=self.dataset.take(most), most=most)
-        chosen = list(range(step - 1, len(self.dataset), step)) or list(range(len(self.dataset)))
-        return replace(self, dataset=self.dataset.select(chosen[:most]))
 
 
 def load_pixels(
@@ -142,44 +54,6 @@ def load_pixels(
             index.append(batch["index"].cpu())
     corrupt.check()
     return torch.cat(pixels), torch.cat(index)
-
-
-def load_images(source: Any, *, split: str | None = None, prefer_splits: Sequence[str] = ("train",)) -> ImageSet:
-    """Open a data set.
-
-    Args:
-        source: what `DataSource.path` can be, or a `DataSource` that says how to read it.
-        split: the split to use; by default the source's own, the first of `prefer_splits` that exists, or the only one.
-        prefer_splits: see `split`.
-
-    Raises:
-        DataError: nothing is there, it holds no images, or the split or a column does not exist.
-    """
-    import datasets
-
-    source = source if isinstance(source, DataSource) else DataSource(source)
-    name = source.name
-    dataset, left_out = source.open()
-    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        dataset = dataset[choose_split([str(s) for s in dataset], split or source.split, prefer_splits, name)]
-    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        raise DataError(
-            f"{name}: expected an image folder, a data set name or a datasets.Dataset, got {type(source.path)}"
-        )
-    if isinstance(dataset, datasets.Dataset) and not len(dataset):
-        raise DataError(f"{name}: holds no images")
-    if isinstance(dataset, datasets.Dataset) and source.streaming:
-        dataset = dataset.to_iterable_dataset()
-    dataset, image, label, class_names = choose_columns(dataset, source)
-    found = ImageSet(dataset, name, image, label, class_names, source.shuffle_buffer)
-    if left_out:
-        logger.warning(f"{found.name}: files that cannot be read as pictures are left out: {_some(left_out)}")
-    return replace(found, decoding=Decoding(white=source.white), left_out=tuple(left_out))
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first of many names, and their number."""
-    return f"{', '.join(names[:5])}{f', ... ({len(names)} in all)' if len(names) > 5 else ''}"
 
 
 @dataclass
@@ -221,7 +95,8 @@ class _Collate:
         decoded, labels, index, corrupt, why = [], [], [], [], []
         for record in records:
             try:
-                decoded.append(self.decode(record[self.images.image_column]))
+                stored = record[self.images.image_column]
+                decoded.append(stored_pixels(stored) if self.images.preprocessed else self.decode(stored))
             except BROKEN as error:
                 corrupt.append(name_of(record[self.images.image_column], record["index"]))
                 why.append(str(error))
@@ -230,7 +105,10 @@ class _Collate:
             labels.append(self._label(record))
         batch: dict[str, Any] = {"corrupt": corrupt, "why": why, "index": torch.tensor(index, dtype=torch.int64)}
         if decoded:
-            batch["pixel_values"] = preprocess(self.processor, decoded, self.model_input.channels)
+            if self.images.preprocessed:
+                batch["pixel_values"] = stacked(decoded, self.images.name)
+            else:
+                batch["pixel_values"] = preprocess(self.processor, decoded, self.model_input.channels)
             self.model_input.check(batch["pixel_values"], self.images.name)
             batch["labels"] = torch.tensor(labels)
         return batch

@@ -19,7 +19,7 @@ from .errors import DataError
 from .finetune_augment import ORDER, PAIR, draws, erase, mix, view
 from .finetune_config import FinetuneConfig
 from .model_input import ModelInput, channels_of, preprocess
-from .pictures import BROKEN, name_of
+from .pictures import BROKEN, name_of, stored_pixels
 from .reading import read_errors, reason
 
 
@@ -190,7 +190,7 @@ class Views:
         for record in records:
             stored = record[self.images.image_column]
             try:
-                image = self.decode(stored)
+                image = stored_pixels(stored) if self.images.preprocessed else self.decode(stored)
             except BROKEN:
                 corrupt.append(name_of(stored, record["index"]))
                 views.append(None)
@@ -198,8 +198,15 @@ class Views:
             views.append(self._view(image, record["index"]))
         return views, corrupt
 
-    def _view(self, image: Image.Image, index: int) -> Tensor:
+    def _view(self, image: Image.Image | Tensor, index: int) -> Tensor:
         augment = self.settings.augment
+        if torch.is_tensor(image):
+            if augment is not None:
+                raise DataError(
+                    f"{self.images.name}: views are made of pictures, not of pixel_values; set augment to null"
+                )
+            self.model_input.check(image[None], self.images.name)
+            return image
         if augment is None:
             pixels = preprocess(self.processor, [image], self.model_input.channels)
             self.model_input.check(pixels, self.images.name)

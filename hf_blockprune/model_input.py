@@ -68,7 +68,8 @@ def find_input(model: Any, processor: Any) -> ModelInput:
     except ModelError:
         own = None
     probes = [Image.new(MODES[channels], size) for size in PROBES]
-    sizes = [tuple(preprocess(processor, [probe], channels).shape[-2:]) for probe in probes]
+    shapes = [preprocess(processor, [probe], channels).shape for probe in probes]
+    sizes = [(shape[-2], shape[-1]) for shape in shapes]
     if sizes[0] != sizes[1]:
         # Pictures keep shapes of their own, which a model either takes as they come or not at all.
         takes_any = not any(_refusal(model, channels, size) for size in sizes)
@@ -124,6 +125,14 @@ def preprocess(processor: Any, pictures: Sequence[Image.Image], channels: int, *
             "the image processor that belongs to the model"
         )
     return pixels
+
+
+def stacked(pixels: Sequence[Tensor], name: str) -> Tensor:
+    """pixel_values of each image as those of a batch; DataError where their sizes differ."""
+    shapes = sorted({tuple(one.shape) for one in pixels})
+    if len(shapes) > 1:
+        raise DataError(f"{name}: its pixel_values have several shapes, {list(shapes[0])} and {list(shapes[-1])}")
+    return torch.stack(list(pixels))
 
 
 @torch.no_grad()

@@ -180,7 +180,7 @@ def by_split_column(dataset: Any, name: str) -> Any:
     spelled: dict[str, list[str]] = {}
     for value in said:
         spelled.setdefault(split_of(value) or value, []).append(value)
-    kind = datasets.DatasetDict if isinstance(rows, datasets.Dataset) else datasets.IterableDatasetDict
+    kind: Any = datasets.DatasetDict if isinstance(rows, datasets.Dataset) else datasets.IterableDatasetDict
     return kind({split: rows.filter(_In(values), input_columns="split") for split, values in spelled.items()})
 
 

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
 from transformers.utils import logging
 
@@ -82,7 +83,7 @@ def decode_image(stored: Any, decoding: Decoding | None = None) -> Image.Image:
         return _to_mode(_from_array(np.asarray(stored), decoding.white), decoding)
     if stored is None or (stored.get("bytes") is None and stored.get("path") is None):
         raise ValueError("no picture in this row")
-    content, path = stored.get("bytes"), stored.get("path")
+    content, path = stored.get("bytes"), str(stored.get("path"))
     if content is None and is_url(path):
         content = _read_url(path)
     register_plugins()
@@ -101,6 +102,18 @@ def register_plugins() -> None:
 def name_of(stored: Any, position: int) -> str:
     """What to call a record's picture in messages."""
     return (stored.get("path") if isinstance(stored, dict) else None) or f"image {position}"
+
+
+def stored_pixels(stored: Any) -> torch.Tensor:
+    """pixel_values [channels, height, width] that an image processor made earlier.
+
+    Raises:
+        ValueError: they are none.
+    """
+    pixels = torch.as_tensor(stored if torch.is_tensor(stored) else np.asarray(stored, dtype=np.float32)).float()
+    if pixels.dim() != 3:
+        raise ValueError(f"pixel_values of shape {list(pixels.shape)} are no [channels, height, width]")
+    return pixels
 
 
 def _finished(image: Image.Image, decoding: Decoding) -> Image.Image:
