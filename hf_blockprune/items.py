@@ -82,7 +82,9 @@ class Items:
         wanted = [self.source.label_column] if self.source.label_column else self.label_columns
         label = next((key for key in wanted if key in item), None)
         if label is None and self.source.label_column:
-            raise DataError(f"{self.source.name}: has no {label!r}; choose the labels from {', '.join(map(str, item))}")
+            raise DataError(
+                f"{self.source.name}: has no {self.source.label_column!r}; choose the labels from {', '.join(map(str, item))}"
+            )
         return {IMAGE: self._image(item[column])} | ({} if label is None else {LABEL: _plain(item[label])})
 
     def _image(self, value: Any) -> Any:

@@ -61,6 +61,13 @@ def list_folder(root: Path) -> Listing:
     return listing
 
 
+def read_files(root: Path) -> list[Path]:
+    """The pictures in a folder and what describes them, without what is hidden."""
+    root, wanted = root.resolve(), image_suffixes()
+    found = (file for file in root.rglob("*") if file.name in METADATA_FILES or file.suffix.lower() in wanted)
+    return sorted(file for file in found if file.is_file() and not any(map(_hidden, file.relative_to(root).parts)))
+
+
 @cache
 def image_suffixes() -> set[str]:
     """Of the formats that Pillow opens here, in lower case."""

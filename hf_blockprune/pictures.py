@@ -87,8 +87,10 @@ def decode_image(stored: Any, decoding: Decoding | None = None) -> Image.Image:
     if content is None and is_url(path):
         content = _read_url(path)
     register_plugins()
-    with Image.open(path if content is None else io.BytesIO(content)) as image:
-        return _finished(image, decoding)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # on EXIF that is broken
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
+            return _finished(image, decoding)
 
 
 @cache
@@ -125,13 +127,11 @@ def _finished(image: Image.Image, decoding: Decoding) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF tag, 1 where it cannot be read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # What ends the first reading leaves the tags that were read by then to the second.
-        for _ in range(2):
-            with suppress(Exception):  # broken EXIF raises whatever the code that stumbles over it does
-                found = image.getexif().get(ExifTags.Base.Orientation, 1)
-                return found if isinstance(found, int) else 1
+    # What ends the first reading leaves the tags that were read by then to the second.
+    for _ in range(2):
+        with suppress(Exception):  # broken EXIF raises whatever the code that stumbles over it does
+            found = image.getexif().get(ExifTags.Base.Orientation, 1)
+            return found if isinstance(found, int) else 1
     return 1
 
 

@@ -135,7 +135,7 @@ class DataSource:
         # Named splits: left to itself the loader splits a folder by words such as "test" in file names.
         splits = split_folders(path, listing.image_folders)
         if not splits:
-            found = self._load_pictures({"train": _everything(path)}, listing)
+            found = self._load_pictures({"train": [path]}, listing)
             described = any((path / file).exists() for file in METADATA_FILES)
             return (by_split_column(found, self.name) if described else found), listing.left_out
         for file in METADATA_FILES:
@@ -145,12 +145,19 @@ class DataSource:
                 )
         # Where pictures lie in the split folders themselves, those would be taken for classes.
         flat = any(folder.relative_to(path).parts in listing.image_folders for one in splits.values() for folder in one)
-        data_files = {split: [_everything(folder) for folder in folders] for split, folders in splits.items()}
-        return self._load_pictures(data_files, listing, drop_labels=True if flat else None), listing.left_out
+        return self._load_pictures(splits, listing, drop_labels=True if flat else None), listing.left_out
 
-    def _load_pictures(self, data_files: dict[str, Any], listing: Any, drop_labels: bool | None = None) -> Any:
-        from .picture_folder import image_suffixes, load_more_suffixes, loader_suffixes
+    def _load_pictures(self, splits: dict[str, list[Path]], listing: Any, drop_labels: bool | None = None) -> Any:
+        from .picture_folder import image_suffixes, load_more_suffixes, loader_suffixes, read_files
 
+        if any(Path(Path(name).stem).suffix.lower() in loader_suffixes() for name in listing.left_out):
+            # The loader takes "half.jpg.part" for a picture, unless files are named one by one.
+            data_files = {
+                split: [glob.escape(str(file)) for folder in folders for file in read_files(folder)]
+                for split, folders in splits.items()
+            }
+        else:
+            data_files = {split: [_everything(folder) for folder in folders] for split, folders in splits.items()}
         if self.config is not None or not listing.suffixes & image_suffixes() - loader_suffixes():
             return self._load("imagefolder", data_files=data_files, drop_labels=drop_labels)
         return load_more_suffixes(data_files, streaming=self.streaming, drop_labels=drop_labels)
