@@ -16,7 +16,10 @@ import torch
 from PIL import Image
 
 from hf_blockprune import BlockPruner
+from hf_blockprune.hardware.flops import image_size
 from hf_blockprune.latency import measure_latency
+from hf_blockprune.model_input import channels_of
+from hf_blockprune.pictures import Decoding, decode_image
 
 SHOWN = 5
 TIMING_SECONDS = 2.0
@@ -55,19 +58,20 @@ def compare(models: dict[str, BlockPruner], picture: Image.Image | None) -> list
 @torch.inference_mode()
 def classify(pruner: BlockPruner, picture: Image.Image) -> dict[str, float]:
     """The likeliest classes with their probabilities."""
-    inputs = pruner.processor(picture.convert("RGB"), return_tensors="pt").to(pruner.model.device)
     config: Any = pruner.model.config
+    image = decode_image(picture, Decoding(channels_of(config)))
+    inputs = pruner.processor(image, return_tensors="pt").to(pruner.model.device)
     top = pruner.model(**inputs).logits[0].softmax(-1).topk(min(SHOWN, config.num_labels))
     return {config.id2label[int(index)]: float(share) for share, index in zip(*top, strict=True)}
 
 
 def timings(models: dict[str, BlockPruner]) -> str:
     """Both models by turns on one image of the size that they take, as a table."""
-    size = models["pruned"].processor.size
+    pruned = models["pruned"]
     found = measure_latency(
-        models["pruned"].model,
+        pruned.model,
         models["dense"].model,
-        image_size=(size["height"], size["width"]),
+        image_size=image_size(pruned.model.config, pruned.processor.to_dict()),
         seconds=TIMING_SECONDS,
     )
     (row,) = found["rows"]

@@ -101,10 +101,15 @@ def emit(values: dict[str, Any], table: Table, *, as_json: bool) -> None:
         out.print(table)
 
 
-def say_skipped(files: list[str]) -> None:
-    """Name the images that could not be decoded."""
+def say_skipped(files: list[str], left_out: list[str] | None = None) -> None:
+    """Name the images that could not be decoded, and the files of formats that are not read."""
     if files:
         err.print(f"skipped {len(files)} corrupt image(s): {', '.join(files)}", markup=False, soft_wrap=True)
+    if left_out:
+        named = f"{', '.join(left_out[:20])}{', ...' if len(left_out) > 20 else ''}"
+        err.print(
+            f"left out {len(left_out)} file(s) that are not read as pictures: {named}", markup=False, soft_wrap=True
+        )
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
@@ -273,7 +278,7 @@ def prune(
     )
     emit(report, summary_table(report), as_json=json_)
     if not quiet and report["calibration"] is not None:
-        say_skipped(report["calibration"]["skipped"])
+        say_skipped(report["calibration"]["skipped"], report["calibration"]["left_out"])
 
 
 @app.command()
@@ -304,7 +309,7 @@ def evaluate(
     values = result.to_dict()
     emit(values, fidelity_table(values) if "cosine" in values else evaluation_table(values), as_json=json_)
     if not quiet:
-        say_skipped(result.skipped)
+        say_skipped(result.skipped, result.left_out)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import DataError
+from .image_columns import find_image_column, is_array
 from .sources import DataSource
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "json.label")
@@ -42,13 +43,14 @@ def choose_columns(dataset: Any, source: DataSource, *, labels: bool = True) -> 
     if dataset.features is None:  # A stream that went through a function.
         dataset = dataset.cast(_features_of_first(dataset, source.name))
     features = dataset.features
-    image = _image_column(features, source)
+    image = find_image_column(features, source)
     label = _label_column(features, source) if labels and source.labels_by != "none" else None
     kept = [image]
     if label is not None:
         kept.append(label.name if label.name in features else label.name.partition(".")[0])
     dataset = dataset.select_columns(list(dict.fromkeys(kept)))
-    dataset = dataset.cast_column(image, datasets.Image(decode=False))
+    if not is_array(features[image]):
+        dataset = dataset.cast_column(image, datasets.Image(decode=False))
     return dataset, image, label
 
 
@@ -67,28 +69,6 @@ def _features_of_first(stream: Any, name: str) -> Any:
     if first is None:
         raise DataError(f"{name}: holds no images")
     return datasets.Dataset.from_list([first]).features
-
-
-def _image_column(features: Any, source: DataSource) -> str:
-    import datasets
-
-    column = source.image_column
-    if column is None:
-        images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-        if not images:
-            raise DataError(
-                f"{source.name}: no image column among {list(features)}; cast one to datasets.Image() or name one "
-                "as image_column"
-            )
-        return images[0]
-    feature = features.get(column)
-    if feature is None:
-        raise DataError(f"{source.name}: has no column {column!r}; choose the images from {', '.join(features)}")
-    encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
-    text_or_bytes = getattr(feature, "dtype", None) in ("binary", "large_binary", "string", "large_string")
-    if not (isinstance(feature, datasets.Image) or encoded or text_or_bytes):
-        raise DataError(f"{source.name}: column {column!r} holds no images but {feature}; name another as image_column")
-    return column
 
 
 def _label_column(features: Any, source: DataSource) -> LabelColumn | None:

@@ -79,6 +79,8 @@ class Evaluation(_Scores):
         top1, top5: shares of the images.
         num_images: images that were evaluated.
         skipped: files that could not be decoded.
+        left_out: files beside the images that may be pictures of formats that cannot be read, None where there are
+            none.
     """
 
     top1: float
@@ -90,6 +92,7 @@ class Evaluation(_Scores):
     interval: tuple[float, float] | None = None
     flipped_to_wrong: int | None = None
     flipped_to_right: int | None = None
+    left_out: list[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from .hardware.flops import image_size
 from .hub.blockprune_fusion import PROJECTIONS, unfuse
 from .hub.blockprune_quantizer import block_sparse_layers
 from .loading import load_model, model_class_of
+from .model_input import find_input
 from .outputs import answers
 from .skeleton import channels_of
 
@@ -61,7 +62,8 @@ def export_checkpoint(
         raise ModelError(f"{directory}: holds no block-sparse layers, so there is nothing to export from it")
     model = model.eval()
     target = Path(output).expanduser()
-    pixels = _pixels(channels_of(model), image_size(model.config, processor.to_dict()))
+    size = find_input(model, processor).size or image_size(model.config, processor.to_dict())
+    pixels = _pixels(channels_of(model), size)
     expected = {batch: _answers(model, pixels(batch)) for batch in BATCHES}
     write = {"dense": _write_dense, "onnx": _write_onnx, "torch-export": _write_program}[form]
     opened = staged_directory(target, overwrite=overwrite) if form == "dense" else _staged_file(target, overwrite)

@@ -32,7 +32,7 @@ def view(
     """A random view, before it becomes a tensor.
 
     Args:
-        image: RGB.
+        image: grey, RGB or RGBA.
         settings: how.
         size: (height, width) of the view.
         fill: colour of what operations uncover.

@@ -5,7 +5,7 @@ A step's batch falls into pairs of images, which processes share out; a pair sta
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .columns import label_of
-from .data import ImageSet, decode_image
+from .data import ImageSet
 from .errors import DataError
 from .finetune_augment import ORDER, PAIR, draws, erase, mix, view
 from .finetune_config import FinetuneConfig
-from .sources import read_errors, reason
+from .model_input import ModelInput, channels_of, preprocess
+from .pictures import BROKEN, name_of, stored_pixels
+from .reading import read_errors, reason
 from .tasks import MULTI, NO_LABEL, SINGLE, task_of
 
 
@@ -165,7 +167,9 @@ class Views:
         self.images, self.processor, self.size = source.images, source.processor, source.size
         self.settings, self.epoch = source.settings, epoch
         self.labels, self.task = source.labels, source.task
-        mean = getattr(source.processor, "image_mean", None) or [0.5] * 3
+        self.model_input = source.images.model_input or ModelInput(channels_of(source.model_config))
+        self.decode = replace(source.images.decoding, channels=self.model_input.channels)
+        mean = getattr(source.processor, "image_mean", None) or [0.5] * self.model_input.channels
         self.fill = tuple(round(255 * value) for value in mean)
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -192,20 +196,32 @@ class Views:
         for record in records:
             stored = record[self.images.image_column]
             try:
-                views.append(self._view(decode_image(stored), record["index"]))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                corrupt.append((stored or {}).get("path") or f"image {record['index']}")
+                image = stored_pixels(stored) if self.images.preprocessed else self.decode(stored)
+            except BROKEN:
+                corrupt.append(name_of(stored, record["index"]))
                 views.append(None)
+                continue
+            views.append(self._view(image, record["index"]))
         return views, corrupt
 
-    def _view(self, image: Image.Image, index: int) -> Tensor:
+    def _view(self, image: Image.Image | Tensor, index: int) -> Tensor:
         augment = self.settings.augment
+        if torch.is_tensor(image):
+            if augment is not None:
+                raise DataError(
+                    f"{self.images.name}: views are made of pictures, not of pixel_values; set augment to null"
+                )
+            self.model_input.check(image[None], self.images.name)
+            return image
         if augment is None:
-            return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
+            pixels = preprocess(self.processor, [image], self.model_input.channels)
+            self.model_input.check(pixels, self.images.name)
+            return pixels[0]
         rng = draws(self.settings.seed, self.epoch, index)
         image = view(image, augment, size=self.size, fill=self.fill, rng=rng)
-        pixels = self.processor(images=[image], do_resize=False, do_center_crop=False, return_tensors="pt")
-        return erase(pixels["pixel_values"][0], augment.erasing, rng)
+        as_it_is = {"do_resize": False, "do_center_crop": False}
+        pixels = preprocess(self.processor, [image], self.model_input.channels, **as_it_is)
+        return erase(pixels[0], augment.erasing, rng)
 
     def _targets(self, labels: Tensor) -> Tensor:
         """What is learned, [images, outputs]: smoothed shares of the classes, zeros without a label; or numbers."""

@@ -5,6 +5,7 @@ uncovered.
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -22,7 +23,7 @@ def rand_augment(
     """Apply operations drawn with replacement, each or not with equal chances, at about the same magnitude.
 
     Args:
-        image: RGB.
+        image: grey, RGB or RGBA, whose transparency moves with it and stays as it is otherwise.
         rng: where draws come from; as many are taken whatever is applied.
         operations: how many are drawn.
         magnitude: their mean magnitude, from 0 to 10.
@@ -37,6 +38,20 @@ def rand_augment(
         if applied:
             image = OPERATIONS[name](image, level, 1 if positive else -1, fill)
     return image
+
+
+def _of_colours(operation: Operation) -> Operation:
+    """An operation on each channel's values, which leaves transparency alone."""
+
+    @wraps(operation)
+    def apply(image: Image.Image, level: float, sign: int, fill: Colour) -> Image.Image:
+        if image.mode != "RGBA":
+            return operation(image, level, sign, fill)
+        result = operation(image.convert("RGB"), level, sign, fill)
+        result.putalpha(image.getchannel("A"))
+        return result
+
+    return apply
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Colour) -> Image.Image:
@@ -69,32 +84,38 @@ def translate_y(image: Image.Image, level: float, sign: int, fill: Colour) -> Im
     return _affine(image, (1, 0, 0, 0, 1, sign * level / MOST * SHIFT * image.height), fill)
 
 
+@_of_colours
 def auto_contrast(image: Image.Image, level: float, sign: int, fill: Colour) -> Image.Image:
     """Stretch each channel to the whole range."""
     return ImageOps.autocontrast(image)
 
 
+@_of_colours
 def equalize(image: Image.Image, level: float, sign: int, fill: Colour) -> Image.Image:
     """Make each channel's histogram even."""
     return ImageOps.equalize(image)
 
 
+@_of_colours
 def invert(image: Image.Image, level: float, sign: int, fill: Colour) -> Image.Image:
     """255 - value."""
     return ImageOps.invert(image)
 
 
+@_of_colours
 def posterize(image: Image.Image, level: float, sign: int, fill: Colour) -> Image.Image:
     """Keep the 4 to 1 highest bits, at magnitude 10 none."""
     bits = BITS - int(level / MOST * BITS)
     return image.point([value & ~(2 ** (8 - bits) - 1) for value in range(256)] * len(image.getbands()))
 
 
+@_of_colours
 def solarize(image: Image.Image, level: float, sign: int, fill: Colour) -> Image.Image:
     """Invert what is as bright as a threshold, which falls from 256 to 0."""
     return ImageOps.solarize(image, 256 - min(256, int(level / MOST * 256)))
 
 
+@_of_colours
 def solarize_add(image: Image.Image, level: float, sign: int, fill: Colour) -> Image.Image:
     """Add up to 110 to what is darker than 128."""
     more = int(level / MOST * SOLARIZE_ADD)

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import describe_checkpoint, open_checkpoint
 from .latency import measure_latency
 from .loading import load_model
+from .model_input import find_input
 from .outputs import classifies
 from .pruning import Pruning
 from .publish import upload_checkpoint
@@ -194,7 +195,8 @@ class BlockPruner:
             raise ModelError(f"{self.name} has no block-sparse layers to recover; call prune() first")
         settings, seed = self.config.recovery or RecoveryConfig(), self.config.calibration.seed
         dense = self._teacher(teacher)
-        images = load_images(dataset, split=split, labels=False).sample(settings.samples, seed)
+        images = load_images(dataset, split=split, labels=False).fitted(self.model, self.processor)
+        images = images.sample(settings.samples, seed)
         self.model.to(self.accelerator.device)
         result = recover(
             self.model,
@@ -250,11 +252,11 @@ class BlockPruner:
         dense = self._in_same_order(self._teacher(teacher).model) if settings.distillation.needs_teacher else None
         judged = None
         if evaluation is not None:
-            judged = load_images(evaluation, prefer_splits=("validation", "test", "train"))
+            judged = load_images(evaluation, prefer_splits=EVALUATION_SPLITS).fitted(self.model, self.processor)
         run = Finetuning(
             self.model,
             self.processor,
-            load_images(dataset, split=split, labels=settings.uses_labels),
+            load_images(dataset, split=split, labels=settings.uses_labels).fitted(self.model, self.processor),
             settings,
             self.accelerator,
             teacher=dense,
@@ -354,8 +356,10 @@ class BlockPruner:
         baseline = against if isinstance(against, (Predictions, Outputs)) else None
         if against is not None and not isinstance(against, (Predictions, Outputs)):
             other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
-            baseline = predict(other.model, images, other.processor, **options)
+            baseline = predict(other.model, images.fitted(other.model, other.processor), other.processor, **options)
+        images = images.fitted(self.model, self.processor)
         result = summarise(predict(self.model, images, self.processor, **options), baseline)
+        result = replace(result, left_out=list(images.left_out) or None)
         if self._report is not None:
             self._report["evaluation"] = {"dataset": images.public_name, **result.to_dict()}
         return result
@@ -394,7 +398,7 @@ class BlockPruner:
 
     def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> "Predictions | Outputs":
         """The model's answers on labelled images, for `evaluate` of others to compare with; arguments are its."""
-        images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS)
+        images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS).fitted(self.model, self.processor)
         return predict(self.model, images, self.processor, accelerator=self.accelerator, batch_size=batch_size)
 
     def benchmark(
@@ -422,10 +426,11 @@ class BlockPruner:
             raise ModelError(f"{self.name} has no block-sparse layers to measure; call prune() first")
         other = BlockPruner.from_pretrained(against) if isinstance(against, (str, Path)) else against
         self.model.to(self.accelerator.device)
+        size = find_input(self.model, self.processor).size
         values = measure_latency(
             self.model,
             None if other is None else other.model,
-            image_size=image_size(self.model.config, self.processor.to_dict()),
+            image_size=size or image_size(self.model.config, self.processor.to_dict()),
             batch_sizes=batch_sizes,
             seconds=seconds,
         )

@@ -1,6 +1,6 @@
 """One pruning run, from calibration to block-sparse layers; an interrupted one goes on where it was."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_quantizer import sparsify
 from .layer_statistics import LayerStatistics
 from .layerwise import LayerRefit, refit_layers
+from .model_input import find_input
 from .modes import evaluating
 from .outputs import classifies
 from .progress import SELECTION, Progress, weights_fingerprint
@@ -111,6 +112,7 @@ class Pruning:
 
     def _calibration_images(self, dataset: Any, split: str | None) -> tuple[ImageSet | None, int | None]:
         """(the images that were drawn, how many there are), both None where the method needs none."""
+        model_input = find_input(self.model, self.processor)
         if self.config.method == "magnitude" and not self.config.refits:
             return None, None
         if dataset is None:
@@ -118,7 +120,8 @@ class Pruning:
             raise ModelError(f"{what} needs calibration images; pass a data set to prune()")
         found = load_images(dataset, split=split, labels=self.config.method == "taylor")
         count = None if found.streaming else len(found.dataset)
-        return found.sample(self.config.calibration.samples, self.config.calibration.seed), count
+        drawn = found.sample(self.config.calibration.samples, self.config.calibration.seed)
+        return replace(drawn, model_input=model_input), count
 
     def _progress(self, folder: Path, images: ImageSet | None) -> Progress:
         job = {
@@ -198,6 +201,7 @@ class Pruning:
             "found_images": found,
             "num_images": next(iter(statistics.values())).num_images,
             "skipped": [Path(file).name for file in corrupt.files],
+            "left_out": list(images.left_out),
             "fewer_tokens_than_inputs": _underdetermined(statistics, self.targets),
         }
         return statistics, calibration

@@ -2,25 +2,17 @@
 
 import glob
 import re
-import tarfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .checks import is_number
 from .errors import ConfigError, DataError
+from .reading import is_url, read_errors, reason
 
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
-# The words of `datasets` for folders that are splits.
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 LABELS_BY = ("name", "position", "none")
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass(frozen=True)
@@ -39,6 +31,7 @@ class DataSource:
         shuffle_buffer: draw a stream's sample from a buffer of so many images; 0 takes the first ones.
         labels_by: "name" finds the model's classes by what the data set calls them, "position" takes the data set's
             class numbers for the model's, "none" reads no labels.
+        white: the value of white in pictures of more than 8 bits; by default what their format says.
 
     Example:
         ```python
@@ -54,6 +47,7 @@ class DataSource:
     streaming: bool = False
     shuffle_buffer: int = 0
     labels_by: str = "name"
+    white: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("config", "split", "image_column", "label_column"):
@@ -65,6 +59,8 @@ class DataSource:
             raise ConfigError(f"data set: labels_by must be one of {', '.join(LABELS_BY)}, got {self.labels_by!r}")
         if type(self.shuffle_buffer) is not int or self.shuffle_buffer < 0:
             raise ConfigError(f"data set: shuffle_buffer must be a number of images, got {self.shuffle_buffer!r}")
+        if self.white is not None and (not is_number(self.white) or self.white <= 0):
+            raise ConfigError(f"data set: white must be a number above 0, got {self.white!r}")
         if self.shuffle_buffer and self._named and not self.streaming:
             raise ConfigError("data set: shuffle_buffer is for streams, other samples are random anyway; add streaming")
 
@@ -104,48 +100,83 @@ class DataSource:
         more = f" and {len(self.path) - 1} more" if len(self.path) > 1 else ""
         return f"{self.path[0]}{more}" if self.path else "the empty list"
 
-    def open(self) -> Any:
-        """What `datasets` makes of it: splits, or one data set.
+    def open(self) -> tuple[Any, list[str]]:
+        """(what `datasets` makes of it: splits, or one data set; files that may be pictures and are not read).
 
         Raises:
             DataError: nothing is there, or no images that can be read.
         """
         if not self._named:
-            return self.path
+            return self.path, []
         files = _files(self.path)
         path = Path() if files else Path(self.path).expanduser()
         try:
             if files:
                 # `datasets` takes brackets in names for patterns.
                 exactly = [file if is_url(file) else glob.escape(file) for file in files]
-                return self._load(_builder(files, self.name), data_files={"train": exactly})
-            return self._open_folder(path) if path.exists() else self._load(str(self.path))
+                return self._load(_builder(files, self.name), data_files={"train": exactly}), []
+            return self._open_folder(path) if path.exists() else (self._load(str(self.path)), [])
         except read_errors() as error:
             named = not files and not path.exists()
             found = "no such folder, and no such data set on the Hub" if named else "holds no images that can be read"
             raise DataError(f"{self.name}: {found} ({reason(error)})") from error
 
-    def _open_folder(self, path: Path) -> Any:
+    def _open_folder(self, path: Path) -> tuple[Any, list[str]]:
         import datasets
 
+        from .picture_folder import METADATA_FILES, by_split_column, list_folder, split_folders
+
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-            return datasets.load_from_disk(str(path))
-        suffixes = {file.suffix.lower() for file in path.rglob("*") if file.name not in METADATA_FILES}
-        if ".parquet" in suffixes or (".tar" in suffixes and not suffixes & _image_suffixes()):
-            return self._load(str(path))
+            return datasets.load_from_disk(str(path)), []
+        listing = list_folder(path)
+        tables = listing.suffixes & BUILDERS.keys()
+        if tables and (".parquet" in tables or not listing.image_folders):
+            return self._open_tables(path, tables), []
+        if not listing.image_folders and listing.left_out:
+            raise DataError(
+                f"{self.name}: holds no images that can be read here, {len(listing.left_out)} files such as "
+                f"{listing.left_out[0]}; convert them, or install Pillow's plugin for them (pillow-heif, "
+                "pillow-jxl-plugin, pillow-avif-plugin)"
+            )
         # Named splits: left to itself the loader splits a folder by words such as "test" in file names.
-        splits = _split_folders(path)
+        splits = split_folders(path, listing.image_folders)
         if not splits:
-            return self._load("imagefolder", data_files={"train": _everything(path)})
+            found = self._load_pictures({"train": [path]}, listing)
+            described = any((path / file).exists() for file in METADATA_FILES)
+            return (by_split_column(found, self.name) if described else found), listing.left_out
         for file in METADATA_FILES:
             if (path / file).exists():
                 raise DataError(
                     f"{self.name}: {file} lies beside split folders; give each of {', '.join(splits)} its own"
                 )
         # Where pictures lie in the split folders themselves, those would be taken for classes.
-        flat = any(_is_image(file) for folders in splits.values() for folder in folders for file in folder.iterdir())
-        data_files = {split: [_everything(folder) for folder in folders] for split, folders in splits.items()}
-        return self._load("imagefolder", data_files=data_files, drop_labels=True if flat else None)
+        flat = any(folder.relative_to(path).parts in listing.image_folders for one in splits.values() for folder in one)
+        return self._load_pictures(splits, listing, drop_labels=True if flat else None), listing.left_out
+
+    def _load_pictures(self, splits: dict[str, list[Path]], listing: Any, drop_labels: bool | None = None) -> Any:
+        from .picture_folder import image_suffixes, load_more_suffixes, loader_suffixes, read_files
+
+        if any(Path(Path(name).stem).suffix.lower() in loader_suffixes() for name in listing.left_out):
+            # The loader takes "half.jpg.part" for a picture, unless files are named one by one.
+            data_files = {
+                split: [glob.escape(str(file)) for folder in folders for file in read_files(folder)]
+                for split, folders in splits.items()
+            }
+        else:
+            data_files = {split: [_everything(folder) for folder in folders] for split, folders in splits.items()}
+        if self.config is not None or not listing.suffixes & image_suffixes() - loader_suffixes():
+            return self._load("imagefolder", data_files=data_files, drop_labels=drop_labels)
+        return load_more_suffixes(data_files, streaming=self.streaming, drop_labels=drop_labels)
+
+    def _open_tables(self, path: Path, suffixes: set[str]) -> Any:
+        """Parquet files or shards; in splits by the names of files or folders, in any spelling."""
+        from .picture_folder import table_splits
+
+        splits = table_splits(path, suffixes)
+        if splits is None:
+            return self._load(str(path))
+        data_files = {split: [glob.escape(str(file)) for file in files] for split, files in splits.items()}
+        return self._load(BUILDERS[suffixes.pop()], data_files=data_files)
 
     def _load(self, path: str, **options: Any) -> Any:
         import datasets
@@ -153,41 +184,6 @@ class DataSource:
         if self.config is not None and "data_files" in options:
             raise DataError(f"{self.name}: files have no configurations; leave out {self.config!r}")
         return datasets.load_dataset(path, self.config, streaming=self.streaming, **options)
-
-
-def choose_split(splits: Sequence[str], split: str | None, prefer: Sequence[str], name: str) -> str:
-    """The split that was asked for, or the first preferred one, or the only one.
-
-    Raises:
-        DataError: there is none such.
-    """
-    if split is not None:
-        if split in splits:
-            return split
-        raise DataError(f"{name}: has no split {split!r}; choose one of {', '.join(splits)}")
-    for candidate in (*prefer, *(splits if len(splits) == 1 else ())):
-        if candidate in splits:
-            return candidate
-    raise DataError(f"{name}: name a split; it has {', '.join(splits)}")
-
-
-@cache
-def read_errors() -> tuple[type[Exception], ...]:
-    """What reading a data set may raise where files or the network, not this package, are at fault."""
-    from aiohttp import ClientError
-    from datasets.exceptions import DatasetsError
-
-    return (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, DatasetsError, ClientError)
-
-
-def reason(error: BaseException) -> str:
-    """One line on what went wrong."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def is_url(text: str) -> bool:
-    """Whether it names something on the network."""
-    return "://" in text
 
 
 def _files(path: str | Path | Sequence[str | Path]) -> list[str] | None:
@@ -232,8 +228,10 @@ def _existing(file: str) -> str:
 
 def _builder(files: Sequence[str], name: str) -> str:
     """The loader for files of one kind."""
+    from .picture_folder import image_suffixes
+
     suffixes = {Path(re.sub(r"[?#].*", "", file) if is_url(file) else file).suffix.lower() for file in files}
-    if suffixes <= _image_suffixes():
+    if suffixes <= image_suffixes():
         return "imagefolder"
     if len(suffixes) == 1 and (builder := BUILDERS.get(next(iter(suffixes)))):
         return builder
@@ -242,36 +240,5 @@ def _builder(files: Sequence[str], name: str) -> str:
     )
 
 
-@cache
-def _image_suffixes() -> set[str]:
-    from PIL import Image
-
-    return set(Image.registered_extensions())
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _image_suffixes() and path.is_file()
-
-
-def _holds_images(folder: Path) -> bool:
-    return any(_is_image(path) for path in folder.rglob("*"))
-
-
 def _everything(folder: Path) -> str:
     return str(Path(glob.escape(str(folder.resolve()))) / "**")
-
-
-def _split_folders(path: Path) -> dict[str, list[Path]]:
-    """The folders of each split, where all images lie in folders with the names of splits; else none.
-
-    A word in a file's name makes no split, nor does a class called "train" among others.
-    """
-    words = {word: split for split, group in SPLIT_FOLDERS.items() for word in group}
-    found: dict[str, list[Path]] = {split: [] for split in SPLIT_FOLDERS}
-    for entry in sorted(path.iterdir()):
-        if entry.name in words and entry.is_dir():
-            if _holds_images(entry):
-                found[words[entry.name]].append(entry)
-        elif _is_image(entry) or (entry.is_dir() and _holds_images(entry)):
-            return {}
-    return {split: folders for split, folders in found.items() if folders}

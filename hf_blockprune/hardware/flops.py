@@ -49,11 +49,12 @@ def image_size(config: Any, processing: Mapping[str, Any] | None = None) -> tupl
 def _sizes(config: Any, processing: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     """(height, width) by the processor's settings, by the config, and by the configs in it."""
     crop = processing.get("crop_size") if processing.get("do_center_crop") else None
+    resized = processing.get("size") if processing.get("do_resize") is not False else None
     parts = (config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config")))
     timm = getattr(config, "pretrained_cfg", None) or processing.get("pretrained_cfg") or {}
     for size in (
         crop,
-        processing.get("size"),
+        resized,
         *(getattr(part, "image_size", None) for part in parts),
         list(timm.get("input_size") or ())[1:],
     ):
