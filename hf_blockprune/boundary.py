@@ -68,7 +68,7 @@ def layer_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of each list of layers: each ModuleList, or where there is none each Sequential of alike ones."""
     # A parametrized weight holds its parametrizations in a list, which is none of layers.
     modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, ParametrizationList)]
-    found = [(name, module) for name, module in modules if isinstance(module, nn.ModuleList)]
+    found: list[tuple[str, nn.Module]] = [(n, module) for n, module in modules if isinstance(module, nn.ModuleList)]
     return found or [(name, module) for name, module in modules if _is_sequence(module)]
 
 

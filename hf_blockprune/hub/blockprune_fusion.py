@@ -46,7 +46,7 @@ class FusedActivation(NamedTuple):
 
     def is_that_of(self, mlp: nn.Module) -> bool:
         """Whether the MLP still has it, as it was, and nobody watches it."""
-        module = getattr(mlp, ACTIVATION, None)
+        module: Any = getattr(mlp, ACTIVATION, None)
         if module is not self.module or type(module).forward is not self.forward or is_watched(module):
             return False
         return all(getattr(module, key, None) == value for key, value in self.attributes.items())
@@ -151,7 +151,7 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         fused: FusedActivation | None = getattr(self, _FUSED, None)
         if fused is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return base.forward(self, *args, **kwargs)
-        linear = getattr(self, LINEAR, None)
+        linear: Any = getattr(self, LINEAR, None)
         if (
             getattr(type(linear), "forward", None) is not _LINEAR_FORWARD
             or is_watched(linear)
