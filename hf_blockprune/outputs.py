@@ -60,7 +60,10 @@ def classifies(model: nn.Module, processing: Any = None) -> bool:
         processing: settings of its image processor.
     """
     made = skeleton(model)
-    size = image_size(made.config, processing)
+    try:  # a processor whose size does not fit is refused elsewhere, by what it makes of pictures
+        size = image_size(made.config)
+    except ModelError:
+        size = image_size(made.config, processing)
     pixels = torch.empty(1, channels_of(made), *size, dtype=dtype_of(made), device="meta")
     return has_scores(made(pixel_values=pixels))
 
