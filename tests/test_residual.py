@@ -142,7 +142,7 @@ def test_who_takes_embeddings_is_told_of_their_order_or_keeps_it(
     report = pruner.report()
     moved = permute_stream is None
     assert (report["permutation"]["residual_order"] is not None) == moved
-    assert report["permutation"]["saliency_kept_after"] >= report["permutation"]["saliency_kept_before"]
+    assert report["permutation"]["saliency_kept_after"] > 0.999 * report["permutation"]["saliency_kept_before"]
     if moved:
         assert not torch.allclose(have, wanted, atol=0.1)
         have = have[..., torch.tensor(report["permutation"]["residual_order"]).argsort()]
