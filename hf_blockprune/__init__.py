@@ -1,9 +1,10 @@
 """Block-structured pruning of vision transformers, with checkpoints that load with `from_pretrained`.
 
-Importing the package registers the "blockprune" format with transformers, and its kernels with the op.
+Importing the package registers the "blockprune" format with transformers, its kernels with the op, and LoRA with peft.
 """
 
 from ._cpu.backend import register as _register_cpu_kernels
+from .adapters import register as _register_adapters
 from .config import BlockPruneConfig, Budget, CalibrationConfig, RecoveryConfig
 from .errors import (
     BlockPruneError,
@@ -26,6 +27,7 @@ from .sources import DataSource
 from .version import __version__
 
 _register_cpu_kernels()
+_register_adapters()
 
 __all__ = [
     "AugmentConfig",
