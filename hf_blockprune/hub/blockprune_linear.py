@@ -15,7 +15,7 @@ from .blockprune_layout import (
     pack,
     unpack,
 )
-from .blockprune_ops import block_sparse_linear, block_sparse_linears
+from .blockprune_ops import block_sparse_linear, block_sparse_linears, is_transformed
 
 
 class SharedInput:
@@ -37,7 +37,7 @@ class SharedInput:
 
     def output(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor | None:
         """The output of one of the layers; None where each layer is to compute its own."""
-        if x.is_meta or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if x.is_meta or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
             return None
         place = next((i for i, other in enumerate(self._layers) if other is layer), None)
         if place is None or torch.is_autocast_enabled(x.device.type):  # `DataParallel` calls replicas of the layers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .blockprune_backends import LayerArguments, run, run_all
-from .blockprune_reference import ACTIVATIONS, dense_backward, reference_backward
+from .blockprune_reference import ACTIVATIONS, composed_forward, dense_backward, reference_backward
 from .blockprune_triton_backend import register as register_triton
 
 # Spelled out, because torch 2.6 reads no lists or sequences out of annotations.
@@ -77,6 +77,26 @@ def _define_op() -> None:
     def _(grad, x, weight, crow_indices, col_indices):
         return x.new_empty(x.shape), torch.empty_like(weight)
 
+    def setup_backward(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def run_double_backward(ctx, grad_x, grad_weight):
+        """Of (g W, the kept blocks of g^T x), by the two ops themselves: so there are gradients of any order."""
+        grad, x, weight, crow_indices, col_indices = ctx.saved_tensors
+        pattern, n = (crow_indices, col_indices), grad.shape[-1]
+        linear, linear_backward = torch.ops.blockprune.block_sparse_linear, backward
+        of_grad = of_x = of_weight = None
+        if grad_x is not None:
+            of_grad = linear(grad_x, weight, *pattern, None, n, "none", "auto")
+            _, of_weight = linear_backward(grad, grad_x, weight, *pattern)
+        if grad_weight is not None:
+            through_weight = linear(x, grad_weight, *pattern, None, n, "none", "auto")
+            of_grad = through_weight if of_grad is None else of_grad + through_weight
+            of_x, _ = linear_backward(grad, x, grad_weight, *pattern)
+        return of_grad, of_x, of_weight, None, None
+
+    backward.register_autograd(run_double_backward, setup_context=setup_backward)
+
     def setup_context(ctx, inputs, output):
         x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual = inputs
         ctx.save_for_backward(x, weight, crow_indices, col_indices, bias)
@@ -114,6 +134,11 @@ if not hasattr(torch.ops.blockprune, "block_sparse_linear"):
 
 
 register_triton()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms what runs, or forward-mode gradients are recorded: the op knows neither."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def block_sparse_linear(
@@ -165,6 +190,10 @@ def block_sparse_linear(
     if residual is not None and (residual.shape, residual.dtype) != ((*x.shape[:-1], out_features), x.dtype):
         raise ValueError(
             f"residual: expected {x.dtype} {[*x.shape[:-1], out_features]}, got {residual.dtype} {list(residual.shape)}"
+        )
+    if is_transformed():
+        return composed_forward(
+            x, LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
         )
     return torch.ops.blockprune.block_sparse_linear(
         x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual

@@ -96,3 +96,18 @@ def dense_backward(
     grad_weight = torch.empty_like(weight)
     grad_weight.copy_(blocks[block_rows_of(crow_indices, len(weight)), :, col_indices.long()])
     return grad_x, grad_weight
+
+
+def composed_forward(x: Tensor, layer: LayerArguments) -> Tensor:
+    """The same outputs out of torch's own operators, which torch.func's transforms and forward-mode gradients know.
+
+    Shapes: x [..., in_features] -> [..., out_features].
+    """
+    weight, crow_indices, col_indices, bias, out_features, activation, residual = layer
+    rows, cols = weight.shape[1:]
+    grid = grid_shape(out_features, x.shape[-1], (rows, cols))
+    places = block_rows_of(crow_indices, len(weight)).long() * grid[1] + col_indices.long()
+    blocks = weight.new_zeros(grid[0] * grid[1], rows, cols).index_add(0, places, weight)
+    dense = blocks.view(*grid, rows, cols).transpose(1, 2).reshape(grid[0] * rows, grid[1] * cols)
+    out = ACTIVATIONS[activation](F.linear(x, dense[:out_features, : x.shape[-1]], bias))
+    return out if residual is None else out + residual
