@@ -29,7 +29,7 @@ class SharedInput:
 
     def __init__(self, layers: "list[BlockSparseLinear]") -> None:
         self._layers = list(layers)
-        self._last: tuple[Tensor, int, list[Tensor | None]] | None = None
+        self._last: tuple[Tensor, list[object], list[Tensor | None]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and files hold the layers, not what was computed."""
@@ -42,13 +42,13 @@ class SharedInput:
         place = next((i for i, other in enumerate(self._layers) if other is layer), None)
         if place is None or torch.is_autocast_enabled(x.device.type):  # `DataParallel` calls replicas of the layers
             return None
-        last, version = self._last, 0 if x.is_inference() else x._version
-        # Each output is given once, and only for the very tensor that it was computed from.
-        if last is None or last[0] is not x or last[1] != version or last[2][place] is None:
+        last, versions = self._last, _versions([x, *(t for other in self._layers for t in (other.weight, other.bias))])
+        # Each output is given once, and only for the very tensors that it was computed from.
+        if last is None or last[0] is not x or last[1] != versions or last[2][place] is None:
             if not self._can_run_now(x):
                 return None
             outputs = block_sparse_linears(x, [other.arguments() for other in self._layers])
-            last = self._last = (x, version, [*outputs])
+            last = self._last = (x, versions, [*outputs])
         y, last[2][place] = last[2][place], None
         if all(other is None for other in last[2]):
             self._last = None
@@ -60,6 +60,11 @@ class SharedInput:
         return not _has_any_global_hook() and not any(
             is_watched(layer) or layer.weight.device != x.device for layer in self._layers
         )
+
+
+def _versions(tensors: list[Tensor | None]) -> list[object]:
+    """Compares as unequal once one was replaced or changed in place."""
+    return [None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def is_watched(module: nn.Module) -> bool:

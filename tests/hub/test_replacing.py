@@ -441,3 +441,14 @@ def test_replicas_use_their_own_layers(pair):
             setattr(replica, name, value.detach().clone())
         replica.bias += 1
         torch.testing.assert_close(replica(x), query.to_dense()(x) + 1, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_weights_that_change_between_query_and_key_count():
+    attention = sparse_model().vit.layers[0].attention
+    x = torch.randn(2, 5, attention.q_proj.in_features)
+    attention.q_proj(x)
+    attention.k_proj.weight.mul_(2)
+    attention.v_proj.bias = nn.Parameter(attention.v_proj.bias + 1)
+    for layer in (attention.k_proj, attention.v_proj):
+        torch.testing.assert_close(layer(x), layer.to_dense()(x), **TOLERANCE)
