@@ -105,6 +105,7 @@ class MultiLabelEvaluation(_Scores):
         num_images: images that were evaluated.
         skipped: files that could not be decoded.
         delta: change of the mean average precision.
+        left_out: see `Evaluation`.
     """
 
     mean_average_precision: float
@@ -113,6 +114,7 @@ class MultiLabelEvaluation(_Scores):
     skipped: list[str]
     baseline_mean_average_precision: float | None = None
     delta: float | None = None
+    left_out: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class RegressionEvaluation(_Scores):
         skipped: files that could not be decoded.
         delta: change of r2.
         interval: 95 % interval of that, the labels' variance taken as known.
+        left_out: see `Evaluation`.
     """
 
     r2: float
@@ -135,6 +138,7 @@ class RegressionEvaluation(_Scores):
     baseline_r2: float | None = None
     delta: float | None = None
     interval: tuple[float, float] | None = None
+    left_out: list[str] | None = None
 
 
 def predict(

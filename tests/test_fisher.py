@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_blockprune import calibration
 from hf_blockprune.calibration import collect
 from hf_blockprune.data import decode_image, load_images
+from hf_blockprune.tasks import SingleLabel
 
 from .conftest import tiny_model
 
@@ -40,7 +40,7 @@ def one_by_one(model, images, processor):
         logits = model(pixel_values=pixels).logits
         for handle in handles:
             handle.remove()
-        label = calibration._sampled_labels(logits, torch.tensor([i]), SEED)
+        label = SingleLabel(logits.shape[-1]).sample(logits, torch.tensor([i]), SEED)
         grads = torch.autograd.grad(F.cross_entropy(logits, label), [seen[name][1] for name in targets])
         for name, grad in zip(targets, grads, strict=True):
             result[name][0].append(seen[name][0].detach()[0])
