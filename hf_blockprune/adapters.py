@@ -33,7 +33,7 @@ class _AfterImport(MetaPathFinder):
 
 def register() -> None:
     """Teach peft block-sparse layers, now or once it gets imported."""
-    if "peft" in sys.modules:
+    if sys.modules.get("peft") is not None:  # None keeps it from being imported
         _teach()
     elif not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_hooks
 
 from .blockprune_backends import LayerArguments
 from .blockprune_layout import (
@@ -57,9 +57,7 @@ class SharedInput:
     def _can_run_now(self, x: Tensor) -> bool:
         """Whether all layers will have these weights and this input when it is their turn."""
         # Hooks may change either. Offloaded weights are there only while their own layer runs.
-        return not _has_any_global_hook() and not any(
-            is_watched(layer) or layer.weight.device != x.device for layer in self._layers
-        )
+        return not any(is_watched(layer) or layer.weight.device != x.device for layer in self._layers)
 
 
 def _versions(tensors: list[Tensor | None]) -> list[object]:
@@ -75,6 +73,11 @@ def is_watched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        # Of all modules; torch 2.6 has no function that says so.
+        or torch_hooks._global_forward_hooks
+        or torch_hooks._global_forward_pre_hooks
+        or torch_hooks._global_backward_hooks
+        or torch_hooks._global_backward_pre_hooks
     )
 
 
