@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .biases import admit_biases, biases_without_place
 from .checkpoint import staged_directory
 from .errors import CheckpointError, ConfigError, ModelError
 from .hardware.flops import image_size
-from .hub.blockprune_fusion import PROJECTIONS, unfuse
+from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_quantizer import block_sparse_layers
 from .loading import load_model, model_class_of
 from .model_input import find_input
-from .outputs import answers
+from .outputs import answers, classifies
 from .skeleton import channels_of
 
 FORMATS = ("dense", "onnx", "torch-export")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-INPUT, OUTPUT = "pixel_values", "logits"
+INPUT = "pixel_values"
 BATCHES = (1, 3)  # of the comparison; tracing sees neither
 # Largest difference of logits, over their largest magnitude.
 TOLERANCE = 1e-4
@@ -73,9 +74,18 @@ def export_checkpoint(
         if not difference <= TOLERANCE * max(float(logits.abs().max()) for logits in expected.values()):
             raise CheckpointError(
                 f"{output}: its predictions differ by up to {difference:.2g} from the checkpoint's, so it was not "
-                "kept; please report the model and the versions in use"
+                f"kept; {_advice(model, form)}"
             )
     return {"output": str(output), "format": form, "size_bytes": _size(target), "max_difference": difference}
+
+
+def _advice(model: Any, form: str) -> str:
+    if form == "dense" and (names := sorted(biases_without_place(model))):
+        return (
+            f"refitting gave biases to {len(names)} Linears that have none in {type(model).__name__} (first: "
+            f"{names[0]}); prune with refit=False, or export another form"
+        )
+    return "please report the model and the versions in use"
 
 
 Run = Callable[[Tensor], Tensor]
@@ -84,31 +94,21 @@ Run = Callable[[Tensor], Tensor]
 def _write_dense(model: Any, processor: Any, folder: Path, pixels: Callable[[int], Tensor]) -> Run:
     name = f"{model.config.model_type} pruned by hf_blockprune"
     model.dequantize()
-    _admit_biases(model)
     # What `from_pretrained` would take for a block-sparse checkpoint is no part of a dense one.
     for attribute in ("quantization_config", "auto_map"):
         if hasattr(model.config, attribute):
             delattr(model.config, attribute)
+    admit_biases(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    task = "image-classification" if classifies(model, processor.to_dict()) else "image-feature-extraction"
     (folder / "README.md").write_text(
-        "---\nlibrary_name: transformers\npipeline_tag: image-classification\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\n---\n\n"
         f"A dense copy of a {name}: removed blocks are zeros, so it is as large and as slow as before pruning.\n",
         encoding="utf-8",
     )
     loaded = load_model(str(folder), {}, model_class_of(model.config))[0]
     return lambda x: _answers(loaded.eval(), x)
-
-
-def _admit_biases(model: Any) -> None:
-    """Give q, k and v a bias each where refitting gave one of them what the architecture has for all or for none."""
-    projections: list[Any] = [m for name, m in model.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
-    if getattr(model.config, "qkv_bias", True) or all(linear.bias is None for linear in projections):
-        return
-    model.config.qkv_bias = True
-    for linear in projections:
-        if linear.bias is None:
-            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
 
 
 def _write_onnx(model: Any, processor: Any, file: Path, pixels: Callable[[int], Tensor]) -> Run:
@@ -121,9 +121,10 @@ def _write_onnx(model: Any, processor: Any, file: Path, pixels: Callable[[int], 
     if size >= ONNX_FILE_LIMIT:
         raise ModelError(f"its weights are {size:,} bytes, and one ONNX file holds less than {ONNX_FILE_LIMIT:,}")
     shapes = ({0: torch.export.Dim("batch")},)
-    to_onnx(model, pixels(2), file, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=shapes)
+    answer = "logits" if classifies(model, processor.to_dict()) else "embeddings"
+    to_onnx(model, pixels(2), file, input_names=[INPUT], output_names=[answer], dynamic_shapes=shapes)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
+    return lambda x: torch.from_numpy(session.run([answer], {INPUT: x.numpy()})[0])
 
 
 def _write_program(model: Any, processor: Any, file: Path, pixels: Callable[[int], Tensor]) -> Run:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
     AutoModel,
     CLIPConfig,
     CLIPForImageClassification,
@@ -17,6 +19,9 @@ from transformers import (
     DeiTModel,
     Dinov2Backbone,
     Dinov2Model,
+    DINOv3ViTBackbone,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     IJepaConfig,
     IJepaModel,
     SiglipConfig,
@@ -250,3 +255,29 @@ def test_encoders_are_exported_and_measured(form, images, processor, tmp_path):
     assert done["max_difference"] < 1e-3
     measured = pruner.benchmark(seconds=0.05)
     assert measured["rows"][0]["latency_ms"] > 0
+
+
+WITHOUT_BIASES = {
+    "key of dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**TOWER)),
+    "key of a dinov3 backbone": lambda: DINOv3ViTBackbone(DINOv3ViTConfig(**TOWER, out_features=["stage1", "stage2"])),
+    "all of aimv2": lambda: Aimv2VisionModel(Aimv2VisionConfig(**TOWER)),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_BIASES)
+def test_biases_that_refitting_gave_are_part_of_a_dense_export(kind, images, processor, tmp_path):
+    """Keys that are turned by their place feel a bias, which a softmax alone would not."""
+    torch.manual_seed(0)
+    dense = WITHOUT_BIASES[kind]().eval()
+    pruner = BlockPruner(dense, processor, CONFIG)
+    pruner.prune(images)
+    biased = [
+        name for name, module in block_sparse_layers(pruner.model) if "k_proj" in name and module.bias is not None
+    ]
+    assert biased
+    pruner.save_pretrained(tmp_path / "pruned")
+    export_checkpoint(tmp_path / "pruned", tmp_path / "out", "dense")
+    stock = type(dense).from_pretrained(tmp_path / "out")
+    assert type(stock.get_submodule(biased[0])) is torch.nn.Linear
+    torch.testing.assert_close(answered(stock), answered(pruner.model), atol=1e-5, rtol=1e-5)
+    assert "pipeline_tag: image-feature-extraction" in (tmp_path / "out" / "README.md").read_text()

@@ -146,6 +146,21 @@ def test_a_bias_that_refitting_gave_stays(processor, tmp_path):
     torch.testing.assert_close(logits_of(dense, pixels(2)), logits_of(model, pixels(2)), rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_that_the_architecture_never_has_is_named(processor, tmp_path):
+    """Swin's patch merging has none, and its config has no setting for one."""
+    model = tiny_model("swin")
+    name = next(name for name, _ in model.named_modules() if name.endswith("reduction"))
+    assert model.get_submodule(name).bias is None
+    grid = grid_shape(tuple(model.get_submodule(name).weight.shape), (8, 8))
+    layer = sparsify(model, {name: torch.rand(grid) < 0.5}, (8, 8)).get_submodule(name)
+    layer.bias = torch.nn.Parameter(torch.randn(layer.out_features))
+    model.save_pretrained(tmp_path / "pruned")
+    processor.save_pretrained(tmp_path / "pruned")
+    with pytest.raises(CheckpointError, match=f"refitting gave biases to 1 Linears .*{name}.*refit=False"):
+        export_checkpoint(tmp_path / "pruned", tmp_path / "dense", "dense")
+    assert not (tmp_path / "dense").exists()
+
+
 def test_a_full_disk_leaves_nothing(pruned, tmp_path):
     script = f"""
 import resource, signal, sys
