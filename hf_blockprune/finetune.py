@@ -7,7 +7,6 @@ step's gradient is the mean over all of its images, however many processes share
 goes on as if it had not been, and any number of processes takes the same steps, but for rounding.
 """
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .config import BlockPruneConfig
+from .copying import copied
 from .data import MAX_CORRUPT_SHARE, ImageSet
 from .errors import ConfigError, DataError, ModelError
 from .evaluation import predict, summarise
@@ -122,10 +122,10 @@ class Finetuning:
         if settings.gradual is not None:
             make_sparse(self.model, settings.gradual)
         self.pruning = self._plan_pruning(steps)
-        teacher = None if self.teacher is None else _single(copy.deepcopy(self.teacher).to(device)).eval()
+        teacher = None if self.teacher is None else _single(copied(self.teacher).to(device)).eval()
         blank = torch.zeros(1, channels_of(self.model), *size, device=device)
         # A copy trains, which processes may wrap or shard.
-        self.student = Student(copy.deepcopy(self.model), teacher, settings, self.accelerator, blank, self.data.task)
+        self.student = Student(copied(self.model), teacher, settings, self.accelerator, blank, self.data.task)
         self.best: dict[str, Tensor] | None = None
 
     def _check(self) -> None:

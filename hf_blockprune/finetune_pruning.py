@@ -1,6 +1,5 @@
 """Blocks that leave while a model trains: which ones, and what is kept of the others."""
 
-import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from .allocation import Allocation
 from .blocks import grid_shape
 from .calibration import collect
 from .config import Budget
+from .copying import copied
 from .cutting import cut_hidden_units
 from .data import ImageSet
 from .errors import ConfigError
@@ -205,7 +205,7 @@ class GradualPruning:
 
 def _dense_form(model: nn.Module) -> Any:
     """A copy with dense layers, zeros where blocks are gone."""
-    dense = copy.deepcopy(model)
+    dense = copied(model)
     unfuse(dense)
     for name, module in list(block_sparse_layers(dense)):
         dense.set_submodule(name, module.to_dense())

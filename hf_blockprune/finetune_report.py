@@ -1,11 +1,11 @@
 """What a report says of a training run."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 from .allocation import Allocation
 from .config import BlockPruneConfig
+from .copying import copied
 from .environment import environment
 from .finetune import Finetuning
 from .finetune_pruning import cut_unused, masks_of, uncut
@@ -50,7 +50,7 @@ def with_finetuning(report: dict[str, Any] | None, run: Finetuning, config: Bloc
 
 def _describe(run: Finetuning, config: BlockPruneConfig, name: str) -> dict[str, Any]:
     """What a pruning run would say of the model's masks."""
-    model = copy.deepcopy(run.model)
+    model = copied(run.model)
     uncut(model)
     masks = masks_of(model)
     chosen = None if run.gradual is None else run.gradual.allocation

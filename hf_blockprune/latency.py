@@ -1,12 +1,12 @@
 """How fast a pruned model runs here, beside the dense one, by turns in one process."""
 
-import copy
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
+from .copying import copied
 from .environment import environment
 from .hardware.stopwatch import by_turns, median, ratio
 from .hub.blockprune_backends import choose_backend
@@ -39,7 +39,7 @@ def measure_latency(
         `throughput_img_s`, and `speedup`, the median of each turn's ratio, with its quartiles `speedup_quartiles`.
     """
     device, dtype = next((p.device, p.dtype) for p in pruned.parameters())
-    dense = copy.deepcopy(pruned).dequantize() if dense is None else dense
+    dense = copied(pruned).dequantize() if dense is None else dense
     models = {"dense": dense.to(device, dtype), "pruned": pruned}
     rows, pixels = [], torch.empty(0)
     with evaluating(*models.values()):

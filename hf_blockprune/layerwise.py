@@ -4,7 +4,6 @@ Within a layer, Linears that read the same tensor form a stage (q, k, v | proj |
 forward order. Sums over tokens are made by all processes, each on its images; candidate solutions are shared out.
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from transformers.utils import logging
 
 from .blocks import expand_mask
 from .boundary import BoundaryBatch, StopForward, Unit, advance, first_inputs, layer_chain
+from .copying import copied
 from .data import ImageSet
 from .errors import ModelError
 from .modes import evaluating
@@ -106,7 +106,7 @@ def refit_layers(
         kept = first_inputs(model, units, images, processor, accelerator=accelerator, batch_size=batch_size)
         progress_bar = logging.tqdm(units, desc="Refit", disable=not accelerator.is_main_process)
         for index, unit in enumerate(progress_bar):
-            dense = copy.deepcopy(unit.module)
+            dense = copied(unit.module)
             part = f"layer-{index}"
             refits = _restore(unit.module, progress, part)
             if refits is None:

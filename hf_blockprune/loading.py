@@ -62,7 +62,9 @@ def load_model(name: str, kwargs: dict[str, Any], model_class: Any = None) -> tu
             f"{name}: cannot be loaded as an image classifier or encoder ({_first_line(error)})"
         ) from error
     if missing:
-        advice = "fine-tune it first" if hasattr(model, "classifier") else "name the class that it was saved from"
+        advice = "name the class that it was saved from (model_class=)"
+        if hasattr(model, "classifier"):
+            advice = "fine-tune it first, or name its class (model_class=) where it is an encoder or has another head"
         raise ModelError(
             f"{name}: has no trained weights for {', '.join(missing[:3])} of {type(model).__name__}; {advice}"
         )

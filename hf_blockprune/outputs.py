@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .hardware.flops import dtype_of, image_size
-from .skeleton import channels_of, skeleton
+from .hardware.flops import dry_run, dtype_of, image_size
+from .skeleton import skeleton
 from .tasks import Regression, Task, task_of
 
 
@@ -51,21 +51,22 @@ def has_scores(output: Any) -> bool:
     return torch.is_tensor(logits) and logits.dim() == 2
 
 
-@torch.no_grad()
 def classifies(model: nn.Module, processing: Any = None) -> bool:
     """Whether a model gives scores of classes; it does not run itself.
 
     Args:
         model: of transformers.
         processing: settings of its image processor.
+
+    Raises:
+        ModelError: the model does not answer images alone.
     """
     made = skeleton(model)
     try:  # a processor whose size does not fit is refused elsewhere, by what it makes of pictures
         size = image_size(made.config)
     except ModelError:
         size = image_size(made.config, processing)
-    pixels = torch.empty(1, channels_of(made), *size, dtype=dtype_of(made), device="meta")
-    return has_scores(made(pixel_values=pixels))
+    return has_scores(dry_run(made, size)[0])
 
 
 def task_for(model: Any, output: Any, *, several: bool = False) -> Task:

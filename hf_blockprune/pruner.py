@@ -1,6 +1,5 @@
 """`BlockPruner`: load a dense vision transformer, prune it, measure it, save it."""
 
-import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -14,6 +13,7 @@ from transformers.utils import logging
 from . import checkpoint
 from .card import model_card
 from .config import BlockPruneConfig, RecoveryConfig
+from .copying import copied
 from .data import load_images
 from .errors import CheckpointError, ModelError
 from .evaluation import Outputs, Predictions, predict, summarise
@@ -291,7 +291,7 @@ class BlockPruner:
                 f"{self.name}: its report orders {len(order)} features, the dense model has {width}; "
                 "name the dense model it was pruned from as teacher"
             )
-        dense = copy.deepcopy(dense)
+        dense = copied(dense)
         permute_stream(dense, stream, torch.tensor(order))
         return dense
 
@@ -394,6 +394,7 @@ class BlockPruner:
         if self._classifies():
             raise ModelError(f"{self.name} is a classifier; its answers are predictions()")
         images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS, labels=False)
+        images = images.fitted(self.model, self.processor)
         return embed(self.model, images, self.processor, accelerator=self.accelerator, batch_size=batch_size)
 
     def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> "Predictions | Outputs":

@@ -24,6 +24,7 @@ from .augment import views
 from .blocks import expand_mask
 from .boundary import Unit, at_boundary, held_back, hidden_states, layer_chain, learn_calls
 from .config import RecoveryConfig
+from .copying import copied
 from .data import ImageSet, load_pixels
 from .errors import ModelError
 from .hub.blockprune_fusion import unfuse
@@ -128,7 +129,7 @@ class _Scaled(nn.Module):
 
 def _dense_copy(model: nn.Module) -> nn.Module:
     """The model in single precision, with removed blocks as zeros that get no gradient, and factors that learn."""
-    student = nn.Module.float(copy.deepcopy(model))  # transformers refuses to cast what it takes for quantised
+    student = nn.Module.float(copied(model))  # transformers refuses to cast what it takes for quantised
     unfuse(student)
     for name, module in list(block_sparse_layers(student)):
         linear = module.to_dense()
@@ -202,7 +203,7 @@ class _Run:
             u.name for u in of_teacher
         ]:
             raise ModelError("the teacher is not the dense model that this one was pruned from; name that one")
-        self.teacher = nn.Module.float(copy.deepcopy(self.teacher)).to(self.device).eval().requires_grad_(False)
+        self.teacher = nn.Module.float(copied(self.teacher)).to(self.device).eval().requires_grad_(False)
         self.teacher_layers = layer_chain(self.teacher, names)
         learn_calls(self.student, self.layers, self._some(self.learned[:1]))
         self.student.requires_grad_(True)

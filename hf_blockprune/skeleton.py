@@ -1,14 +1,15 @@
 """A model without its weights, on the meta device: it says what the model would do, and computes nothing."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .copying import deep_copy, replaced_forward
 from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_quantizer import block_sparse_layers
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CHANNEL_NAMES = ("num_channels", "in_channels", "in_chans")
 
 
@@ -16,17 +17,21 @@ def skeleton(model: nn.Module) -> Any:
     """A copy of a model on the meta device, block-sparse layers dense, in evaluation mode; no weight is copied.
 
     It is made of the model itself, not of its class and config: constructors may take more than a config. What others
-    hooked to the model is not called.
+    hooked to the model is neither copied nor called.
     """
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
     tensors += [value for module in model.modules() for value in vars(module).values() if torch.is_tensor(value)]
-    made = copy.deepcopy(model, {id(tensor): _weightless(tensor) for tensor in tensors})
+    memo: dict[int, Any] = {id(tensor): _weightless(tensor) for tensor in tensors}
+    for module in model.modules():
+        memo |= {id(hooks): type(hooks)() for name in HOOKS if (hooks := getattr(module, name, None)) is not None}
+    made: Any = deep_copy(model, memo)
     if any(hasattr(module, "_hf_hook") for module in made.modules()):
         from accelerate.hooks import remove_hook_from_submodules
 
         remove_hook_from_submodules(made)  # they would move inputs to where the weights lie
     for module in made.modules():
-        module._forward_hooks.clear()
+        if replaced_forward(module):
+            del module.forward
     unfuse(made)
     for name, module in list(block_sparse_layers(made)):
         rows, cols = module.dense_shape or (module.out_features, module.in_features)

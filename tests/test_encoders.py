@@ -29,7 +29,10 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
     SwinModel,
+    ViTImageProcessor,
     ViTModel,
+    XCLIPVisionConfig,
+    XCLIPVisionModel,
 )
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, ConfigError, ModelError, RecoveryConfig
@@ -221,6 +224,23 @@ def test_what_needs_a_classifier_is_refused(images, processor):
     pruner.prune(images)
     with pytest.raises(ModelError, match="training needs a classifier"):
         pruner.finetune(images)
+
+
+def video(frames=8):
+    return XCLIPVisionModel(XCLIPVisionConfig(**TOWER, num_frames=frames)).eval()
+
+
+@pytest.mark.parametrize("ask", ["prune", "evaluate", "embeddings", "finetune"])
+def test_models_of_more_than_one_image_are_refused_in_one_line(ask, images, processor):
+    with pytest.raises(ModelError, match="XCLIPVisionModel: does not answer images of 32x32") as caught:
+        getattr(BlockPruner(video(), processor, CONFIG), ask)(images)
+    assert "\n" not in str(caught.value)
+
+
+def test_embeddings_of_another_size_are_refused_by_the_processor(images):
+    wide = ViTImageProcessor(size={"height": 64, "width": 64})
+    with pytest.raises(ModelError, match="brings pictures to 64x64"):
+        BlockPruner(made("vit"), wide).embeddings(images)
 
 
 def test_a_model_of_images_and_texts_says_how_to_prune_its_vision_part(images, processor, tmp_path):

@@ -1,5 +1,6 @@
 """Models inside others, and models that are refused before any work."""
 
+import threading
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, ModelError
+from hf_blockprune.copying import copied
 from hf_blockprune.hardware.flops import count_flops
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.skeleton import skeleton
@@ -118,6 +120,96 @@ def test_a_skeleton_has_the_dense_form_and_no_weights(images, processor):
     assert next(block_sparse_layers(model), None)
     assert count_flops(model) == dense
     assert not calls
+
+
+class Listener:
+    """A hook that has no copy."""
+
+    def __init__(self):
+        self.lock, self.devices = threading.Lock(), set()
+
+    def __call__(self, module, inputs, *_):
+        with self.lock:
+            self.devices.add(inputs[0].device.type)
+
+
+def listened_to(model):
+    model.vit.layers[0].register_forward_hook(Listener())
+    return model
+
+
+def reads_inputs(model):
+    means = []
+    model.vit.layers[0].register_forward_pre_hook(lambda _, inputs: means.append(float(inputs[0].detach().mean())))
+    return model
+
+
+def with_a_lock(model):
+    model.lock = threading.Lock()
+    return model
+
+
+def replaced_forward(model):
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    return model
+
+
+def another_activation(model):
+    model.vit.layers[0].mlp.activation_fn.forward = nn.functional.gelu
+    return model
+
+
+ODD = {f.__name__: f for f in (listened_to, reads_inputs, with_a_lock, another_activation)}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_others_put_on_a_model_does_not_matter(kind, images, processor):
+    plain = BlockPruner(tiny_model(), processor, CONFIG)
+    plain.prune(images)
+    pruner = BlockPruner(ODD[kind](tiny_model()), processor, CONFIG)
+    pruner.prune(images)
+    torch.testing.assert_close(logits_of(pruner.model), logits_of(plain.model), atol=1e-5, rtol=1e-5)
+    pruner.recover(images, teacher=BlockPruner(ODD[kind](tiny_model()), processor))
+    assert pruner.benchmark(seconds=0.05)["rows"][0]["latency_ms"] > 0
+
+
+def test_a_replaced_forward_that_a_copy_would_not_follow_is_named(images, processor):
+    model = replaced_forward(tiny_model())
+    assert count_flops(model) == count_flops(tiny_model())
+    pruner = BlockPruner(model, processor, MAGNITUDE)
+    pruner.prune()
+    with pytest.raises(ModelError, match="ViTForImageClassification: its forward was replaced by a plain function"):
+        pruner.benchmark(seconds=0.05)
+    inside = tiny_model()
+    replaced_forward(inside.vit.layers[1].mlp)
+    with pytest.raises(ModelError, match="mlp: its forward was replaced"):
+        BlockPruner(inside, processor, CONFIG).prune(images)
+
+
+def test_counting_calls_no_hook():
+    listener = Listener()
+    model = tiny_model()
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        getattr(model.vit.layers[0], register)(listener)
+    count_flops(model)
+    assert not listener.devices
+    logits_of(model)
+    assert listener.devices == {"cpu"}
+
+
+def test_a_copy_has_weights_and_hooks_of_its_own():
+    model = listened_to(with_a_lock(tiny_model()))
+    copy = copied(model)
+    assert copy.lock is model.lock
+    shared = {id(p) for p in model.parameters()} & {id(p) for p in copy.parameters()}
+    assert not shared
+    with torch.no_grad():
+        copy.classifier.weight.zero_()
+    assert model.classifier.weight.abs().sum() > 0
+    copy.vit.layers[0].register_forward_hook(lambda *_: None)
+    assert len(model.vit.layers[0]._forward_hooks) == 1
+    assert len(copy.vit.layers[0]._forward_hooks) == 2
 
 
 def without_values():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import ModelError
@@ -76,21 +76,34 @@ def count_flops(model: nn.Module, processing: Mapping[str, Any] | None = None) -
         ModelError: the model does not answer images alone, or takes no images of this size.
     """
     dense = skeleton(model)
-    size = image_size(dense.config, processing)
-    sizes = dict.fromkeys((size, *_sizes(dense.config, {})))
+    _, pixels = dry_run(dense, image_size(dense.config, processing))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        dense(pixel_values=pixels)
+    return _read_counter(counter, dense, (pixels.shape[-2], pixels.shape[-1]))
+
+
+@torch.no_grad()
+def dry_run(dense: nn.Module, size: tuple[int, int]) -> tuple[Any, Tensor]:
+    """What a skeleton gives for one image, and that image, [1, channels, height, width] without values.
+
+    Args:
+        dense: what `skeleton` made.
+        size: (height, width) to try first; then those of its config. One that the processor makes and the model does
+            not take is refused elsewhere, with the images.
+
+    Raises:
+        ModelError: it does not answer images alone, or takes none of these sizes.
+    """
     refused: Exception | None = None
-    for height, width in sizes:  # one that the processor makes and the model does not take is refused with the images
+    for height, width in dict.fromkeys((size, *_sizes(dense.config, {}))):
         pixels = torch.empty(1, channels_of(dense), height, width, dtype=dtype_of(dense), device="meta")
         try:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                dense(pixel_values=pixels)
+            return dense(pixel_values=pixels), pixels
         except Exception as error:  # what a model's code does with inputs that it does not take
             refused = refused or error
-            continue
-        return _read_counter(counter, dense, (height, width))
     reason = next((line.strip() for line in str(refused).splitlines() if line.strip()), type(refused).__name__)
     raise ModelError(
-        f"{type(model).__name__}: does not answer images of {size[0]}x{size[1]} (height x width) alone ({reason}); "
+        f"{type(dense).__name__}: does not answer images of {size[0]}x{size[1]} (height x width) alone ({reason}); "
         "only models that take pixel_values and nothing else can be pruned, such as the vision part of one that also "
         "takes text"
     ) from refused
