@@ -438,3 +438,17 @@ def test_formats_that_pillow_reads_and_the_loader_does_not_know(tmp_path, stream
     assert sorted(r["image"]["path"].rsplit("/", 1)[-1] for r in found.dataset) == ["1.avif", "2.PNG", "3.AVIF"]
     assert found.class_names == ("class 0", "class 1")
     assert found.left_out == ()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("how", ["a file", "a list", "a pattern"])
+def test_such_files_may_be_named_one_by_one(tmp_path, how, streaming):
+    for number in (1, 2):
+        Image.fromarray(noise(seed=number)).save(tmp_path / f"{number}.avif")
+    one, two = str(tmp_path / "1.avif"), str(tmp_path / "2.avif")
+    named = {"a file": one, "a list": [one, two], "a pattern": str(tmp_path / "*.avif")}[how]
+    found = list(load_images(DataSource(named, streaming=streaming)).dataset)
+    assert len(found) == (1 if how == "a file" else 2)
+    for seed, record in enumerate(found, start=1):
+        assert abs(np.asarray(decode_image(record["image"])).mean() - noise(seed=seed).mean()) < 2
