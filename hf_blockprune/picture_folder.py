@@ -15,6 +15,7 @@ from .pictures import BROKEN, register_plugins
 from .splits import WORDS, look_like_splits, split_of, splits_by_name, spoken_split
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+SPLIT_COLUMNS = ("split", "data_split", "subset", "partition", "set")
 # Files that lie beside pictures and are none, which nobody misses.
 COMPANIONS = {".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".html"}
 COMPANIONS |= {".py", ".ipynb", ".sh", ".log", ".ini", ".db", ".lock", ".pdf", ".mat", ".npy", ".npz", ".pkl", ".cache"}
@@ -174,7 +175,7 @@ def _split_of_numbered(name: str) -> str | None:
 
 
 def by_split_column(dataset: Any, name: str) -> Any:
-    """Splits of what has a column `split` that names some; else the data set as it is.
+    """Splits of what has a column `split`, or one of a like name, that names some; else the data set as it is.
 
     Raises:
         DataError: some rows say no split.
@@ -182,19 +183,22 @@ def by_split_column(dataset: Any, name: str) -> Any:
     import datasets
 
     rows = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-    feature = (rows.features or {}).get("split")
-    if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        return dataset
-    said = list(dict.fromkeys(row["split"] for row in rows.select_columns(["split"])))
-    if not any(split_of(value) for value in said if value):
-        return dataset
-    if None in said:
-        raise DataError(f"{name}: its column split says nothing in some rows; fill it in, or take it out")
-    spelled: dict[str, list[str]] = {}
-    for value in said:
-        spelled.setdefault(split_of(value) or value, []).append(value)
-    kind: Any = datasets.DatasetDict if isinstance(rows, datasets.Dataset) else datasets.IterableDatasetDict
-    return kind({split: rows.filter(_In(values), input_columns="split") for split, values in spelled.items()})
+    for column, feature in (rows.features or {}).items():
+        if column.lower() not in SPLIT_COLUMNS or getattr(feature, "dtype", None) not in ("string", "large_string"):
+            continue
+        said = list(dict.fromkeys(row[column] for row in rows.select_columns([column])))
+        words = [split_of(value) for value in said if value]
+        # A "set" or "subset" may be many things.
+        if not any(words) or (None in words and column.lower() != "split"):
+            continue
+        if None in said:
+            raise DataError(f"{name}: its column {column} says nothing in some rows; fill it in, or take it out")
+        spelled: dict[str, list[str]] = {}
+        for value in said:
+            spelled.setdefault(split_of(value) or value, []).append(value)
+        kind: Any = datasets.DatasetDict if isinstance(rows, datasets.Dataset) else datasets.IterableDatasetDict
+        return kind({split: rows.filter(_In(values), input_columns=column) for split, values in spelled.items()})
+    return dataset
 
 
 @dataclass(frozen=True)

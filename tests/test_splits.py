@@ -132,9 +132,20 @@ def test_split_column_of_metadata(tmp_path, streaming):
     assert [row["label"] for row in load_images(source, split="test").dataset] == [3]
 
 
-def test_split_column_of_other_words_is_left_alone(tmp_path):
+@pytest.mark.parametrize("column", ["Split", "data_split", "subset", "partition", "Set"])
+def test_split_column_may_be_called_otherwise(tmp_path, column):
+    pictures(tmp_path, "0.png", "1.png", "2.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,{column}\n0.png,train\n1.png,train\n2.png,val\n")
+    assert len(load_images(tmp_path).dataset) == 2
+    assert len(load_images(tmp_path, prefer_splits=MEASURE).dataset) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "one", "two"), [("split", "first fold", "second fold"), ("subset", "train", "cars")]
+)
+def test_split_column_of_other_words_is_left_alone(tmp_path, column, one, two):
     pictures(tmp_path, "0.png", "1.png")
-    (tmp_path / "metadata.csv").write_text("file_name,split\n0.png,first fold\n1.png,second fold\n")
+    (tmp_path / "metadata.csv").write_text(f"file_name,{column}\n0.png,{one}\n1.png,{two}\n")
     assert len(load_images(tmp_path).dataset) == 2
 
 
