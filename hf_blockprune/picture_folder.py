@@ -12,9 +12,10 @@ from PIL import Image
 
 from .errors import DataError
 from .pictures import BROKEN, register_plugins
-from .splits import WORDS, look_like_splits, split_of, splits_by_name
+from .splits import WORDS, look_like_splits, split_of, splits_by_name, spoken_split
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+SPLIT_COLUMNS = ("split", "data_split", "subset", "partition", "set")
 # Files that lie beside pictures and are none, which nobody misses.
 COMPANIONS = {".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".html"}
 COMPANIONS |= {".py", ".ipynb", ".sh", ".log", ".ini", ".db", ".lock", ".pdf", ".mat", ".npy", ".npz", ".pkl", ".cache"}
@@ -115,7 +116,11 @@ def split_folders(root: Path, image_folders: Iterable[tuple[str, ...]]) -> dict[
     folders = set(image_folders)
     tops = sorted({parts[0] for parts in folders if parts})
     if tops and () not in folders:
-        if splits := splits_by_name(tops):
+        inner = {parts[1] if len(parts) > 1 else "" for parts in folders}
+        splits = splits_by_name(tops)
+        if len(tops) == 1 and len(set((splits_by_name(inner) or {}).values())) > 1:
+            splits = None  # "train/train" and "train/val": the data set is called like a split
+        if splits:
             found: dict[str, list[Path]] = {}
             for top, split in sorted(splits.items(), key=lambda item: list(WORDS).index(item[1])):
                 found.setdefault(split, []).append(root / top)
@@ -159,16 +164,18 @@ def table_splits(root: Path, suffixes: set[str]) -> dict[str, list[Path]] | None
 
 def _split_of_file(path: Path) -> str | None:
     """By the nearest folder, or the name, that says one."""
-    return next((found for part in (path.stem, *reversed(path.parts[:-1])) if (found := _spoken_split(part))), None)
+    return next(
+        (found for part in (path.stem, *reversed(path.parts[:-1])) if (found := _split_of_numbered(part))), None
+    )
 
 
-def _spoken_split(name: str) -> str | None:
+def _split_of_numbered(name: str) -> str | None:
     """Files are numbered: "train-00000-of-00002"."""
     return split_of(re.sub(r"\d+-of-\d+|\b(shard|part)\b", "", name.lower()))
 
 
 def by_split_column(dataset: Any, name: str) -> Any:
-    """Splits of what has a column `split` that names some; else the data set as it is.
+    """Splits of what has a column `split`, or one of a like name, that names some; else the data set as it is.
 
     Raises:
         DataError: some rows say no split.
@@ -176,19 +183,22 @@ def by_split_column(dataset: Any, name: str) -> Any:
     import datasets
 
     rows = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-    feature = (rows.features or {}).get("split")
-    if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        return dataset
-    said = list(dict.fromkeys(row["split"] for row in rows.select_columns(["split"])))
-    if not any(split_of(value) for value in said if value):
-        return dataset
-    if None in said:
-        raise DataError(f"{name}: its column split says nothing in some rows; fill it in, or take it out")
-    spelled: dict[str, list[str]] = {}
-    for value in said:
-        spelled.setdefault(split_of(value) or value, []).append(value)
-    kind: Any = datasets.DatasetDict if isinstance(rows, datasets.Dataset) else datasets.IterableDatasetDict
-    return kind({split: rows.filter(_In(values), input_columns="split") for split, values in spelled.items()})
+    for column, feature in (rows.features or {}).items():
+        if column.lower() not in SPLIT_COLUMNS or getattr(feature, "dtype", None) not in ("string", "large_string"):
+            continue
+        said = list(dict.fromkeys(row[column] for row in rows.select_columns([column])))
+        words = [split_of(value) for value in said if value]
+        # A "set" or "subset" may be many things.
+        if not any(words) or (None in words and column.lower() != "split"):
+            continue
+        if None in said:
+            raise DataError(f"{name}: its column {column} says nothing in some rows; fill it in, or take it out")
+        spelled: dict[str, list[str]] = {}
+        for value in said:
+            spelled.setdefault(split_of(value) or value, []).append(value)
+        kind: Any = datasets.DatasetDict if isinstance(rows, datasets.Dataset) else datasets.IterableDatasetDict
+        return kind({split: rows.filter(_In(values), input_columns=column) for split, values in spelled.items()})
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -203,13 +213,15 @@ class _In:
 
 def _refuse_mixtures(root: Path, folders: set[tuple[str, ...]], tops: list[str]) -> None:
     """Training pictures and those to measure on would become one set."""
-    named = [top for top in tops if split_of(top)]
     inside = {top: {parts[1] for parts in folders if len(parts) > 1 and parts[0] == top} for top in tops}
-    others = set().union(*(inside[top] for top in tops if top not in named))
-    several = len({split_of(top) for top in named if inside[top]}) > 1
-    if several or any(inside[top] & others for top in named):
+    # Classes are folders without folders: "seg_train/cat" and "seg_test/cat" are none, "crash test" may be one.
+    named = [top for top in tops if split_of(top) or (inside[top] and spoken_split(top))]
+    others = [inside[top] for top in tops if top not in named]
+    several = len({spoken_split(top) for top in named if inside[top]}) > 1 or (() in folders and look_like_splits(tops))
+    beside_flat = not all(others) and any(inside[top] for top in named if split_of(top))
+    if several or beside_flat or any(inside[top] & set().union(*others) for top in named):
         raise _ambiguous(root, tops, named)
-    deeper = sorted({parts[-1] for parts in folders if len(parts) > 1 and split_of(parts[-1])})
+    deeper = sorted({part for parts in folders for part in parts[1:] if split_of(part)})
     if len({split_of(name) for name in deeper}) > 1:
         raise DataError(
             f"{root}: {', '.join(deeper)} lie inside of {', '.join(tops[:3])}{', ...' * (len(tops) > 3)}; put classes "

@@ -1,7 +1,8 @@
 """Stored pictures as images of 8 bits a channel, upright, with the channels that a model takes.
 
 What is white follows from how a picture is stored, not from its own brightest pixel: stretching each picture by itself
-would make pictures equally bright that are not, and a model saw them as they are.
+would make pictures equally bright that are not, and a model saw them as they are. Only values that no format explains
+are stretched, which is said.
 """
 
 import io
@@ -36,7 +37,8 @@ TURNS = {
 }
 BITS_TAG, PHOTOMETRIC_TAG, SIGN_TAG = 258, 262, 339  # of TIFF
 WHITE_IS_ZERO, SIGNED = 0, 2
-# Resampling overshoots: a picture from 0 to 1 may reach this far beyond. One from 0 to 255 that does not is all black.
+# Resampling overshoots: floats from 0 to 1, or to 255, may reach this share beyond. What is another format with such
+# values would be all black.
 OVERSHOOT = 0.25
 NEARLY_BLACK = 16  # of 255
 
@@ -65,7 +67,7 @@ def decode_image(stored: Any, decoding: Decoding | None = None) -> Image.Image:
 
     EXIF that cannot be read is ignored. Pictures of 16 bits are scaled by their whole range, 65535, those of 32 by the
     least of 255, 65535 and their whole range that holds their values, those in floating point by the least of 1, 255
-    and 65535.
+    and 65535. Other values are stretched from the picture's darkest to its brightest, with a warning.
 
     Args:
         stored: the {"bytes", "path"} record of `datasets`, a PIL image, or an array [height, width],
@@ -174,32 +176,47 @@ def _to_8_bits(image: Image.Image, white: float | None) -> Image.Image:
 
 
 def _shades(values: np.ndarray, ranges: tuple[float, ...], *, given: bool) -> np.ndarray:
-    """Values as uint8: the least range that holds them becomes 0 to 255.
+    """Values as uint8: the least range that holds them becomes 0 to 255, or else their own.
+
+    What is no number becomes black, infinity the end of the range on its side.
 
     Raises:
-        ValueError: none does, or there are values that are no numbers.
+        ValueError: none of them is a number.
     """
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    if not np.isfinite([low, high]).all():
-        raise ValueError("it holds values that are infinite or no numbers")
-    margins = {white: OVERSHOOT if white == 1 else 0.0 for white in ranges}
-    white = next((w for w, margin in margins.items() if high <= w + margin and low >= -margin), None)
+    numbers = values[np.isfinite(values)]
+    if values.size and not numbers.size:
+        raise ValueError("none of its values is a number")
+    low, high = (float(numbers.min()), float(numbers.max())) if values.size else (0.0, 0.0)
+    black, white = 0.0, ranges[0] if given else _white(low, high, ranges, floating=values.dtype.kind == "f")
     if white is None:
-        if not given:
-            raise ValueError(
-                f"its values go from {low:g} to {high:g}, of which nothing says what is black or white; store 8 bits, "
-                "or values from 0 and say what is white (white in the data set's description)"
-            )
-        (white,) = ranges
-    # Of 16 bits the high byte, as Pillow itself makes it of coloured pictures.
-    high_byte = white == 65535 and values.dtype.kind in "iu"
-    shades = np.clip(values >> 8 if high_byte else np.round(values * (255 / white)), 0, 255).astype(np.uint8)
-    if values.size and high > 0 and shades.max() < NEARLY_BLACK:
+        black, white = low, high
+        # One text for all pictures, or it would be said of each.
+        logger.warning_once(
+            "Pictures of more than 8 bits are stretched from their own darkest to their own brightest value, since "
+            "nothing says what is black or white in them. Say which value is white (white in the data set's "
+            "description)."
+        )
+    if black == 0 and white == 65535 and values.dtype.kind in "iu":
+        shades = values >> 8  # the high byte, as Pillow itself makes it of coloured pictures
+    else:
+        with np.errstate(invalid="ignore"):  # what is no number yet
+            shades = np.round((values.astype(np.float64) - black) * (255 / ((white - black) or 1)))
+    shades = np.nan_to_num(np.clip(shades, 0, 255), nan=0).astype(np.uint8)
+    if values.size and high > 0 and shades.max() <= NEARLY_BLACK:
         logger.warning_once(
             "Pictures of more than 8 bits come out nearly black: their values use a small part of what their format "
             "can hold. Say which value is white (white in the data set's description)."
         )
     return shades
+
+
+def _white(low: float, high: float, ranges: tuple[float, ...], *, floating: bool) -> float | None:
+    """The least range that holds values from low to high; None without one, or where 32 bits would be nearly black."""
+    for white in ranges:
+        share = OVERSHOOT if floating and white <= 255 else 0.0
+        if -share * max(1, high) <= low and high <= white * (1 + share):
+            return white if white <= 65535 or high * 255 > NEARLY_BLACK * white else None
+    return None
 
 
 def _from_array(values: np.ndarray, white: float | None) -> Image.Image:

@@ -114,7 +114,11 @@ class DataSource:
             if files:
                 # `datasets` takes brackets in names for patterns.
                 exactly = [file if is_url(file) else glob.escape(file) for file in files]
-                return self._load(_builder(files, self.name), data_files={"train": exactly}), []
+                data_files = {"train": exactly}
+                suffixes = _suffixes(files)
+                if (builder := _builder(suffixes, self.name)) == "imagefolder":
+                    return self._load_suffixes(data_files, suffixes), []
+                return self._load(builder, data_files=data_files), []
             return self._open_folder(path) if path.exists() else (self._load(str(self.path)), [])
         except read_errors() as error:
             named = not files and not path.exists()
@@ -154,7 +158,7 @@ class DataSource:
         return self._load_pictures(splits, listing, drop_labels=True if flat else None), listing.left_out
 
     def _load_pictures(self, splits: dict[str, list[Path]], listing: Any, drop_labels: bool | None = None) -> Any:
-        from .picture_folder import image_suffixes, load_more_suffixes, loader_suffixes, read_files
+        from .picture_folder import loader_suffixes, read_files
 
         if any(Path(Path(name).stem).suffix.lower() in loader_suffixes() for name in listing.left_out):
             # The loader takes "half.jpg.part" for a picture, unless files are named one by one.
@@ -164,7 +168,13 @@ class DataSource:
             }
         else:
             data_files = {split: [_everything(folder) for folder in folders] for split, folders in splits.items()}
-        if self.config is not None or not listing.suffixes & image_suffixes() - loader_suffixes():
+        return self._load_suffixes(data_files, listing.suffixes, drop_labels)
+
+    def _load_suffixes(self, data_files: Any, suffixes: set[str], drop_labels: bool | None = None) -> Any:
+        """Pictures, also of formats that Pillow opens and the loader does not know."""
+        from .picture_folder import image_suffixes, load_more_suffixes, loader_suffixes
+
+        if self.config is not None or not suffixes & image_suffixes() - loader_suffixes():
             return self._load("imagefolder", data_files=data_files, drop_labels=drop_labels)
         return load_more_suffixes(data_files, streaming=self.streaming, drop_labels=drop_labels)
 
@@ -226,11 +236,15 @@ def _existing(file: str) -> str:
     return str(path.resolve())
 
 
-def _builder(files: Sequence[str], name: str) -> str:
+def _suffixes(files: Sequence[str]) -> set[str]:
+    """In lower case, without what follows the path in a URL."""
+    return {Path(re.sub(r"[?#].*", "", file) if is_url(file) else file).suffix.lower() for file in files}
+
+
+def _builder(suffixes: set[str], name: str) -> str:
     """The loader for files of one kind."""
     from .picture_folder import image_suffixes
 
-    suffixes = {Path(re.sub(r"[?#].*", "", file) if is_url(file) else file).suffix.lower() for file in files}
     if suffixes <= image_suffixes():
         return "imagefolder"
     if len(suffixes) == 1 and (builder := BUILDERS.get(next(iter(suffixes)))):

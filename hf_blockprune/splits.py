@@ -19,7 +19,7 @@ _WORD = re.compile(rf"({'|'.join(sorted(_SPLIT, key=len, reverse=True))})({'|'.j
 
 
 def choose_split(splits: Sequence[str], split: str | None, prefer: Sequence[str], name: str) -> str:
-    """The split that was asked for, or the first preferred one in any spelling, or the only one.
+    """The split that was asked for, or the first preferred one, or the only one; their spelling does not matter.
 
     Raises:
         DataError: there is none such, or several.
@@ -27,6 +27,10 @@ def choose_split(splits: Sequence[str], split: str | None, prefer: Sequence[str]
     if split is not None:
         if split in splits:
             return split
+        # Not by `split_of` of what was asked for: "train[:10%]" is another thing than "train".
+        spelled = [one for one in splits if split.lower() in (one.lower(), split_of(one))]
+        if len(spelled) == 1:
+            return spelled[0]
         raise DataError(f"{name}: has no split {split!r}; choose one of {', '.join(splits)}")
     for candidate in prefer:
         spelled = [candidate] if candidate in splits else [s for s in splits if split_of(s) == candidate]
@@ -64,18 +68,28 @@ def splits_by_name(names: Iterable[str]) -> dict[str, str] | None:
 
 def look_like_splits(names: Iterable[str]) -> bool:
     """Whether each name holds the word of a split, and they hold those of several."""
-    found = {_taken_apart(name)[0] for name in names}
+    found = {spoken_split(name) for name in names}
     return None not in found and len(found) > 1
+
+
+def spoken_split(name: str) -> str | None:
+    """The only split that a word of a name means, whatever else the name says: "seg_train", "trainA"."""
+    return _taken_apart(name)[0]
 
 
 def _taken_apart(name: str) -> tuple[str | None, list[str]]:
     """(the only split that a word of the name means, the other words without numbers)."""
     found: list[str] = []
     rest = []
-    for word in re.findall(r"[^\W\d_]+", name.lower()):
+    for word in _words(name):
         match = _WORD.fullmatch(word)
         if match:
             found.append(_SPLIT[match.group(1)])
         else:
             rest.append(word)
     return (found[0], rest) if len(set(found)) == 1 else (None, rest)
+
+
+def _words(name: str) -> list[str]:
+    """In lower case; "trainA" is two of them."""
+    return re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())

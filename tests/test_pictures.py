@@ -91,9 +91,10 @@ def test_brightness_of_two_pictures_stays_in_proportion():
     assert np.asarray(dark).mean() * 4 == pytest.approx(np.asarray(bright).mean(), rel=0.02)
 
 
-def test_overshoot_of_resampling_does_not_make_a_picture_black():
+@pytest.mark.parametrize("white", [1, 255])
+def test_overshoot_of_resampling_does_not_make_a_picture_black(white):
     values = (RAMP / 65535 * 1.1 - 0.05).astype(np.float32)
-    decoded = np.asarray(decode_image(stored(values, "TIFF")))[..., 0]
+    decoded = np.asarray(decode_image(stored(values * white, "TIFF")))[..., 0]
     assert np.abs(decoded - np.clip(255 * values, 0, 255)).max() <= 1
 
 
@@ -112,23 +113,44 @@ def test_pictures_that_come_out_nearly_black_are_spoken_of(monkeypatch):
     said = []
     monkeypatch.setattr("hf_blockprune.pictures.logger.warning_once", said.append)
     decode_image(stored((RAMP >> 4).astype(np.uint16), "PNG"))
+    decode_image(stored((RAMP >> 4).astype(np.float32), "TIFF"))
     decode_image(stored(np.zeros((4, 4), np.uint16), "PNG"))
     decode_image(stored(RAMP.astype(np.uint16), "PNG"))
-    assert len(said) == 1
-    assert "nearly black" in said[0]
+    assert ["nearly black" in text for text in said] == [True, True]
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    "values",
     [
-        (np.full((4, 4), np.nan, np.float32), "infinite or no numbers"),
-        (np.full((4, 4), -1000, np.int32), "its values go from -1000 to -1000"),
-        (np.linspace(-1024, 3071, 16, dtype=np.float32).reshape(4, 4), "its values go from -1024 to 3071"),
+        (RAMP * 15).astype(np.int32),  # 20 bits, which the 31 of the format would make black
+        (RAMP / 16 - 1024).astype(np.int32),
+        (RAMP / 16 - 1024).astype(np.float32),
+        (RAMP * 100.0).astype(np.float32),
+        (RAMP / 32760 - 1).astype(np.float32),
     ],
+    ids=["20 bits", "negative", "negative floats", "large floats", "from -1 to 1"],
 )
-def test_values_of_which_nothing_says_what_is_white_are_refused(values, expected):
-    with pytest.raises(ValueError, match=expected):
-        decode_image(stored(values, "TIFF"))
+def test_values_that_no_format_explains_are_stretched_and_spoken_of(values, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_blockprune.pictures.logger.warning_once", said.append)
+    decoded = np.asarray(decode_image(stored(values, "TIFF")))[..., 0]
+    assert np.abs(decoded - 255 * RAMP / RAMP.max()).max() <= 1
+    assert ["stretched from their own darkest" in text for text in said] == [True]
+
+
+@pytest.mark.parametrize("whole", [1, 255, 65535, 10**6])
+def test_what_is_no_number_is_black_and_infinity_an_end(whole):
+    values = (RAMP / RAMP.max() * whole).astype(np.float32)
+    values[5, :3] = np.nan, np.inf, -np.inf
+    decoded = np.asarray(decode_image(stored(values, "TIFF")))[..., 0]
+    assert decoded[5, :3].tolist() == [0, 255, 0]
+    rest = np.isfinite(values)
+    assert np.abs(decoded - 255 * RAMP / RAMP.max())[rest].max() <= 1
+
+
+def test_pictures_without_a_number_are_none():
+    with pytest.raises(ValueError, match="none of its values is a number"):
+        decode_image(stored(np.full((4, 4), np.nan, np.float32), "TIFF"))
 
 
 MODES = ["1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"]
@@ -385,8 +407,8 @@ def test_processors_that_give_something_else_are_refused():
 
 def test_too_many_broken_pictures_are_refused_with_a_reason(tmp_path):
     greys(tmp_path)
-    Image.fromarray(np.full((32, 32), -5, np.int32)).save(tmp_path / "class 0" / "dark.tif")
-    with pytest.raises(DataError, match=r"1 of 21 images cannot be decoded.*dark\.tif: its values go from -5 to -5"):
+    Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(tmp_path / "class 0" / "none.tif")
+    with pytest.raises(DataError, match=r"1 of 21 images cannot be decoded.*none\.tif: none of its values"):
         pruner_of(tiny_model(), processor_of()).prune(tmp_path)
 
 
@@ -416,3 +438,17 @@ def test_formats_that_pillow_reads_and_the_loader_does_not_know(tmp_path, stream
     assert sorted(r["image"]["path"].rsplit("/", 1)[-1] for r in found.dataset) == ["1.avif", "2.PNG", "3.AVIF"]
     assert found.class_names == ("class 0", "class 1")
     assert found.left_out == ()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("how", ["a file", "a list", "a pattern"])
+def test_such_files_may_be_named_one_by_one(tmp_path, how, streaming):
+    for number in (1, 2):
+        Image.fromarray(noise(seed=number)).save(tmp_path / f"{number}.avif")
+    one, two = str(tmp_path / "1.avif"), str(tmp_path / "2.avif")
+    named = {"a file": one, "a list": [one, two], "a pattern": str(tmp_path / "*.avif")}[how]
+    found = list(load_images(DataSource(named, streaming=streaming)).dataset)
+    assert len(found) == (1 if how == "a file" else 2)
+    for seed, record in enumerate(found, start=1):
+        assert abs(np.asarray(decode_image(record["image"])).mean() - noise(seed=seed).mean()) < 2

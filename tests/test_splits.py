@@ -56,7 +56,7 @@ def test_names_that_differ_in_the_split_alone():
     ("train", "other"),
     [("Train", "Val"), ("TRAIN", "TEST"), ("train_set", "val2017"), ("training", "validation_set"),
      ("trainset", "Testing"), ("train-clean", "test-clean"), ("birds_train", "birds_val"),
-     ("inside/Train", "inside/Val")],
+     ("inside/Train", "inside/Val"), ("trainA", "testA"), ("train/train", "train/val")],
 )  # fmt: skip
 def test_split_folders_in_any_spelling(tmp_path, train, other):
     classes_in(tmp_path, train, other)
@@ -71,6 +71,7 @@ def test_split_folders_in_any_spelling(tmp_path, train, other):
         (("train", "val", "extra"), "holds extra, train, val, of which train, val look like splits beside others"),
         (("Train", "holdout"), "holds Train, holdout, of which Train look like splits"),
         (("train_station", "test_tube"), "they may be splits or classes"),
+        (("trainA", "testA", "trainB", "testB"), "they may be splits or classes"),
     ],
 )
 def test_folders_that_may_be_splits_or_not_are_refused(tmp_path, folders, expected):
@@ -84,7 +85,30 @@ def test_splits_inside_of_classes_are_refused(tmp_path):
         load_images(tmp_path)
 
 
-@pytest.mark.parametrize("folders", [("bus", "car", "train"), ("test", "train", "bus"), ("steam train", "model train")])
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("scan_train/cat", "scan_test/cat", "scan_new"), "of which scan_test, scan_train look like splits beside"),
+        (("train/cat", "train/dog", "holdout"), "holds holdout, train, of which train look like splits"),
+        (("photos/train/cat", "photos/val/cat", "masks/train/cat"), "train, val lie inside of masks, photos"),
+        (("2020/train/cat", "2020/val/cat", "2021/val/cat"), "train, val lie inside of 2020, 2021"),
+        (("train", "val", "."), "holds train, val, of which train, val look like splits beside others"),
+    ],
+)
+def test_splits_beside_what_is_none_never_become_one_set(tmp_path, names, expected):
+    with pytest.raises(DataError, match=expected):
+        load_images(pictures(tmp_path, *(f"{name}/0.png" for name in names)))
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("bus", "car", "train"),
+        ("test", "train", "bus"),
+        ("steam train", "model train"),
+        ("crash test", "steam train", "bus"),
+    ],
+)
 def test_classes_named_like_splits_stay_classes(tmp_path, folders):
     found = load_images(pictures(tmp_path, *(f"{name}/0.png" for name in folders)))
     assert found.class_names == tuple(sorted(folders))
@@ -108,9 +132,20 @@ def test_split_column_of_metadata(tmp_path, streaming):
     assert [row["label"] for row in load_images(source, split="test").dataset] == [3]
 
 
-def test_split_column_of_other_words_is_left_alone(tmp_path):
+@pytest.mark.parametrize("column", ["Split", "data_split", "subset", "partition", "Set"])
+def test_split_column_may_be_called_otherwise(tmp_path, column):
+    pictures(tmp_path, "0.png", "1.png", "2.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,{column}\n0.png,train\n1.png,train\n2.png,val\n")
+    assert len(load_images(tmp_path).dataset) == 2
+    assert len(load_images(tmp_path, prefer_splits=MEASURE).dataset) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "one", "two"), [("split", "first fold", "second fold"), ("subset", "train", "cars")]
+)
+def test_split_column_of_other_words_is_left_alone(tmp_path, column, one, two):
     pictures(tmp_path, "0.png", "1.png")
-    (tmp_path / "metadata.csv").write_text("file_name,split\n0.png,first fold\n1.png,second fold\n")
+    (tmp_path / "metadata.csv").write_text(f"file_name,{column}\n0.png,{one}\n1.png,{two}\n")
     assert len(load_images(tmp_path).dataset) == 2
 
 
@@ -151,3 +186,14 @@ def test_splits_of_a_dictionary_in_any_spelling():
     assert choose_split(["Training", "hold"], None, ("train",), "x") == "Training"
     with pytest.raises(DataError, match=r"name a split; train\.clean, train\.other may each be meant"):
         choose_split(["train.clean", "train.other"], None, ("train",), "x")
+
+
+@pytest.mark.parametrize(("asked", "found"), [("VAL2017", "val2017"), ("Validation", "val2017"), ("train", "Train")])
+def test_a_split_is_asked_for_in_any_spelling(asked, found):
+    assert choose_split(["Train", "val2017"], asked, MEASURE, "x") == found
+
+
+@pytest.mark.parametrize("asked", ["train[:10%]", "holdout", "test"])
+def test_a_split_that_is_not_there_or_may_be_several_is_refused(asked):
+    with pytest.raises(DataError, match="has no split"):
+        choose_split(["train", "test1", "test2"], asked, (), "x")
