@@ -13,10 +13,11 @@ from .columns import label_of
 from .errors import DataError
 from .image_set import ImageSet
 from .labels import Labels
-from .model_input import ModelInput, channels_of, preprocess, stacked
+from .model_input import ModelInput, preprocess, stacked
 from .opening import load_images
 from .pictures import BROKEN, decode_image, name_of, stored_pixels
 from .reading import read_errors, reason
+from .skeleton import channels_of
 from .tasks import NO_LABEL
 
 if TYPE_CHECKING:

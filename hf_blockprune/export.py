@@ -64,7 +64,7 @@ def export_checkpoint(
     model = model.eval()
     target = Path(output).expanduser()
     size = find_input(model, processor).size or image_size(model.config, processor.to_dict())
-    pixels = _pixels(channels_of(model), size)
+    pixels = _pixels(channels_of(model.config, model), size)
     expected = {batch: _answers(model, pixels(batch)) for batch in BATCHES}
     write = {"dense": _write_dense, "onnx": _write_onnx, "torch-export": _write_program}[form]
     opened = staged_directory(target, overwrite=overwrite) if form == "dense" else _staged_file(target, overwrite)

@@ -123,7 +123,7 @@ class Finetuning:
             make_sparse(self.model, settings.gradual)
         self.pruning = self._plan_pruning(steps)
         teacher = None if self.teacher is None else _single(copied(self.teacher).to(device)).eval()
-        blank = torch.zeros(1, channels_of(self.model), *size, device=device)
+        blank = torch.zeros(1, channels_of(self.model.config, self.model), *size, device=device)
         # A copy trains, which processes may wrap or shard.
         self.student = Student(copied(self.model), teacher, settings, self.accelerator, blank, self.data.task)
         self.best: dict[str, Tensor] | None = None

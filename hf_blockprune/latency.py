@@ -44,7 +44,7 @@ def measure_latency(
     rows, pixels = [], torch.empty(0)
     with evaluating(*models.values()):
         for batch in sorted(batch_sizes):
-            pixels = torch.zeros(batch, channels_of(pruned), *image_size, device=device, dtype=dtype)
+            pixels = torch.zeros(batch, channels_of(pruned.config, pruned), *image_size, device=device, dtype=dtype)
             rows.append(_row(models, pixels, seconds))
     found = environment()
     return {

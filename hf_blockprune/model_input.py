@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import DataError, ModelError
 from .hardware.flops import image_size
 from .pictures import MODES
+from .skeleton import channels_of
 
-CHANNELS = ("num_channels", "in_channels", "in_chans")
 PROBES = ((160, 120), (96, 144))  # (width, height) of pictures that show whether all are brought to one size
 
 
@@ -39,16 +39,6 @@ class ModelInput:
                 f"{name}: an image is {_times(pixels.shape[-2:])}, the model takes {_times(self.size)} (height x "
                 "width); let the image processor resize (do_resize=True and its size)"
             )
-
-
-def channels_of(config: Any, model: nn.Module | None = None) -> int:
-    """Channels of a model's images: what its config says, or its first convolution, or 3."""
-    for holder in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
-        for name in CHANNELS:
-            if isinstance(found := getattr(holder, name, None), int):
-                return found
-    modules = model.modules() if model is not None else ()
-    return next((module.in_channels for module in modules if isinstance(module, nn.Conv2d)), 3)
 
 
 def find_input(model: Any, processor: Any) -> ModelInput:

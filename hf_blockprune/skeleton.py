@@ -45,11 +45,11 @@ def _weightless(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def channels_of(model: nn.Module) -> int:
+def channels_of(config: Any, model: nn.Module | None = None) -> int:
     """Channels of the images that a model takes: what its config says, or its first convolution, or 3."""
-    config = getattr(model, "config", None)
     for holder in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
         for name in CHANNEL_NAMES:
             if isinstance(found := getattr(holder, name, None), int):
                 return found
-    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    modules = model.modules() if model is not None else ()
+    return next((module.in_channels for module in modules if isinstance(module, nn.Conv2d)), 3)

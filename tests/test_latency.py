@@ -38,10 +38,10 @@ def test_every_batch_size_is_a_row_of_consistent_numbers(pruner):
 
 
 def test_the_slower_model_is_told_from_the_faster_one(pruner, processor):
-    """Against a dense model of many more layers the small one wins, whatever the machine does."""
+    """The median of many turns, against a dense model of many more layers."""
     large = BlockPruner(tiny_model(num_hidden_layers=24), processor)
-    row = pruner.benchmark(against=large, seconds=0.0)["rows"][0]
-    assert row["speedup"] > 2
+    row = pruner.benchmark(against=large, seconds=1.0)["rows"][0]
+    assert row["speedup"] > 1
     assert row["dense_latency_ms"] > row["latency_ms"]
 
 

@@ -96,7 +96,7 @@ def dry_run(dense: nn.Module, size: tuple[int, int]) -> tuple[Any, Tensor]:
     """
     refused: Exception | None = None
     for height, width in dict.fromkeys((size, *_sizes(dense.config, {}))):
-        pixels = torch.empty(1, channels_of(dense), height, width, dtype=dtype_of(dense), device="meta")
+        pixels = torch.empty(1, channels_of(dense.config, dense), height, width, dtype=dtype_of(dense), device="meta")
         try:
             return dense(pixel_values=pixels), pixels
         except Exception as error:  # what a model's code does with inputs that it does not take
