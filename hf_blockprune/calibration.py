@@ -91,17 +91,9 @@ def collect(
                         f"{error.what} for calibration image {images.file_name(error.index)} are not finite; check the "
                         "image, the model's weights and its dtype"
                     ) from None
-    _share_counts(corrupt)
+    corrupt.gather()
     corrupt.check()
     return {name: a.finish(accelerator) for name, a in accumulators.items()}, corrupt
-
-
-def _share_counts(corrupt: CorruptImages) -> None:
-    from accelerate.utils import gather_object
-
-    counts = gather_object([(corrupt.seen, corrupt.files)])
-    corrupt.seen = sum(seen for seen, _ in counts)
-    corrupt.files = sorted(file for _, files in counts for file in files)
 
 
 def _run(

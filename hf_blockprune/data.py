@@ -78,6 +78,14 @@ class CorruptImages:
         self.files += batch["corrupt"]
         self.seen += len(batch["corrupt"]) + len(batch["index"])
 
+    def gather(self) -> None:
+        """Add up over processes."""
+        from accelerate.utils import gather_object
+
+        counts = gather_object([(self.seen, self.files)])
+        self.seen = sum(seen for seen, _ in counts)
+        self.files = sorted(file for _, files in counts for file in files)
+
     def check(self) -> None:
         """Raise DataError where more than 1 % of the images seen so far are corrupt."""
         if self.seen == 0:

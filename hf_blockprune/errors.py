@@ -18,6 +18,11 @@ __all__ = [
 ]
 
 
+def first_line(error: BaseException | None) -> str:
+    """The first line of an error of others that says something, or its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class BlockPruneError(Exception):
     """Base class of the errors this package raises on purpose."""
 

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from .data import CorruptImages, ImageSet, batches, num_batches
 from .errors import DataError
+from .modes import evaluating
 from .paired import PairedChange, mean_change, paired_change
 from .scores import SCORES, main_score
 from .tasks import MULTI, SINGLE, missing, task_of
@@ -159,20 +160,19 @@ def predict(
             f"{images.name}: has no labels, so accuracy cannot be measured; add a metadata.csv with columns file_name "
             "and label, or sort the images into one folder a class"
         )
-    model.to(accelerator.device).eval()
+    model.to(accelerator.device)
     rows: list[tuple[int, Any, list[Any]]] = []
     corrupt = CorruptImages(images.name)
     stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=config)
     total = num_batches(images, batch_size, accelerator.num_processes)
-    for batch in logging.tqdm(stream, total=total, desc="Evaluation", disable=not accelerator.is_main_process):
-        corrupt.count(batch)
-        if "pixel_values" in batch:
-            rows += _answers(model, batch, images.name, problem)
-    gathered = gather_object([(rows, corrupt.files, corrupt.seen)])
-    corrupt.files = sorted(file for _, files, _ in gathered for file in files)
-    corrupt.seen = sum(seen for _, _, seen in gathered)
+    with evaluating(model):
+        for batch in logging.tqdm(stream, total=total, desc="Evaluation", disable=not accelerator.is_main_process):
+            corrupt.count(batch)
+            if "pixel_values" in batch:
+                rows += _answers(model, batch, images.name, problem)
+    corrupt.gather()
     corrupt.check()
-    rows = sorted(row for part, _, _ in gathered for row in part)
+    rows = sorted(gather_object(rows))
     index, labels, answers = (np.array(column) for column in zip(*rows, strict=True))
     if problem == SINGLE:
         return Predictions(index, labels, answers, corrupt.files)

@@ -72,11 +72,9 @@ def embed(
             if "pixel_values" in batch:
                 found = answers(model, batch["pixel_values"]).float().cpu().numpy()
                 rows += zip(batch["index"].tolist(), found, strict=True)
-    gathered = gather_object([(rows, corrupt.files, corrupt.seen)])
-    corrupt.files = sorted(file for _, files, _ in gathered for file in files)
-    corrupt.seen = sum(seen for _, _, seen in gathered)
+    corrupt.gather()
     corrupt.check()
-    rows = sorted((row for part, _, _ in gathered for row in part), key=lambda row: row[0])
+    rows = sorted(gather_object(rows), key=lambda row: row[0])
     index, values = zip(*rows, strict=True)
     return Embeddings(np.array(index), np.stack(values), corrupt.files, images.public_name)
 

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
+from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError, first_line
 
 # Those options of transformers' `from_pretrained` that say where files come from.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
@@ -56,11 +56,9 @@ def load_model(name: str, kwargs: dict[str, Any], model_class: Any = None) -> tu
             f"{name}: its safetensors file is damaged ({error}); copy or download it again"
         ) from error
     except OSError as error:
-        raise ModelError(f"{name}: no such model or folder, or a file is missing ({_first_line(error)})") from error
+        raise ModelError(f"{name}: no such model or folder, or a file is missing ({first_line(error)})") from error
     except Exception as error:  # what a stranger's config makes transformers raise has no common class
-        raise ModelError(
-            f"{name}: cannot be loaded as an image classifier or encoder ({_first_line(error)})"
-        ) from error
+        raise ModelError(f"{name}: cannot be loaded as an image classifier or encoder ({first_line(error)})") from error
     if missing:
         advice = "name the class that it was saved from (model_class=)"
         if hasattr(model, "classifier"):
@@ -137,7 +135,3 @@ def _vision_class(name: str) -> str | None:
     """The class of the vision part of a model of images and texts, such as CLIPModel."""
     names = [name.removesuffix("Model") + suffix for suffix in VISION_SUFFIXES]
     return next((vision for vision in names if hasattr(transformers, vision)), None)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

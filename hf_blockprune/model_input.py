@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .errors import DataError, ModelError
+from .errors import DataError, ModelError, first_line
 from .hardware.flops import image_size
+from .modes import evaluating
 from .pictures import MODES
 from .skeleton import channels_of
 
@@ -96,11 +97,11 @@ def preprocess(processor: Any, pictures: Sequence[Image.Image], channels: int, *
         if len(sizes) > 1:
             raise DataError(
                 f"{kind}: does not bring pictures of different sizes ({_times(sizes[0])}, {_times(sizes[-1])}) to one; "
-                f"let it resize or crop (do_resize=True and its size) ({_first_line(error)})"
+                f"let it resize or crop (do_resize=True and its size) ({first_line(error)[:200]})"
             ) from error
         raise ModelError(
-            f"{kind}: fails on a picture of {channels} channels, {_times(sizes[0])} ({_first_line(error)}); load the "
-            "image processor that belongs to the model"
+            f"{kind}: fails on a picture of {channels} channels, {_times(sizes[0])} ({first_line(error)[:200]}); load "
+            "the image processor that belongs to the model"
         ) from error
     pixels = found.get("pixel_values") if hasattr(found, "get") else None
     if pixels is None:
@@ -128,21 +129,16 @@ def stacked(pixels: Sequence[Tensor], name: str) -> Tensor:
 @torch.no_grad()
 def _refusal(model: Any, channels: int, size: tuple[int, ...]) -> str | None:
     """What a model says of an image of a size; None where it takes it."""
-    parameter, training = next(model.parameters()), model.training
+    parameter = next(model.parameters())
     try:
-        model.eval()(pixel_values=torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype))
+        with evaluating(model):
+            model(pixel_values=torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # what does not fit raises what the place in the model's code does that it does not fit
-        return _first_line(error)
-    finally:
-        model.train(training)
+        return first_line(error)[:200]
     return None
 
 
 def _times(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

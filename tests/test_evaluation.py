@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_blockprune import DataError
+from hf_blockprune import BlockPruner, DataError
 from hf_blockprune.data import decode_image, load_images
 from hf_blockprune.evaluation import Predictions, predict, summarise
 from hf_blockprune.metrics import TopKAccuracy
@@ -242,3 +242,16 @@ def test_results_can_be_written_as_json():
     assert alone == {"top1": 1.0, "top5": 1.0, "num_images": 2, "skipped": []}
     compared = json.loads(json.dumps(summarise(one, one).to_dict()))
     assert set(compared) - set(alone) == {"baseline_top1", "delta", "interval", "flipped_to_wrong", "flipped_to_right"}
+
+
+def test_a_model_in_training_is_measured_without_dropout_and_left_in_training(images, processor):
+    """As `Trainer` leaves it; parts that were frozen in evaluation mode stay in it."""
+    dropout = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+    expected = BlockPruner(tiny_model(**dropout), processor).predictions(images)
+    model = tiny_model(**dropout).train()
+    model.vit.embeddings.eval()
+    found = BlockPruner(model, processor).predictions(images)
+    assert np.array_equal(found.ranked, expected.ranked)
+    assert model.training
+    assert model.vit.layers[0].training
+    assert not model.vit.embeddings.training

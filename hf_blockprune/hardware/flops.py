@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..skeleton import channels_of, skeleton
 
 
@@ -101,11 +101,10 @@ def dry_run(dense: nn.Module, size: tuple[int, int]) -> tuple[Any, Tensor]:
             return dense(pixel_values=pixels), pixels
         except Exception as error:  # what a model's code does with inputs that it does not take
             refused = refused or error
-    reason = next((line.strip() for line in str(refused).splitlines() if line.strip()), type(refused).__name__)
     raise ModelError(
-        f"{type(dense).__name__}: does not answer images of {size[0]}x{size[1]} (height x width) alone ({reason}); "
-        "only models that take pixel_values and nothing else can be pruned, such as the vision part of one that also "
-        "takes text"
+        f"{type(dense).__name__}: does not answer images of {size[0]}x{size[1]} (height x width) alone "
+        f"({first_line(refused)}); only models that take pixel_values and nothing else can be pruned, such as the "
+        "vision part of one that also takes text"
     ) from refused
 
 

@@ -51,15 +51,6 @@ def test_fused_and_unfused_models_agree(family, activation, pixels):
     torch.testing.assert_close(answers(model, pixels), fused, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def applied(monkeypatch):
-    """The activation that the op applied in each call."""
-    seen = []
-    run = ops.run
-    monkeypatch.setattr(ops, "run", lambda x, layer, backend: seen.append(layer.activation) or run(x, layer, backend))
-    return seen
-
-
 @pytest.mark.parametrize(("kind", "name"), [("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh")])
 def test_the_two_kinds_of_gelu_are_told_apart(kind, name, pixels, applied):
     answers(sparse_model(hidden_act=kind), pixels)

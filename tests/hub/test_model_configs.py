@@ -12,21 +12,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTForImag
 from hf_blockprune import BlockSparseFormatError
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from tests.conftest import tiny_model
-from tests.hub.saved_models import OWN_KEYS, answer, assert_same, config_of, pruned, sparse_model
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory, processor):
-    """(folder, model) of a checkpoint that the pruner saved."""
-    folder = tmp_path_factory.mktemp("first") / "saved"
-    pruner = pruned(tiny_model(), processor)
-    pruner.save_pretrained(folder)
-    return folder, pruner.model
-
-
-@pytest.fixture
-def loaded(first):
-    return AutoModelForImageClassification.from_pretrained(first[0])
+from tests.hub.saved_models import OWN_KEYS, answer, assert_same, config_of, sparse_model
 
 
 def test_the_config_of_a_loaded_model_loads_it_again(first, loaded):

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.modules import module as every_module
 from torch.nn.utils import parametrize, spectral_norm
 
-from hf_blockprune.hub import blockprune_ops as ops
 from hf_blockprune.hub.blockprune_fusion import fuse, is_fused, unfuse
 from tests.conftest import tiny_model
 from tests.hub.test_fusion import answers, sparse_model
@@ -369,14 +368,6 @@ def test_a_hook_may_change_weights(pixels):
     assert not torch.allclose(changed, found, **TOLERANCE)
     fuse(model)
     torch.testing.assert_close(answers(model, pixels), changed, **TOLERANCE)
-
-
-@pytest.fixture
-def applied(monkeypatch):
-    seen = []
-    run = ops.run
-    monkeypatch.setattr(ops, "run", lambda x, layer, backend: seen.append(layer.activation) or run(x, layer, backend))
-    return seen
 
 
 def test_layers_are_fused_again_once_nobody_watches(pixels, applied):

@@ -24,25 +24,10 @@ from tests.hub.saved_models import (
     answers_of,
     assert_same,
     config_of,
-    pruned,
     run,
     sparse_model,
 )
 from tests.test_push import Client
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory, processor):
-    """(folder, model) of a checkpoint that the pruner saved."""
-    folder = tmp_path_factory.mktemp("first") / "saved"
-    pruner = pruned(tiny_model(), processor)
-    pruner.save_pretrained(folder)
-    return folder, pruner.model
-
-
-@pytest.fixture
-def loaded(first):
-    return AutoModelForImageClassification.from_pretrained(first[0])
 
 
 def train(model, folder):

@@ -1,0 +1,31 @@
+"""What several tests of the files that travel with checkpoints begin with."""
+
+import pytest
+from transformers import AutoModelForImageClassification
+
+from hf_blockprune.hub import blockprune_ops as ops
+from tests.conftest import tiny_model
+from tests.hub.saved_models import pruned
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, processor):
+    """(folder, model) of a checkpoint that the pruner saved."""
+    folder = tmp_path_factory.mktemp("first") / "saved"
+    pruner = pruned(tiny_model(), processor)
+    pruner.save_pretrained(folder)
+    return folder, pruner.model
+
+
+@pytest.fixture
+def loaded(first):
+    return AutoModelForImageClassification.from_pretrained(first[0])
+
+
+@pytest.fixture
+def applied(monkeypatch):
+    """The activation that the op applied in each call."""
+    seen = []
+    run = ops.run
+    monkeypatch.setattr(ops, "run", lambda x, layer, backend: seen.append(layer.activation) or run(x, layer, backend))
+    return seen
