@@ -27,7 +27,7 @@ from benchmarks.kernels import torch_bsr
 from benchmarks.timing import device_file, random_mask, store
 from hf_blockprune import BlockPruneConfig, sparsify
 from hf_blockprune.blocks import grid_shape
-from hf_blockprune.cli import parse_block_shape
+from hf_blockprune.cli.options import parse_block_shape
 from hf_blockprune.environment import environment
 from hf_blockprune.export import to_onnx
 from hf_blockprune.hardware.stopwatch import by_turns, median, ratio

@@ -1,33 +1,92 @@
 """Block-structured pruning of vision transformers, with checkpoints that load with `from_pretrained`.
 
-Importing the package registers the "blockprune" format with transformers, its kernels with the op, and LoRA with peft.
+Importing the package teaches torch the block-sparse op, transformers the "blockprune" format and peft LoRA on
+block-sparse layers: at once where they have been imported, else as soon as they are. Nothing heavy is imported here.
 """
 
-from ._cpu.backend import register as _register_cpu_kernels
-from .adapters import register as _register_adapters
-from .config import BlockPruneConfig, Budget, CalibrationConfig, RecoveryConfig
-from .errors import (
-    BlockPruneError,
-    BlockSparseFormatError,
-    BudgetError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    HubError,
-    ModelError,
-)
-from .evaluation import Evaluation
-from .finetune_config import AugmentConfig, DistillationConfig, FinetuneConfig, GradualConfig
-from .html_report import write_report
-from .hub.blockprune_linear import BlockSparseLinear
-from .hub.blockprune_quantizer import BlockPruneQuantizationConfig, sparsify
-from .microbatch import micro_batch
-from .pruner import BlockPruner
-from .sources import DataSource
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .after_import import after_import
 from .version import __version__
 
-_register_cpu_kernels()
-_register_adapters()
+if TYPE_CHECKING:
+    from .config import BlockPruneConfig, Budget, CalibrationConfig, RecoveryConfig
+    from .errors import (
+        BlockPruneError,
+        BlockSparseFormatError,
+        BudgetError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        HubError,
+        ModelError,
+    )
+    from .evaluation import Evaluation
+    from .finetune_config import AugmentConfig, DistillationConfig, FinetuneConfig, GradualConfig
+    from .html_report import write_report
+    from .hub.blockprune_linear import BlockSparseLinear
+    from .hub.blockprune_quantizer import BlockPruneQuantizationConfig, sparsify
+    from .microbatch import micro_batch
+    from .pruner import BlockPruner
+    from .sources import DataSource
+
+# The names that are imported when they are asked for, by module.
+_LAZY = {
+    "config": ["BlockPruneConfig", "Budget", "CalibrationConfig", "RecoveryConfig"],
+    "errors": [
+        "BlockPruneError",
+        "BlockSparseFormatError",
+        "BudgetError",
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "HubError",
+        "ModelError",
+    ],
+    "evaluation": ["Evaluation"],
+    "finetune_config": ["AugmentConfig", "DistillationConfig", "FinetuneConfig", "GradualConfig"],
+    "html_report": ["write_report"],
+    "hub.blockprune_linear": ["BlockSparseLinear"],
+    "hub.blockprune_quantizer": ["BlockPruneQuantizationConfig", "sparsify"],
+    "microbatch": ["micro_batch"],
+    "pruner": ["BlockPruner"],
+    "sources": ["DataSource"],
+}
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _extend_torch() -> None:
+    from ._cpu import backend
+    from .hub import blockprune_ops  # noqa: F401  (defines the op)
+
+    backend.register()
+
+
+def _extend_transformers() -> None:
+    from .hub import blockprune_quantizer  # noqa: F401  (registers the format)
+
+
+def _extend_peft() -> None:
+    from . import lora
+
+    lora.teach()
+
+
+after_import("torch", _extend_torch)
+after_import("transformers.modeling_utils", _extend_transformers)
+after_import("peft", _extend_peft)
 
 __all__ = [
     "AugmentConfig",

@@ -4,7 +4,10 @@
 `hf_blockprune.hub.blockprune_layout` because that file travels alone with every saved model.
 """
 
-from .hub.blockprune_layout import BlockSparseFormatError
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .hub.blockprune_layout import BlockSparseFormatError
 
 __all__ = [
     "BlockPruneError",
@@ -16,6 +19,15 @@ __all__ = [
     "HubError",
     "ModelError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The format's error, without importing torch for the others."""
+    if name == "BlockSparseFormatError":
+        from .hub.blockprune_layout import BlockSparseFormatError
+
+        return BlockSparseFormatError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def first_line(error: BaseException | None) -> str:

@@ -10,12 +10,13 @@ import pytest
 from transformers.dynamic_module_utils import get_imports
 
 import hf_blockprune
+from hf_blockprune.after_import import after_import
 
 PACKAGE = Path(hf_blockprune.__file__).parent
 NAME = "hf_blockprune"
 PURE = ("saliency", "allocation", "blocks", "reconstruction", "permutation", "packing", "residual")
 NOT_IN_PURE = ("transformers", "datasets", "accelerate", f"{NAME}.calibration", f"{NAME}.pruner", f"{NAME}.hub")
-MAY_USE_CLI = ("cli", "demo", "__main__")
+MAY_USE_TYPER = "cli"
 
 
 def module_of(path):
@@ -106,7 +107,7 @@ def test_hub_files_demand_nothing_that_transformers_does_without(path):
     assert demanded <= {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.stem not in MAY_USE_CLI], ids=file_id)
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name != MAY_USE_TYPER], ids=file_id)
 def test_nothing_imports_the_command_line(path):
     _, package = module_of(path)
     names = imported(path.read_text(encoding="utf-8"), package)
@@ -152,10 +153,74 @@ def modules_after(statement):
 
 def test_importing_the_package_leaves_heavy_and_optional_dependencies_alone():
     loaded = modules_after("import hf_blockprune")
-    assert {"hf_blockprune", "torch", "transformers"} <= loaded
-    optional = {"datasets", "evaluate", "optimum", "typer", "sklearn", "matplotlib", "onnx", "pynvml"}
-    assert loaded & optional == set()
+    heavy = {"torch", "transformers", "accelerate", "datasets", "huggingface_hub", "numpy", "PIL"}
+    optional = {"evaluate", "optimum", "typer", "sklearn", "matplotlib", "onnx", "pynvml"}
+    assert NAME in loaded
+    assert loaded & (heavy | optional | {"peft"}) == set()
+    loaded = modules_after("from hf_blockprune import BlockPruner")
+    assert {"torch", "transformers"} <= loaded
+    assert loaded & {"datasets", *optional} == set()
     assert f"{NAME}.hub.blockprune_triton" not in loaded  # torch may import triton itself, wherever it is installed
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["prune", "--help"], ["finetune", "--help"]])
+def test_help_imports_none_of_what_commands_need(arguments):
+    code = f"from {NAME}.cli import app\napp({arguments}, standalone_mode=False)"
+    assert modules_after(code) & {"torch", "transformers", "accelerate", "datasets", "numpy"} == set()
+
+
+def test_completion_imports_none_of_what_commands_need(monkeypatch):
+    monkeypatch.setenv("_BLOCKPRUNE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "blockprune simulate --device cpu")
+    monkeypatch.setenv("COMP_CWORD", "3")
+    code = f"from {NAME}.cli import app\ntry:\n    app(prog_name='blockprune')\nexcept SystemExit:\n    print()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nprint('torch' in sys.modules)".replace("from", "import sys\nfrom", 1)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert {"cpu-avx2", "cpu-avx512"} <= set(done.stdout.split())
+    assert done.stdout.split()[-1] == "False"
+
+
+def test_public_names_are_those_of_the_modules_they_are_said_to_come_from():
+    assert set(hf_blockprune.__all__) == {*hf_blockprune._MODULE_OF, "__version__"}
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    typed = {alias.name: node.module for node in block.body for alias in node.names}
+    assert typed == hf_blockprune._MODULE_OF
+    assert all(getattr(hf_blockprune, name) is not None for name in hf_blockprune.__all__)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import hf_blockprune, torch, transformers",
+        "import torch, hf_blockprune, transformers",
+        "import torch, transformers, hf_blockprune",
+        "import torch, transformers.modeling_utils, hf_blockprune",
+    ],
+)
+def test_torch_and_transformers_are_extended_in_any_order_of_imports(order):
+    code = f"""
+{order}
+assert torch.ops.blockprune.block_sparse_linear
+from transformers import AutoModelForImageClassification, ViTModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert "blockprune" in AUTO_QUANTIZER_MAPPING
+import sys
+assert not any(type(finder).__name__ == "AfterImport" and finder.name != "peft" for finder in sys.meta_path)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_version_that_cannot_be_extended_is_warned_of(monkeypatch):
+    def lacks():
+        raise ImportError("no such name")
+
+    with pytest.warns(UserWarning, match="cannot extend this version of json: no such name"):
+        after_import("json", lacks)
 
 
 def test_deciding_what_to_remove_loads_no_training_libraries():

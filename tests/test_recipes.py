@@ -72,7 +72,7 @@ def test_the_page_on_training_names_every_setting_and_options_that_exist():
     described = {"format_version", "min_kept_per_layer", "damping", "targets", "ignore"}
     assert {name for name in settings - described if not re.search(rf"\b{name}\b", text)} == set()
     recipe = typer.Typer()
-    recipe.command()(runpy.run_path(str(ROOT / "recipes/finetune.py"))["main"])
+    recipe.command()(runpy.run_path(str(ROOT / "recipes/finetune.py"))["finetune"])
     known = {option for parameter in get_command(recipe).params for option in parameter.opts}
     commands = re.findall(r"recipes/finetune\.py((?:.|\\\n)*)", text)
     assert len(commands) > 1

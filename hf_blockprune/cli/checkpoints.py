@@ -1,0 +1,136 @@
+"""Commands on pruned models as they are stored: inspect, simulate, report, export and push."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .options import Overwrite, Profile, Shown, complete_profile
+from .terminal import command
+
+Pruned = Annotated[str, typer.Argument(help="Pruned model: a folder or a Hub name.")]
+
+
+@command
+def inspect(
+    shown: Shown,
+    directory: Annotated[Path, typer.Argument(help="Folder of a pruned model.")],
+) -> None:
+    """Show what a pruned model keeps, layer by layer, and check its format."""
+    shown.begin()
+    from ..inspection import inspect_checkpoint
+    from ..tables import inspect_table
+
+    shown.result(inspect_checkpoint(directory), inspect_table)
+
+
+@command
+def simulate(
+    shown: Shown,
+    directory: Annotated[Path, typer.Argument(help="Folder of a pruned model.")],
+    device: Profile = "systolic-32",
+    dataflow: Annotated[
+        Literal["ws", "os", "is"] | None,
+        typer.Option("--dataflow", help="Of a systolic array.", show_default="the profile's"),
+    ] = None,
+    overlap: Annotated[
+        bool | None,
+        typer.Option(
+            "--overlap/--no-overlap", help="Whether an array loads while it works.", show_default="the profile's"
+        ),
+    ] = None,
+    arrays: Annotated[
+        int | None, typer.Option("--arrays", min=1, help="Arrays side by side.", show_default="the profile's")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images.")] = 1,
+) -> None:
+    """Work out what a pruned and a dense model take on a device: cycles, utilisation, latency and energy."""
+    shown.begin()
+    from ..simulation import simulate_checkpoint
+    from ..tables import simulation_table
+
+    options = {"dataflow": dataflow, "overlap": overlap, "arrays": arrays, "batch": batch_size}
+    shown.result(simulate_checkpoint(directory, device, **options), simulation_table)
+
+
+@command
+def report(
+    shown: Shown,
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Pruned models: folders or Hub names; several are compared.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--device",
+            help="Device profile to predict for: a name or a YAML file; may be repeated.",
+            autocompletion=complete_profile,
+            show_default="those of the saved predictions",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a pass on --device.")] = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write one HTML page about pruned models: what they keep, cost and get right."""
+    shown.begin()
+    from ..html_report import write_report
+    from ..tables import plain_table
+
+    made = write_report(checkpoints, output, devices=device, batch_size=batch_size, overwrite=overwrite)
+    values = {"output": str(output), "checkpoints": [checkpoint.values for checkpoint in made]}
+    size = output.expanduser().stat().st_size
+    shown.result(
+        values,
+        lambda values: plain_table("report", {"output": values["output"], "size bytes": size, "models": len(made)}),
+    )
+
+
+@command
+def export(
+    shown: Shown,
+    directory: Pruned,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder (--dense) or file to write.")],
+    dense: Annotated[bool, typer.Option("--dense", help="A stock dense folder; loads without this package.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="An ONNX file of the dense form, for any batch size.")] = False,
+    torch_export: Annotated[
+        bool, typer.Option("--torch-export", help="A torch.export program; block-sparse, so it needs this package.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a pruned model in another form, and check that it answers alike."""
+    shown.begin()
+    from ..export import FORMATS, export_checkpoint
+    from ..tables import plain_table
+
+    chosen = [form for form, wanted in zip(FORMATS, (dense, onnx, torch_export), strict=True) if wanted]
+    if len(chosen) != 1:
+        raise typer.BadParameter("give one of --dense, --onnx and --torch-export")
+    values = export_checkpoint(directory, output, chosen[0], overwrite=overwrite)
+    shown.result(values, lambda values: plain_table("exported", values))
+
+
+@command
+def push(
+    shown: Shown,
+    directory: Annotated[Path, typer.Argument(help="Folder of a pruned model.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, as OWNER/NAME; made where there is none.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Who sees a new repository.", show_default="what the owner has set"),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch; made where there is none.", show_default="main")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str, typer.Option("--message", help="Title of the commit.")] = "Upload block-sparse model",
+) -> None:
+    """Check a pruned model and upload it to the Hub."""
+    shown.begin()
+    from ..publish import upload_checkpoint
+    from ..tables import plain_table
+
+    options = {"private": private, "revision": revision, "create_pr": create_pr, "commit_message": message}
+    commit = upload_checkpoint(directory, repo_id, **options)
+    values = {"repo_id": repo_id, "commit": commit.oid, "url": commit.pr_url or commit.commit_url}
+    shown.result(values, lambda values: plain_table("uploaded", values))

@@ -1,0 +1,66 @@
+"""Commands about this machine: calibrate, env and demo."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from ..errors import ConfigError
+from .options import BudgetOption, Overwrite, Shown
+from .terminal import command
+
+
+@command
+def calibrate(
+    shown: Shown,
+    output: Annotated[Path, typer.Option("--output", "-o", help="YAML file for the profile.")],
+    device: Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="What to measure.")] = "cpu",
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="About how long to measure.")] = 45.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure this machine and write its device profile, for budgets and simulate."""
+    shown.begin()
+    from ..hardware.calibrate import calibrate, rank_correlation
+    from ..hardware.profiles import save_profile
+    from ..tables import plain_table
+
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output}: exists; name another file, or allow --overwrite")
+    profile, measured = calibrate(device, seconds=seconds, name=output.stem)
+    values = save_profile(profile, output)
+    values |= {"measurements": len(measured), "rank_correlation": rank_correlation(profile, measured)}
+    shown.result(values, lambda values: plain_table(f"{output}", values))
+
+
+@command
+def env(shown: Shown) -> None:
+    """Show the machine, the versions, and what multiplies with block-sparse weights here."""
+    shown.begin()
+    from ..environment import backends, environment
+
+    shown.result({**environment(), "backends": backends()}, _environment_table)
+
+
+def _environment_table(values: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    for name, value in values.items():
+        for key, part in value.items() if isinstance(value, dict) else [("", value)]:
+            table.add_row(f"{name} {key}".strip(), "-" if part is None else str(part))
+    return table
+
+
+@command
+def demo(
+    shown: Shown,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Keep the models here.", show_default="nowhere")
+    ] = None,
+    budget: BudgetOption = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a small vision transformer on scikit-learn's digits, prune it, load it back. No network, about a minute."""
+    shown.begin()
+    from ..demo import demo_table, run_demo
+
+    shown.result(run_demo(output, budget=budget, overwrite=overwrite), demo_table)

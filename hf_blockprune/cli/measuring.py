@@ -1,0 +1,61 @@
+"""Commands that measure a model: evaluate and benchmark."""
+
+from typing import Annotated
+
+import typer
+
+from .options import Columns, Shown
+from .terminal import command, say_skipped
+
+
+@command
+def evaluate(
+    columns: Columns,
+    shown: Shown,
+    model: Annotated[str, typer.Argument(help="Dense or pruned model: a Hub name or a folder.")],
+    dataset: Annotated[str, typer.Option("--dataset", help="Labelled images, named as for prune.")],
+    against: Annotated[str | None, typer.Option("--against", help="Model to compare with, image by image.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images in one pass.")] = 32,
+) -> None:
+    """Measure accuracy, or what else measures the model's task, and the change against another model."""
+    shown.begin()
+    from ..pruner import BlockPruner
+    from ..sources import DataSource
+    from ..tables import evaluation_table, fidelity_table
+
+    source = DataSource.of(dataset, **columns.source())
+    pruner = BlockPruner.from_pretrained(model)
+    result = pruner.evaluate(source, against=against, batch_size=batch_size)
+    values = result.to_dict()
+    shown.result(values, fidelity_table if "cosine" in values else evaluation_table)
+    if not shown.quiet:
+        say_skipped(result.skipped, result.left_out)
+
+
+@command
+def benchmark(
+    shown: Shown,
+    model: Annotated[str, typer.Argument(help="Pruned model: a folder or a Hub name.")],
+    against: Annotated[
+        str | None, typer.Option("--against", help="Dense model.", show_default="the pruned one with zeros")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Images; may be repeated.", show_default="1")
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=0, help="About how long for each batch size.")] = 10.0,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="what torch takes")
+    ] = None,
+) -> None:
+    """Time a pruned and the dense model on this machine, by turns."""
+    shown.begin()
+    import torch
+
+    from ..pruner import BlockPruner
+    from ..tables import latency_table
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    pruner = BlockPruner.from_pretrained(model)
+    values = pruner.benchmark(against=against, batch_sizes=tuple(batch_size or [1]), seconds=seconds)
+    shown.result(values, latency_table)
