@@ -89,7 +89,7 @@ def prune(options: argparse.Namespace, arch: str, layers: int) -> dict[str, Any]
     settings = BlockPruneConfig.from_dict(
         {
             "block_shape": [rows, cols],
-            "budget": {"metric": "sparsity", "ratio": 0.7},
+            "budget": {"metric": "density", "ratio": 0.7},
             "calibration": {"samples": options.samples},
         }
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from .errors import ConfigError
 
 FORMAT_VERSION = 1
 METHODS = ("magnitude", "taylor", "obs")
-BUDGET_METRICS = ("flops", "params", "sparsity", "latency", "energy")
+BUDGET_METRICS = ("flops", "params", "density", "latency", "energy")
+OLD_DENSITY = "sparsity"  # its name in older files, though sparsity is what is removed
 DEVICE_METRICS = {"latency": "ms", "energy": "mJ"}  # and the units of their absolute values
 MAX_SEED = 2**32
 
@@ -28,7 +30,7 @@ class Budget:
 
     Args:
         metric: "flops" (of the whole model: patch embedding, attention products and head counted), "params" (weights
-            of the whole model), "sparsity" (kept blocks of the target layers alone), "latency" or "energy" (of the
+            of the whole model), "density" (blocks of the target layers alone), "latency" or "energy" (of the
             whole model on a device, by the hardware model).
         ratio: share kept, in (0, 1]; 0.5 keeps half, and is the default where there is no value.
         value: an absolute amount instead: FLOPs of an image, weights, milliseconds or millijoules of a batch.
@@ -40,13 +42,18 @@ class Budget:
         0.6
     """
 
-    metric: Literal["flops", "params", "sparsity", "latency", "energy"] = "flops"
+    metric: Literal["flops", "params", "density", "latency", "energy"] = "flops"
     ratio: float | None = None
     value: float | None = None
     device: str | None = None
     batch: int = 1
 
     def __post_init__(self) -> None:
+        if self.metric == OLD_DENSITY:
+            raise ConfigError(
+                "budget.metric: sparsity is what is removed, and a budget says what is kept; to remove 90 % of the "
+                "blocks write density=0.1, to keep 90 % density=0.9"
+            )
         if self.metric not in BUDGET_METRICS:
             _refuse("budget.metric", f"one of {', '.join(BUDGET_METRICS)}", self.metric)
         if self.ratio is None and self.value is None:
@@ -57,8 +64,8 @@ class Budget:
             _refuse("budget.value", "an amount above 0", self.value)
         if self.ratio is not None and self.value is not None:
             raise ConfigError("budget: ratio and value both say how much may remain; leave one of them out")
-        if self.metric == "sparsity" and self.value is not None:
-            raise ConfigError("budget: sparsity has no absolute value; give a ratio")
+        if self.metric == "density" and self.value is not None:
+            raise ConfigError("budget: density has no absolute value; give a ratio")
         on_device = self.metric in DEVICE_METRICS
         if on_device and (not isinstance(self.device, str) or not self.device):
             _refuse("budget.device", f"a device profile for {self.metric}, such as cpu-avx512", self.device)
@@ -296,7 +303,7 @@ class BlockPruneConfig:
                 "power_weight: magnitude scores are no loss that power could be weighed against; "
                 "remove power_weight or use method: taylor"
             )
-        if self.budget.metric == "sparsity" and self.min_kept_per_layer > (self.budget.ratio or 0.0):
+        if self.budget.metric == "density" and self.min_kept_per_layer > (self.budget.ratio or 0.0):
             raise ConfigError(
                 f"min_kept_per_layer {self.min_kept_per_layer} keeps more than budget.ratio {self.budget.ratio}; "
                 "lower min_kept_per_layer or raise the budget"
@@ -324,9 +331,9 @@ class BlockPruneConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BlockPruneConfig":
-        """Build from plain values; unknown keys are refused."""
+        """Build from plain values, such as a file's; unknown keys are refused."""
         _check_keys(cls, values, "config")
-        return cls(**values)
+        return cls(**with_todays_budgets(values, saved="format_version" in values))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and YAML can write; `from_dict` reads them back."""
@@ -346,6 +353,24 @@ class BlockPruneConfig:
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         else:
             path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def with_todays_budgets(values: Mapping[str, Any], *, saved: bool) -> dict[str, Any]:
+    """Settings in which older files' `sparsity` budgets, which said what is kept, are called density.
+
+    Args:
+        values: of a file, with budgets among them.
+        saved: whether this package wrote it. Others get a warning, since people may have meant what is removed.
+    """
+    new = dict(values)
+    for key in ("budget", "second_budget"):
+        budget = new.get(key)
+        if isinstance(budget, Mapping) and budget.get("metric") == OLD_DENSITY:
+            new[key] = {**budget, "metric": "density"}
+            if not saved:
+                kept = f"keeps {budget.get('ratio', 0.5)} of the blocks"
+                warnings.warn(f"{key}: sparsity {kept}, as ever; write density", FutureWarning, stacklevel=3)
+    return new
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

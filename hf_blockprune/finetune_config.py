@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .checks import check_keys, check_number, check_whole, is_number, refuse
-from .config import MAX_SEED, METHODS, BlockPruneConfig, Budget, read_settings
+from .config import MAX_SEED, METHODS, BlockPruneConfig, Budget, read_settings, with_todays_budgets
 from .errors import ConfigError
 
 FORMAT_VERSION = 1
@@ -307,6 +307,9 @@ class FinetuneConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "FinetuneConfig":
         """Build from plain values; unknown keys are refused."""
         check_keys(cls, values, "config")
+        gradual = values.get("gradual")
+        if isinstance(gradual, Mapping):
+            values = {**values, "gradual": with_todays_budgets(gradual, saved="format_version" in values)}
         return cls(**values)
 
     @classmethod

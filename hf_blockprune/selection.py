@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SPENDING_ROUNDS = 8
-UNITS = {"flops": "FLOPs", "params": "weights", "sparsity": "blocks", **DEVICE_METRICS}
+UNITS = {"flops": "FLOPs", "params": "weights", "density": "blocks", **DEVICE_METRICS}
 
 
 @dataclass
@@ -311,7 +311,7 @@ def cost_budget(
     On a device that is what a block more costs; the dense model's cost is the whole.
     """
     sizes = {name: block_sizes((linear.out_features, linear.in_features), shape) for name, linear in targets.items()}
-    if budget.metric == "sparsity":
+    if budget.metric == "density":
         return CostBudget({n: torch.ones_like(s) for n, s in sizes.items()}, budget.ratio or 1.0, name=budget.metric)
     if device is not None:
         costs = {n: s * (device.block_cost(n, (s.shape[0], s.shape[1])) / float(s.mean())) for n, s in sizes.items()}

@@ -100,9 +100,9 @@ def test_recipe_with_overrides(vit_folder, images, tmp_path):
         f"model: {vit_folder}\ndataset: {images}\noutput: {tmp_path / 'never'}\nblock_shape: [16, 16]\n"
         "method: magnitude\nbudget: {metric: flops, ratio: 0.9}\ncalibration: {samples: 4, seed: 3}\n"
     )
-    arguments = ["--config", recipe, "--output", tmp_path / "out", "--budget", "sparsity=0.5", "--samples", "6"]
+    arguments = ["--config", recipe, "--output", tmp_path / "out", "--budget", "density=0.5", "--samples", "6"]
     report = json.loads(run("prune", *arguments, "--json", "--quiet").stdout)
-    assert report["config"]["budget"].items() >= {"metric": "sparsity", "ratio": 0.5}.items()
+    assert report["config"]["budget"].items() >= {"metric": "density", "ratio": 0.5}.items()
     assert report["config"]["calibration"] == {"samples": 6, "batch_size": 16, "seed": 3}
     assert not (tmp_path / "never").exists()
 

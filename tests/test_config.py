@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_blockprune import BlockPruneConfig, BlockPruneError, Budget, CalibrationConfig, ConfigError
+from hf_blockprune import BlockPruneConfig, BlockPruneError, Budget, CalibrationConfig, ConfigError, FinetuneConfig
 from hf_blockprune.config import read_settings
 
 SHARES = st.floats(min_value=0, max_value=1, exclude_min=True)
@@ -21,9 +21,9 @@ def valid_configs(draw):
     weights = [st.just("auto"), st.just(0)]
     if method != "magnitude":
         weights.append(st.floats(min_value=0, max_value=1e12))
-    budget = Budget(draw(st.sampled_from(["flops", "params", "sparsity"])), draw(SHARES))
-    other = Budget(draw(st.sampled_from([m for m in ("flops", "params", "sparsity") if m != budget.metric])), 0.7)
-    most_kept = budget.ratio if budget.metric == "sparsity" else 1.0
+    budget = Budget(draw(st.sampled_from(["flops", "params", "density"])), draw(SHARES))
+    other = Budget(draw(st.sampled_from([m for m in ("flops", "params", "density") if m != budget.metric])), 0.7)
+    most_kept = budget.ratio if budget.metric == "density" else 1.0
     targets = draw(PATTERNS.filter(bool))
     return BlockPruneConfig(
         block_shape=draw(st.tuples(st.integers(1, 256), st.integers(1, 256))),
@@ -156,7 +156,7 @@ def test_seed_that_torch_cannot_take_is_refused(seed):
 CONTRADICTIONS = [
     ({"targets": ["*.fc1", "*.fc2"], "ignore": ["*.fc2"]}, r"targets and ignore both list \*\.fc2; take it out"),
     (
-        {"budget": {"metric": "sparsity", "ratio": 0.2}, "min_kept_per_layer": 0.25},
+        {"budget": {"metric": "density", "ratio": 0.2}, "min_kept_per_layer": 0.25},
         r"min_kept_per_layer 0\.25 .*budget\.ratio 0\.2; lower min_kept_per_layer or raise the budget",
     ),
     ({"method": "magnitude", "power_weight": 0.5}, "power_weight: .*; remove power_weight or use method: taylor"),
@@ -179,7 +179,7 @@ def test_contradiction_names_both_keys_and_the_remedy(values, message):
     "values",
     [
         {"budget": {"metric": "flops", "ratio": 0.2}, "min_kept_per_layer": 0.25},
-        {"budget": {"metric": "sparsity", "ratio": 0.25}, "min_kept_per_layer": 0.25},
+        {"budget": {"metric": "density", "ratio": 0.25}, "min_kept_per_layer": 0.25},
         {"method": "magnitude", "power_weight": 0},
         {"method": "magnitude", "power_weight": "auto"},
         {"method": "taylor", "power_weight": 0.5},
@@ -218,7 +218,7 @@ def test_lists_become_tuples_and_configs_can_be_hashed():
     assert len({config, config.replace()}) == 1
 
 
-@given(metric=st.sampled_from(["flops", "params", "sparsity"]), ratio=SHARES, space=st.sampled_from(["", " ", "  "]))
+@given(metric=st.sampled_from(["flops", "params", "density"]), ratio=SHARES, space=st.sampled_from(["", " ", "  "]))
 def test_budget_parse_reads_what_it_is_given(metric, ratio, space):
     assert Budget.parse(f"{space}{metric}{space}={space}{ratio!r}{space}") == Budget(metric, ratio)
 
@@ -230,7 +230,7 @@ def test_budget_parse_reads_what_it_is_given(metric, ratio, space):
         ("", "^budget: expected METRIC=RATIO"),
         ("flops=half", "^budget: expected METRIC=RATIO such as .*got 'flops=half'"),
         ("flops=0.5=0.5", "^budget: expected METRIC=RATIO"),
-        ("speed=0.5", r"^budget\.metric: expected one of flops, params, sparsity"),
+        ("speed=0.5", r"^budget\.metric: expected one of flops, params, density"),
         ("flops=75", r"^budget\.ratio: expected the share to keep"),
         ("flops=nan", r"^budget\.ratio: "),
     ],
@@ -265,3 +265,32 @@ def test_root_must_be_a_mapping(tmp_path, content, kind):
     path.write_text(content)
     with pytest.raises(ConfigError, match=rf"root\.yaml: expected a mapping of settings, got {kind}"):
         read_settings(path)
+
+
+def test_sparsity_is_no_budget_since_it_is_what_is_removed():
+    for make in (
+        lambda: Budget("sparsity", 0.9),
+        lambda: Budget.parse("sparsity=0.9"),
+        lambda: BlockPruneConfig(budget={"metric": "sparsity", "ratio": 0.9}),
+    ):
+        with pytest.raises(ConfigError, match=r"write density=0\.1, to keep 90 % density=0\.9"):
+            make()
+
+
+@pytest.mark.parametrize("key", ["budget", "second_budget"])
+def test_older_files_that_say_sparsity_are_read_as_before(key, tmp_path):
+    budget = {"metric": "sparsity", "ratio": 0.9}
+    saved = {**BlockPruneConfig().to_dict(), key: budget}
+    (tmp_path / "saved.json").write_text(json.dumps(saved))
+    assert getattr(BlockPruneConfig.from_file(tmp_path / "saved.json"), key) == Budget("density", 0.9)
+    (tmp_path / "own.json").write_text(json.dumps({key: budget}))
+    with pytest.warns(FutureWarning, match=r"sparsity keeps 0\.9 of the blocks, as ever; write density"):
+        own = BlockPruneConfig.from_file(tmp_path / "own.json")
+    assert getattr(own, key) == Budget("density", 0.9)
+
+
+def test_older_training_recipes_that_say_sparsity_are_read_as_before():
+    with pytest.warns(FutureWarning, match="write density"):
+        config = FinetuneConfig.from_dict({"gradual": {"budget": {"metric": "sparsity", "ratio": 0.6}}})
+    assert config.gradual is not None
+    assert config.gradual.budget == Budget("density", 0.6)

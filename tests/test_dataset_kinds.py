@@ -100,7 +100,7 @@ def test_every_kind_gives_the_same_images(processor, accelerator, kind):
     "kind", ["transform to pixel_values", "pixel_values", "pairs", "Array3D", "stream with a format"]
 )
 def test_models_are_pruned_and_measured_on_them(processor, kind):
-    config = {"block_shape": [16, 16], "budget": {"metric": "sparsity", "ratio": 0.5}}
+    config = {"block_shape": [16, 16], "budget": {"metric": "density", "ratio": 0.5}}
     pruner = BlockPruner(tiny_model(), processor, BlockPruneConfig.from_dict(config), name="tiny")
     pruner.prune(SAME[kind]())
     assert pruner.report()["calibration"]["num_images"] == COUNT
@@ -170,7 +170,7 @@ def test_pixel_values_of_another_size_are_refused(processor):
 
 def test_pixel_values_are_no_pictures_to_augment(processor):
     config = {"block_shape": [16, 16], "method": "magnitude", "refit": False}
-    budget = {"metric": "sparsity", "ratio": 0.5}
+    budget = {"metric": "density", "ratio": 0.5}
     pruner = BlockPruner(tiny_model(), processor, BlockPruneConfig.from_dict({**config, "budget": budget}))
     pruner.prune()
     values = {"epochs": 1, "warmup_epochs": 0, "batch_size": 10, "distillation": {"kind": "none"}, "ema": None}

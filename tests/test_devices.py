@@ -138,7 +138,7 @@ def test_a_models_cost_is_that_of_its_parts():
         ({"metric": "latency"}, "budget.device: expected a device profile"),
         ({"metric": "flops", "device": "cpu-avx2"}, "same on every device"),
         ({"metric": "latency", "ratio": 0.5, "value": 3.0, "device": "cpu-avx2"}, "leave one of them out"),
-        ({"metric": "sparsity", "value": 3.0}, "no absolute value"),
+        ({"metric": "density", "value": 3.0}, "no absolute value"),
         ({"metric": "energy", "value": -1.0, "device": "cpu-avx2"}, "budget.value"),
         ({"metric": "energy", "device": "cpu-avx2", "batch": 0}, "budget.batch"),
     ],

@@ -16,7 +16,7 @@ PIXELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 @pytest.fixture(scope="module")
 def folder(processor, tmp_path_factory):
-    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "sparsity", "ratio": 0.5})
+    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "density", "ratio": 0.5})
     pruner = BlockPruner(tiny_model(), processor, config)
     pruner.prune()
     folder = tmp_path_factory.mktemp("ecosystem") / "pruned"

@@ -125,7 +125,7 @@ def test_from_a_folder_to_a_folder(kind, images, processor, tmp_path):
 def test_features_that_change_places_leave_answers_alone(kind, images, processor):
     model = made(kind)
     wanted = answered(model)
-    whole = CONFIG.replace(budget={"metric": "sparsity", "ratio": 1.0}, refit=False)
+    whole = CONFIG.replace(budget={"metric": "density", "ratio": 1.0}, refit=False)
     pruner = BlockPruner(model, processor, whole)
     pruner.prune(images)
     torch.testing.assert_close(answered(pruner.model), wanted, atol=1e-4, rtol=1e-4)

@@ -49,7 +49,7 @@ RUNNER = CliRunner()
 def pruned(request, processor, images, tmp_path_factory):
     """(folder, model), with hidden units cut out of the ViT."""
     config = BlockPruneConfig(
-        method="magnitude", block_shape=(8, 8), budget={"metric": "sparsity", "ratio": 0.4}, min_kept_per_layer=0.01
+        method="magnitude", block_shape=(8, 8), budget={"metric": "density", "ratio": 0.4}, min_kept_per_layer=0.01
     )
     dense = tiny_model(request.param)
     for layer in dense.base_model.layers:

@@ -142,7 +142,7 @@ def test_what_was_not_measured_is_said_so(checkpoints, tmp_path):
 
 
 def test_a_family_without_cost_model_is_told_apart(processor, tmp_path):
-    config = BlockPruneConfig(block_shape=(8, 8), method="magnitude", budget={"metric": "sparsity", "ratio": 0.5})
+    config = BlockPruneConfig(block_shape=(8, 8), method="magnitude", budget={"metric": "density", "ratio": 0.5})
     pruner = BlockPruner(tiny_model("swin"), processor, config, name="tiny-swin")
     pruner.prune()
     pruner.save_pretrained(tmp_path / "swin")

@@ -256,7 +256,7 @@ def pictures():
 
 
 def prune(data, processor, **changes):
-    plain = {"block_shape": (8, 8), "budget": {"metric": "sparsity", "ratio": 0.5}, **changes}
+    plain = {"block_shape": (8, 8), "budget": {"metric": "density", "ratio": 0.5}, **changes}
     pruner = BlockPruner(tiny_model(), processor, BlockPruneConfig.from_dict(plain))
     pruner.prune(data)
     return pruner

@@ -14,7 +14,7 @@ from .conftest import tiny_model
 
 @pytest.fixture
 def pruner(processor):
-    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "sparsity", "ratio": 0.5})
+    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "density", "ratio": 0.5})
     pruner = BlockPruner(tiny_model(), processor, config, name="tiny")
     pruner.prune()
     return pruner

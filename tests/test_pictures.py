@@ -296,7 +296,7 @@ def greys(folder, count=20, side=32):
 
 
 def pruner_of(model, processor, method="obs"):
-    budget = {"metric": "sparsity", "ratio": 0.5}
+    budget = {"metric": "density", "ratio": 0.5}
     config = {"method": method, "block_shape": [16, 16], "budget": budget, "refit": method == "obs"}
     return BlockPruner(model, processor, BlockPruneConfig.from_dict(config), name="tiny")
 

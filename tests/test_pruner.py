@@ -43,7 +43,7 @@ def kept_blocks(model):
     return {name: module.mask() for name, module in block_sparse_layers(model)}
 
 
-KEPT_SHARE = {"flops": "flops_ratio", "params": "params_ratio", "sparsity": "density"}
+KEPT_SHARE = {"flops": "flops_ratio", "params": "params_ratio", "density": "density"}
 
 
 @pytest.mark.parametrize("method", ["magnitude", "taylor"])

@@ -205,7 +205,7 @@ def command(small_folder, images, output, *more):
 
 def test_an_error_of_a_point_is_recorded_and_tried_again(small_folder, images, tmp_path):
     arguments = command(
-        small_folder, images, tmp_path / "out", "--methods", "taylor", "--budgets", "0.9,0.01,sparsity=0.5"
+        small_folder, images, tmp_path / "out", "--methods", "taylor", "--budgets", "0.9,0.01,density=0.5"
     )
     for _ in range(2):
         result = CliRunner().invoke(app, arguments)

@@ -120,7 +120,7 @@ def test_the_models_own_answers_are_perfect_and_are_compared(kind, processor, pi
 @pytest.mark.parametrize("method", ["obs", "taylor"])
 def test_pruning_recovery_and_training_in_the_models_own_task(kind, method, processor, pictures, tmp_path):
     data = answered(kind, processor, pictures)
-    plain = {"method": method, "block_shape": [8, 8], "budget": {"metric": "sparsity", "ratio": 0.7}}
+    plain = {"method": method, "block_shape": [8, 8], "budget": {"metric": "density", "ratio": 0.7}}
     recovery = {"epochs": 4, "reconstruction_epochs": 1, "batch_size": 8}
     dense = BlockPruner(made(kind), processor)
     pruner = BlockPruner(made(kind), processor, BlockPruneConfig.from_dict({**plain, "recovery": recovery}))

@@ -78,7 +78,7 @@ def config_of(folder):
 
 
 def pruned(model, processor):
-    config = BlockPruneConfig(method="magnitude", block_shape=(8, 8), budget={"metric": "sparsity", "ratio": 0.5})
+    config = BlockPruneConfig(method="magnitude", block_shape=(8, 8), budget={"metric": "density", "ratio": 0.5})
     pruner = BlockPruner(model, processor, config.replace(refit=False), name="tiny")
     pruner.prune()
     return pruner

@@ -75,7 +75,7 @@ def checkpoints(tmp_path_factory, processor):
                 "method": "magnitude",
                 "refit": False,
                 "block_shape": block_shape,
-                "budget": {"metric": "sparsity", "ratio": 0.5},
+                "budget": {"metric": "density", "ratio": 0.5},
             }
         )
         pruner = BlockPruner(tiny_model(**changes), processor, config, name="tiny")

@@ -73,7 +73,7 @@ def loader(tmp_path, pixels):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, processor):
     """(folder, model) by family: a pruned model and where it was saved."""
-    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "sparsity", "ratio": 0.5})
+    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "density", "ratio": 0.5})
 
     def save(family):
         folder = tmp_path_factory.mktemp("saved") / f"tiny-{family}"

@@ -81,7 +81,7 @@ def load(folder, **kwargs):
 def pruned_vit(tmp_path_factory, processor):
     """A checkpoint as `BlockPruner` writes it, and its model."""
     folder = tmp_path_factory.mktemp("pruned") / "out"
-    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "sparsity", "ratio": 0.5})
+    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "density", "ratio": 0.5})
     pruner = BlockPruner(tiny_model("vit"), processor, config, name="tiny")
     model = pruner.prune()
     pruner.save_pretrained(folder)
