@@ -114,7 +114,7 @@ class Finetuning:
         size = image_size(self.model.config, self.processor.to_dict())
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.data = TrainingImages(self.images, self.processor, settings, self.model.config, size, rank, world)
-        steps, warmup = settings.epochs * self.data.steps, round(settings.warmup_epochs * self.data.steps)
+        steps, warmup = settings.epochs * self.data.steps, round(settings.warmup * self.data.steps)
         self.rates = LearningRates(settings.lr, settings.min_lr, settings.warmup_lr, warmup, steps)
         self.progress = self._open_progress()
         self.dtype = next(self.model.parameters()).dtype

@@ -11,6 +11,7 @@ from .config import MAX_SEED, METHODS, BlockPruneConfig, Budget, read_settings, 
 from .errors import ConfigError
 
 FORMAT_VERSION = 1
+USUAL_WARMUP = 5.0  # epochs, of DeiT's training
 PRECISIONS = ("no", "bf16", "fp16")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 # What changes how a run is carried out, and not what comes of it.
@@ -178,7 +179,7 @@ class FinetuneConfig:
             needs.
         lr: peak learning rate, for this batch size.
         min_lr: that at the end; a cosine leads there.
-        warmup_epochs: passes in which the rate rises on a straight line.
+        warmup_epochs: passes in which the rate rises on a straight line; None for 5, but at most a sixth of the epochs.
         warmup_lr: where it begins.
         weight_decay: AdamW's, of weight matrices alone: biases, norms, tokens and positions have none.
         betas: AdamW's.
@@ -213,7 +214,7 @@ class FinetuneConfig:
     micro_batch: int = 64
     lr: float = 5e-4
     min_lr: float = 1e-5
-    warmup_epochs: float = 5.0
+    warmup_epochs: float | None = None
     warmup_lr: float = 1e-6
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
@@ -268,12 +269,16 @@ class FinetuneConfig:
             refuse("format_version", f"{FORMAT_VERSION} (a newer hf_blockprune may read it)", self.format_version)
 
     def _check_values(self) -> None:
-        for key in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "label_weight"):
+        for key in ("lr", "min_lr", "warmup_lr", "weight_decay", "label_weight"):
             check_number(key, getattr(self, key))
         if self.min_lr > self.lr or self.warmup_lr > self.lr:
             raise ConfigError(f"lr: {self.lr} is the peak; min_lr and warmup_lr may not lie above it")
-        if self.warmup_epochs > self.epochs:
-            raise ConfigError(f"warmup_epochs: {self.warmup_epochs} are more than the {self.epochs} epochs")
+        check_number("warmup_epochs", self.warmup)
+        if self.warmup > self.epochs:
+            raise ConfigError(
+                f"warmup_epochs: {self.warmup} are more than the {self.epochs} epochs; lower it, or leave it out for a "
+                "sixth of them"
+            )
         shares: dict[str, Any] = {"label_smoothing": self.label_smoothing, "ema": 0 if self.ema is None else self.ema}
         for key, value in shares.items():
             if not is_number(value) or not 0 <= value < 1:
@@ -292,6 +297,11 @@ class FinetuneConfig:
         for tracker in self.trackers if isinstance(self.trackers, tuple) else [self.trackers]:
             if tracker not in TRACKERS:
                 refuse("trackers", f"a list of {', '.join(TRACKERS)}", self.trackers)
+
+    @property
+    def warmup(self) -> float:
+        """Epochs in which the rate rises."""
+        return min(USUAL_WARMUP, self.epochs / 6) if self.warmup_epochs is None else self.warmup_epochs
 
     @property
     def uses_labels(self) -> bool:

@@ -397,7 +397,7 @@ def test_hard_distillation_learns_the_teachers_classes(models, some, accelerator
         ({"precision": False}, ConfigError, "precision: expected 'no', 'bf16' or 'fp16' .in YAML with quotes"),
         ({"trackers": ["mlflow"]}, ConfigError, "trackers: expected a list of tensorboard, trackio, wandb"),
         ({"micro_batch": 3}, ConfigError, "micro_batch: images are mixed in pairs; give an even number, not 3"),
-        ({"warmup_epochs": 5}, ConfigError, "warmup_epochs: 5 are more than the 2 epochs"),
+        ({"warmup_epochs": 5}, ConfigError, "warmup_epochs: 5 are more than the 2 epochs; lower it"),
         ({"min_lr": 0.1}, ConfigError, "lr: 0.001 is the peak; min_lr and warmup_lr may not lie above it"),
         ({"ema": 1.0}, ConfigError, "ema: expected a share from 0 to below 1"),
         (

@@ -40,6 +40,15 @@ def finetune(
     lr: Annotated[
         float | None, typer.Option("--lr", min=0, help="Peak learning rate.", show_default=str(DEFAULTS.lr))
     ] = None,
+    warmup_epochs: Annotated[
+        float | None,
+        typer.Option(
+            "--warmup-epochs",
+            min=0,
+            help="Passes in which the learning rate rises.",
+            show_default="5, at most a sixth of the epochs",
+        ),
+    ] = None,
     precision: Annotated[
         Literal["no", "bf16", "fp16"] | None,
         typer.Option("--precision", help="Mixed precision.", show_default=DEFAULTS.precision),
@@ -63,6 +72,7 @@ def finetune(
         "batch_size": batch_size,
         "micro_batch": micro_batch,
         "lr": lr,
+        "warmup_epochs": warmup_epochs,
         "precision": precision,
         "workers": workers,
         "seed": seed,
