@@ -250,6 +250,7 @@ def test_simulate_on_devices_without_cycles(pruned, device):
 
 def test_simulate_refuses_what_it_does_not_know(pruned, vit_folder):
     assert "no profile 'abacus'" in refused("simulate", pruned, "--device", "abacus")
-    assert "'rs'" in refused("simulate", pruned, "--dataflow", "rs")
+    wrong = run("simulate", pruned, "--dataflow", "rs")
+    assert (wrong.exit_code, "'rs'" in wrong.stderr) == (2, True)
     assert "systolic arrays" in refused("simulate", pruned, "--device", "cpu-avx2", "--dataflow", "os")
     assert "no block-sparse checkpoint" in refused("simulate", vit_folder)

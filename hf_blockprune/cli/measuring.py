@@ -14,7 +14,10 @@ def evaluate(
     shown: Shown,
     model: Annotated[str, typer.Argument(help="Dense or pruned model: a Hub name or a folder.")],
     dataset: Annotated[str, typer.Option("--dataset", help="Labelled images, named as for prune.")],
-    against: Annotated[str | None, typer.Option("--against", help="Model to compare with, image by image.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="Model to compare with, image by image.", show_default="no comparison"),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images in one pass.")] = 32,
 ) -> None:
     """Measure accuracy, or what else measures the model's task, and the change against another model."""
