@@ -1,6 +1,5 @@
 """All that is known of a saved checkpoint: what its weights say, and what its own files say of how it was made."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .card import HUB_ID
 from .checkpoint import RECIPE_FILE, REPORT_FILE, read_json
-from .errors import CheckpointError, ModelError
+from .errors import ModelError
+from .fetching import checkpoint_folder
 from .hardware.device_cost import usual_dtype
 from .hardware.profiles import load_profile
 from .inspection import StoredModel, describe_checkpoint, open_checkpoint
 from .intervals import wilson_interval
-from .publish import hub_errors
 from .scores import SCORES, score_text
 from .simulation import CARD_DEVICES, simulate_stored
 from .stored_values import StoredValues, flat, short
@@ -24,7 +22,6 @@ PREDICTED = ("device", "kind", "batch", "dtype", "latency_ms", "dense_latency_ms
 PREDICTED_ENERGY = ("energy_mj", "dense_energy_mj", "energy_ratio")
 LATENCIES = ("dense_latency_ms", "latency_ms", "throughput_img_s", "speedup")
 FLIPPED = ("flipped_to_wrong", "flipped_to_right")
-NEEDED_FILES = ("*.json", "*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -75,25 +72,6 @@ def describe(
     recipe = folder / RECIPE_FILE
     values["recipe"] = flat(read_json(recipe)) if recipe.is_file() else None
     return CheckpointReport(name, values, {layer.module: layer.mask for layer in stored.layers})
-
-
-def checkpoint_folder(source: str | Path) -> Path:
-    """The folder of a checkpoint; what describes one on the Hub is downloaded.
-
-    Raises:
-        CheckpointError: there is neither such a folder nor such a repository.
-    """
-    folder = Path(source).expanduser()
-    if folder.exists() or not re.fullmatch(HUB_ID, str(source)):
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(NEEDED_FILES)))
-    except hub_errors() as error:
-        raise CheckpointError(
-            f"{source}: no such folder, and no such model on the Hub ({' '.join(str(error).split())[:200]})"
-        ) from error
 
 
 def _predict(stored: StoredModel, profiles: list[tuple[Any, int]]) -> tuple[list[dict[str, Any]], str | None]:

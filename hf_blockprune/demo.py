@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .checkpoint import staged_directory
 from .config import BlockPruneConfig, Budget
+from .console import folding_table
 from .errors import ModelError
 from .pruner import BlockPruner
 
@@ -211,13 +212,14 @@ def _figures(
 
 def demo_table(result: dict[str, Any]) -> Table:
     """Dense beside pruned."""
-    table = Table(title=f"A small ViT on scikit-learn's digits, {result['flops_ratio']:.1%} of the FLOPs kept")
-    for column in ("", "dense", "pruned"):
-        table.add_column(column, justify="right" if column else "left")
+    table = folding_table(
+        *("", "dense", "pruned"),
+        title=f"A small ViT on scikit-learn's digits, {result['flops_ratio']:.1%} of the FLOPs kept",
+        caption=f"pruned model loaded in a new process as {result['loaded_class']}",
+    )
     dense, pruned = result["dense"], result["pruned"]
     table.add_row(f"accuracy on {result['num_images']} images", f"{dense['top1']:.1%}", f"{pruned['top1']:.1%}")
     table.add_row("bytes on disk", f"{dense['size_bytes']:,}", f"{pruned['size_bytes']:,}")
     table.add_row("kept 16x16 blocks", f"{dense['kept_blocks']:,}", f"{pruned['kept_blocks']:,}")
     table.add_row("latency of 64 images", f"{dense['latency_ms']:.1f} ms", f"{pruned['latency_ms']:.1f} ms")
-    table.caption = f"pruned model loaded in a new process as {result['loaded_class']}"
     return table

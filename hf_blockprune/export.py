@@ -19,6 +19,7 @@ from .errors import CheckpointError, ConfigError, ModelError
 from .hardware.flops import image_size
 from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_quantizer import block_sparse_layers
+from .inner_width import cut_units, leave_units_out, narrow
 from .loading import load_model, model_class_of
 from .model_input import find_input
 from .outputs import answers, classifies
@@ -43,11 +44,13 @@ def export_checkpoint(
         output: a folder for "dense", a file for the others; appears whole, once it was checked.
         form: "dense", a stock transformers folder with zeros where blocks were removed; "onnx", the dense form for
             other runtimes; "torch-export", a program of `torch.export` that keeps its block-sparse kernels, so that
-            whoever loads it has this package imported. The last two take any batch size. All are float32.
+            whoever loads it has this package imported. The last two take any batch size, and leave out hidden units
+            that were cut; a stock folder has one width for all MLPs, that of the widest. All are float32.
         overwrite: replace what is there.
 
     Returns:
-        JSON-ready `output`, `format`, `size_bytes` and `max_difference`, the largest of the logits.
+        JSON-ready `output`, `format`, `size_bytes`, `max_difference`, the largest of the logits, `cut_units`, hidden
+        units that the checkpoint lacks, and `cut_units_kept_as_zeros`, those of them that came back as zeros.
 
     Raises:
         ConfigError: no such form, or a package is missing.
@@ -58,14 +61,14 @@ def export_checkpoint(
         raise ConfigError(f"form: expected one of {', '.join(FORMATS)}, got {form!r}")
     if form == "onnx":
         _need_onnx()
-    model, processor = load_model(str(directory), {"dtype": torch.float32})
-    if not next(block_sparse_layers(model), None):
-        raise ModelError(f"{directory}: holds no block-sparse layers, so there is nothing to export from it")
-    model = model.eval()
+    model, processor = _load(directory)
     target = Path(output).expanduser()
     size = find_input(model, processor).size or image_size(model.config, processor.to_dict())
     pixels = _pixels(channels_of(model.config, model), size)
     expected = {batch: _answers(model, pixels(batch)) for batch in BATCHES}
+    cut = cut_units(model)
+    (narrow if form == "dense" else leave_units_out)(model)
+    zeros = cut_units(model)
     write = {"dense": _write_dense, "onnx": _write_onnx, "torch-export": _write_program}[form]
     opened = staged_directory(target, overwrite=overwrite) if form == "dense" else _staged_file(target, overwrite)
     with opened as staging:
@@ -76,7 +79,16 @@ def export_checkpoint(
                 f"{output}: its predictions differ by up to {difference:.2g} from the checkpoint's, so it was not "
                 f"kept; {_advice(model, form)}"
             )
-    return {"output": str(output), "format": form, "size_bytes": _size(target), "max_difference": difference}
+    values = {"output": str(output), "format": form, "size_bytes": _size(target), "max_difference": difference}
+    return {**values, "cut_units": cut, "cut_units_kept_as_zeros": zeros}
+
+
+def _load(directory: str | Path) -> tuple[Any, Any]:
+    """(block-sparse model, image processor)."""
+    model, processor = load_model(str(directory), {"dtype": torch.float32})
+    if not next(block_sparse_layers(model), None):
+        raise ModelError(f"{directory}: holds no block-sparse layers, so there is nothing to export from it")
+    return model.eval(), processor
 
 
 def _advice(model: Any, form: str) -> str:
@@ -104,7 +116,7 @@ def _write_dense(model: Any, processor: Any, folder: Path, pixels: Callable[[int
     task = "image-classification" if classifies(model, processor.to_dict()) else "image-feature-extraction"
     (folder / "README.md").write_text(
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\n---\n\n"
-        f"A dense copy of a {name}: removed blocks are zeros, so it is as large and as slow as before pruning.\n",
+        f"A dense copy of a {name}: removed blocks are zeros, which take as much room and time as other weights.\n",
         encoding="utf-8",
     )
     loaded = load_model(str(folder), {}, model_class_of(model.config))[0]

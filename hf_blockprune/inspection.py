@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from .blocks import block_sizes
 from .checkpoint import CONFIG_FILE, PROCESSOR_FILE, REPORT_FILE, read_json, read_report, stream_reordered
 from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
+from .fetching import checkpoint_folder
 from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_backends import LayerArguments, choose_backend
 from .hub.blockprune_cost import linear_flops
@@ -72,11 +73,12 @@ class StoredModel:
     size_bytes: int
 
 
-def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
+def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
     """What a saved block-sparse checkpoint holds, checked against the format's rules; no weight is loaded.
 
     Args:
-        directory: a folder written by `BlockPruner.save_pretrained`, or downloaded from the Hub.
+        source: a folder written by `BlockPruner.save_pretrained`, or a name on the Hub.
+        revision: branch, tag or commit on the Hub.
 
     Returns:
         JSON-ready values: `flops_ratio` (whole model), `linear_flops_ratio` (pruned layers alone), `params_ratio`
@@ -87,12 +89,14 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
         last being what would multiply with it on this machine's CPU ("dense" where kernels would not pay).
 
     Raises:
-        CheckpointError: the folder is no block-sparse checkpoint, or is damaged.
+        CheckpointError: there is no block-sparse checkpoint, or it is damaged.
         BlockSparseFormatError: config and tensors disagree.
+        ConfigError: a revision of a folder.
     """
-    values = describe_checkpoint(open_checkpoint(directory))
+    folder = checkpoint_folder(source, revision)
+    values = describe_checkpoint(open_checkpoint(folder))
     layers = values.pop("layers")
-    return {**values, "stream_reordered": _stream_reordered(Path(directory).expanduser()), "layers": layers}
+    return {**values, "stream_reordered": _stream_reordered(folder), "layers": layers}
 
 
 def _stream_reordered(folder: Path) -> bool | None:

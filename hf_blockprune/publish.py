@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .card import model_card
 from .checkpoint import REPORT_FILE, read_json
 from .errors import HubError
+from .fetching import hub_errors
 from .inspection import open_checkpoint
 
 if TYPE_CHECKING:
@@ -65,14 +66,6 @@ def upload_checkpoint(
             f"{repo_id}: could not be uploaded ({' '.join(str(error).split())[:300]}); check the name and the network, "
             "and log in with a token that may write (hf auth login)"
         ) from error
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What talking to the Hub may raise where the name, the network or the Hub is at fault."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # Its bases are those of a lost connection too, in whichever library huggingface_hub calls the Hub through.
-    return (*HfHubHTTPError.__bases__, OSError, ValueError)
 
 
 def _card(folder: Path, names: tuple[str, ...], repo_id: str, scratch: Path) -> Path:

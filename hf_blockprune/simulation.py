@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .errors import ConfigError, ModelError
+from .fetching import checkpoint_folder
 from .hardware.device_cost import usual_dtype
 from .hardware.flops import count_flops
 from .hardware.profiles import load_profile
@@ -23,7 +24,7 @@ CARD_DEVICES = {"cpu-avx512": 1, "h100-sxm": 64, "systolic-32": 1}
 
 
 def simulate_checkpoint(
-    directory: str | Path,
+    source: str | Path,
     device: str | Path,
     *,
     dataflow: str | None = None,
@@ -31,26 +32,29 @@ def simulate_checkpoint(
     arrays: int | None = None,
     batch: int = 1,
     dtype: str | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Latency and energy of a pruned checkpoint on a device; cycles and utilisation too on a systolic array.
 
     Args:
-        directory: a block-sparse checkpoint.
+        source: a block-sparse checkpoint: a folder, or a name on the Hub.
         device: a profile's name or file.
         dataflow, overlap, arrays: of a systolic array, instead of the profile's.
         batch: images.
         dtype: of all numbers; by default "float16" on GPUs and arrays and "float32" on CPUs.
+        revision: branch, tag or commit on the Hub.
 
     Returns:
         JSON-ready totals of the whole model and of the pruned Linears, pruned and dense, and the layers.
 
     Raises:
         CheckpointError: no block-sparse checkpoint.
-        ConfigError: no such profile, or one that has no dataflow.
+        ConfigError: no such profile, or one that has no dataflow; a revision of a folder.
         ModelError: a model that is no plain vision transformer.
     """
     profile = _profile(device, dataflow=dataflow, overlap=overlap, arrays=arrays)
-    return simulate_stored(open_checkpoint(directory), profile, batch, dtype or usual_dtype(profile))
+    stored = open_checkpoint(checkpoint_folder(source, revision))
+    return simulate_stored(stored, profile, batch, dtype or usual_dtype(profile))
 
 
 def simulate_stored(stored: StoredModel, profile: Any, batch: int, dtype: str) -> dict[str, Any]:

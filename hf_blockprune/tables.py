@@ -5,13 +5,14 @@ from typing import Any
 from rich.table import Table
 
 from .checkpoint import stream_reordered
+from .console import folding_table
 from .scores import SCORES, change_text, main_score, score_text
 
 
 def summary_table(report: dict[str, Any]) -> Table:
     """What `prune` did, in short."""
     title = f"{report['base_model']} -> {report['output']}" if "output" in report else report["base_model"]
-    table = Table(title=title, show_header=False)
+    table = folding_table("", "", title=title)
     table.add_row("method", f"{report['config']['method']}, blocks {shape_text(report['config']['block_shape'])}")
     if report["calibration"] is not None:
         c = report["calibration"]
@@ -57,13 +58,14 @@ def summary_table(report: dict[str, Any]) -> Table:
 
 def layer_table(report: dict[str, Any]) -> Table:
     """Layer by layer: what is kept, what was predicted and measured, and the time it took."""
-    table = Table(show_footer=True)
-    table.add_column("layer", footer="all", no_wrap=True)
-    table.add_column("shape", justify="right")
-    table.add_column("removed blocks", justify="right", footer=f"{1 - report['density']:.2%}")
-    table.add_column("predicted loss", justify="right", footer=_number(_total(report, "predicted_loss")))
-    table.add_column("error after refit", justify="right")
-    table.add_column("seconds", justify="right", footer=_number(_total(report, "seconds")))
+    footers = {
+        "layer": "all",
+        "removed blocks": f"{1 - report['density']:.2%}",
+        "predicted loss": _number(_total(report, "predicted_loss")),
+        "seconds": _number(_total(report, "seconds")),
+    }
+    columns = ("layer", "shape", "removed blocks", "predicted loss", "error after refit", "seconds")
+    table = folding_table(*columns, footers=footers)
     for layer in report["layers"]:
         gone = layer["blocks"] - layer["kept_blocks"]
         table.add_row(
@@ -95,9 +97,8 @@ def bytes_text(values: dict[str, Any]) -> str:
 
 def simulation_table(values: dict[str, Any]) -> Table:
     """What a pruned and a dense model take on a device."""
-    table = Table(title=f"{values['device']}, {values['batch']} images, {values['dtype']}")
-    for column in ("", "pruned", "dense", "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
+    title = f"{values['device']}, {values['batch']} images, {values['dtype']}"
+    table = folding_table("", "pruned", "dense", "ratio", title=title)
     rows = [
         ("latency", "latency_ms", "{:.3f} ms"),
         ("energy", "energy_mj", "{:.2f} mJ"),
@@ -117,17 +118,27 @@ def simulation_table(values: dict[str, Any]) -> Table:
 
 def plain_table(title: str, values: dict[str, Any]) -> Table:
     """Names and values."""
-    table = Table(title=title, show_header=False)
+    table = folding_table("", "", title=title)
     for key, value in values.items():
         table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
     return table
 
 
+def environment_table(values: dict[str, Any]) -> Table:
+    """The machine, the versions and the backends."""
+    table = folding_table("", "")
+    for name, value in values.items():
+        for key, part in value.items() if isinstance(value, dict) else [("", value)]:
+            table.add_row(f"{name} {key}".strip(), "-" if part is None else str(part))
+    return table
+
+
 def latency_table(values: dict[str, Any]) -> Table:
     """Measured latencies, a row for each batch size."""
-    table = Table(title=f"{values['device']}, {values['environment']['threads']} threads, {values['dtype']}")
-    for column in ("images", "dense ms", "pruned ms", "pruned img/s", "speed-up", "quartiles"):
-        table.add_column(column, justify="right")
+    title = f"{values['device']}, {values['environment']['threads']} threads, {values['dtype']}"
+    used = ", ".join(f"{count} {name}" for name, count in sorted(values["backends"].items()))
+    columns = ("images", "dense ms", "pruned ms", "pruned img/s", "speed-up", "quartiles")
+    table = folding_table(*columns, title=title, caption=f"layers by backend: {used}")
     for row in values["rows"]:
         low, high = row["speedup_quartiles"]
         times = (f"{row[key]:.2f}" for key in ("dense_latency_ms", "latency_ms"))
@@ -138,14 +149,12 @@ def latency_table(values: dict[str, Any]) -> Table:
             f"{row['speedup']:.2f}x",
             f"{low:.2f} to {high:.2f}",
         )
-    used = ", ".join(f"{count} {name}" for name, count in sorted(values["backends"].items()))
-    table.caption = f"layers by backend: {used}"
     return table
 
 
 def evaluation_table(values: dict[str, Any]) -> Table:
     """Accuracy, with the comparison where there was one."""
-    table = Table(show_header=False)
+    table = folding_table("", "")
     table.add_row("images", str(values["num_images"]))
     for key in SCORES:
         if key in values:
@@ -161,7 +170,7 @@ def evaluation_table(values: dict[str, Any]) -> Table:
 
 def fidelity_table(values: dict[str, Any]) -> Table:
     """How close an encoder's embeddings are to another model's."""
-    table = Table(show_header=False)
+    table = folding_table("", "")
     table.add_row("images", str(values["num_images"]))
     table.add_row("cosine similarity", f"{values['cosine']:.4f} (least {values['least_cosine']:.4f})")
     table.add_row("squared error over variance", f"{values['relative_squared_error']:.4f}")
@@ -171,16 +180,13 @@ def fidelity_table(values: dict[str, Any]) -> Table:
 def inspect_table(values: dict[str, Any]) -> Table:
     """One row a layer, totals in the footer."""
     block = shape_text(values["layers"][0]["block_shape"]) if values["layers"] else "no"
-    table = Table(title=f"{block} blocks, {values['flops_ratio']:.2%} of the model's FLOPs", show_footer=True)
-    table.add_column("layer", footer="all", no_wrap=True)
-    table.add_column("shape", justify="right")
-    table.add_column("kept blocks", justify="right")
-    table.add_column("density", justify="right", footer=f"{values['density']:.2%}")
-    table.add_column("bytes", justify="right", footer=f"{values['size_bytes']:,}")
-    table.add_column("CPU", no_wrap=True)
     order = {True: "another order than the dense model's", False: "the dense model's order", None: "an unknown order"}
-    table.caption = (
-        f"weights on disk: {bytes_text(values)}\nfeatures of hidden states: {order[values['stream_reordered']]}"
+    table = folding_table(
+        *("layer", "shape", "kept blocks", "density", "bytes", "CPU"),
+        title=f"{block} blocks, {values['flops_ratio']:.2%} of the model's FLOPs",
+        caption=f"weights on disk: {bytes_text(values)}\n"
+        f"features of hidden states: {order[values['stream_reordered']]}",
+        footers={"layer": "all", "density": f"{values['density']:.2%}", "bytes": f"{values['size_bytes']:,}"},
     )
     for layer in values["layers"]:
         kept = f"{layer['kept_blocks']}/{layer['blocks']}"
@@ -198,11 +204,11 @@ def inspect_table(values: dict[str, Any]) -> Table:
 def sweep_table(values: dict[str, Any]) -> Table:
     """A sweep's points, cheapest first; those that no other beats are marked."""
     dense = values["dense"]
-    table = Table(title=f"{values['model']}, dense top-1 {dense['top1']:.1%} of {dense['num_images']} images")
-    table.add_column("")
-    table.add_column("point", no_wrap=True)
-    for column in ("FLOPs kept", "top-1", "change, 95 % interval", "seconds"):
-        table.add_column(column, justify="right")
+    table = folding_table(
+        *("", "point", "FLOPs kept", "top-1", "change, 95 % interval", "seconds"),
+        title=f"{values['model']}, dense top-1 {dense['top1']:.1%} of {dense['num_images']} images",
+        caption="* no other point is as cheap and as accurate",
+    )
     done = [point for point in values["points"] if point["status"] == "done"]
     for point in sorted(done, key=lambda p: (p["flops_ratio"], -p["evaluation"]["top1"])):
         e = point["evaluation"]
@@ -219,5 +225,4 @@ def sweep_table(values: dict[str, Any]) -> Table:
     for point in values["points"]:
         if point["status"] != "done":
             table.add_row("!", point["name"], "failed", style="red")
-    table.caption = "* no other point is as cheap and as accurate"
     return table

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -17,7 +18,10 @@ from typer.testing import CliRunner
 from hf_blockprune import BlockPruneConfig, BlockPruner, CheckpointError, ModelError, sparsify
 from hf_blockprune.blocks import grid_shape
 from hf_blockprune.cli import app
+from hf_blockprune.cutting import cut_hidden_units
 from hf_blockprune.export import export_checkpoint
+from hf_blockprune.structure import find_transformer_layers
+from hf_blockprune.targets import find_targets
 
 from .conftest import ROOT, WITHOUT_THE_PACKAGE, tiny_model
 
@@ -97,6 +101,66 @@ def test_a_dense_export_needs_nothing_of_the_package(pruned, tmp_path):
         assert zeros > 0.3 * sum(file.get_tensor(key).numel() for key in file.keys() if "layer" in key)  # noqa: SIM118
     logits = run(WITHOUT_THE_PACKAGE + LOAD_DENSE, tmp_path, tmp_path / "dense", isolated=True)
     torch.testing.assert_close(logits, logits_of(model, pixels(5)), rtol=1e-5, atol=1e-5)
+
+
+def cut_checkpoint(folder, processor, family, widths, **changes):
+    """Save a model of which each MLP keeps so many hidden units, and a random part of its other blocks of 4x4."""
+    model = tiny_model(family, **changes)
+    targets = find_targets(model, BlockPruneConfig(block_shape=(4, 4)))
+    layers = find_transformer_layers(model, targets)
+    masks = {name: torch.rand(grid_shape(tuple(t.weight.shape), (4, 4))) < 0.8 for name, t in targets.items()}
+    for layer, width in zip(layers, widths, strict=True):
+        masks[layer.fc1][width // 4 :], masks[layer.fc2][:, width // 4 :] = False, False
+        masks[layer.fc1][: width // 4, 0] = True
+    sparse = sparsify(model, masks, (4, 4))
+    counts = cut_hidden_units(sparse, layers)
+    sparse.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return sparse.eval(), sum(counts.values())
+
+
+def test_an_onnx_export_leaves_out_what_was_cut(processor, tmp_path):
+    model, cut = cut_checkpoint(tmp_path / "pruned", processor, "vit", (36, 52))
+    values = export_checkpoint(tmp_path / "pruned", tmp_path / "model.onnx", "onnx")
+    assert (values["cut_units"], values["cut_units_kept_as_zeros"]) == (cut, 0) == (60 + 44, 0)
+    weights = {tuple(sorted(tensor.dims)) for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert {(36, 48), (48, 52)} <= weights
+    assert not any(96 in shape for shape in weights)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"pixel_values": pixels(5).numpy()})
+    np.testing.assert_allclose(found, logits_of(model, pixels(5)).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_program_leaves_out_what_was_cut(processor, tmp_path):
+    model, cut = cut_checkpoint(tmp_path / "pruned", processor, "vit", (36, 52))
+    values = export_checkpoint(tmp_path / "pruned", tmp_path / "model.pt2", "torch-export")
+    assert (values["cut_units"], values["cut_units_kept_as_zeros"]) == (cut, 0)
+    with (tmp_path / "model.pt2").open("rb") as file:
+        state = torch.export.load(file).state_dict
+    have = {name.removeprefix("model."): tensor.shape for name, tensor in state.items()}
+    assert have == {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "widths", "setting", "value", "zeros"),
+    [
+        ("vit", {}, (52, 52), "intermediate_size", 52, 0),
+        ("deit-distilled", {}, (36, 52), "intermediate_size", 52, 16),
+        ("vit", {}, (36, 96), "intermediate_size", 96, 60),  # one MLP is whole
+        # 60 / 44 * 44 is less than 60 in floating point, and the model rounds down.
+        ("swin", {"embed_dim": 44, "num_heads": [4, 8]}, (60, 60, 120, 120), "mlp_ratio", 60 / 44, 0),
+        ("dinov2", {"mlp_ratio": 3}, (52, 60), "mlp_ratio", 2, 44 + 36),  # a whole number, it says
+    ],
+)
+def test_a_stock_folder_has_the_width_of_the_widest_mlp(
+    processor, tmp_path, family, changes, widths, setting, value, zeros
+):
+    model, cut = cut_checkpoint(tmp_path / "pruned", processor, family, widths, **changes)
+    values = export_checkpoint(tmp_path / "pruned", tmp_path / "dense", "dense")
+    assert (values["cut_units"], values["cut_units_kept_as_zeros"]) == (cut, zeros)
+    dense = AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
+    assert getattr(dense.config, setting) == pytest.approx(value)
+    torch.testing.assert_close(logits_of(dense, pixels(3)), logits_of(model, pixels(3)), rtol=1e-5, atol=1e-5)
 
 
 def test_an_onnx_export_takes_any_batch(pruned, tmp_path):

@@ -9,6 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
+from hf_blockprune.inspection import inspect_checkpoint
+from hf_blockprune.simulation import simulate_checkpoint
+
 from .conftest import ROOT
 from .fake_hub import FakeHub
 from .hub.test_loading import Loader
@@ -38,6 +41,23 @@ print(sum(isinstance(module, hf_blockprune.BlockSparseLinear) for module in mode
 print(len(pipeline("image-classification", model=sys.argv[1])(sys.argv[2])))
 pruner = hf_blockprune.BlockPruner.from_pretrained(sys.argv[1])
 print(pruner.report()["config"]["method"])
+"""
+
+LOOK = """
+import json, sys
+from hf_blockprune import BlockPruneError
+from hf_blockprune.inspection import inspect_checkpoint
+from hf_blockprune.simulation import simulate_checkpoint
+
+repo, branch, folder = sys.argv[1:]
+found = [inspect_checkpoint(repo), inspect_checkpoint(repo, revision=branch), simulate_checkpoint(repo, "systolic-32")]
+refused = []
+for source in ("someone/missing", folder):
+    try:
+        inspect_checkpoint(source, revision="v1")
+    except BlockPruneError as error:
+        refused.append(str(error))
+print(json.dumps([*found, refused]))
 """
 
 CLI = "import sys; from hf_blockprune.cli import app; app(sys.argv[1:])"
@@ -96,6 +116,20 @@ def test_pushed_models_load_without_the_package(pushed, tmp_path, revision):
         expected = AutoModelForImageClassification.from_pretrained(saved)(pixels).logits
     torch.testing.assert_close(result["logits"], expected, rtol=1e-5, atol=1e-5)
     assert all(hub.commit(REPO, revision) in name for name in result["sparse"])
+
+
+def test_pushed_models_are_inspected_and_simulated_by_name(pushed):
+    hub, client, saved = pushed
+    hub.add_branch(REPO, "without-report")
+    (hub.repos[REPO]["without-report"] / "blockprune_report.json").unlink()
+    hub.requests.clear()
+    main, branch, simulated, refused = json.loads(client.run(LOOK, REPO, "without-report", saved))
+    assert main == inspect_checkpoint(saved)
+    assert branch == {**main, "stream_reordered": None} != main
+    assert simulated == simulate_checkpoint(saved, "systolic-32")
+    assert "missing: no such folder, and no such model on the Hub at revision v1" in refused[0]
+    assert "leave it out for a folder" in refused[1]
+    assert not any(request.endswith(".py") for request in hub.requests if "/resolve/" in request)
 
 
 def test_pushed_models_do_not_load_with_neither(pushed, tmp_path):
