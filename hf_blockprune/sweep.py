@@ -18,11 +18,12 @@ from .inspection import inspect_checkpoint
 from .jobs import PruneJob, prune_and_measure
 from .outputs import classifies
 from .pareto import frontier
-from .progress import discard, weights_fingerprint
+from .progress import weights_fingerprint
 from .pruner import EVALUATION_SPLITS, BlockPruner
 from .shared_statistics import SharedStatistics
 from .sweep_folder import SweepFolder
 from .tasks import SINGLE, task_of
+from .unfinished import discard
 from .version import __version__
 
 FORMAT_VERSION = 1
