@@ -68,7 +68,8 @@ class Progress:
         try:
             with safe_open(path, framework="pt") as file:
                 stored = json.loads(file.metadata()["values"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Copies: where a tensor begins in the file is no multiple of what sums go by, which then round otherwise.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: is damaged ({error}); start again with --restart") from error
         if stored["job"] != fingerprint(self.job):
