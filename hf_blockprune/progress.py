@@ -68,7 +68,7 @@ class Progress:
         try:
             with safe_open(path, framework="pt") as file:
                 stored = json.loads(file.metadata()["values"])
-                # Copies: where a tensor begins in the file is no multiple of what sums go by, which then round otherwise.
+                # Copies, which are aligned as new tensors are: where data begin may decide how their sums round.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: is damaged ({error}); start again with --restart") from error
@@ -106,6 +106,7 @@ class Progress:
         Raises:
             CheckpointError: it cannot be written.
         """
+        self.resumed = {old for old in self.resumed if not old.startswith(instead_of)}
         if not (own or self.accelerator.is_main_process):
             return
         start = perf_counter()

@@ -105,13 +105,12 @@ def _make_way(folder: Path, *, restart: bool, processes: Any) -> None:
     from accelerate.utils import broadcast_object_list
 
     refusal: list[str | None] = [None]
-    if processes.is_main_process and (kept := kept_in(folder)) is not None:
+    if processes.is_main_process:
         if restart:
             discard(folder)
-        else:
-            refusal = [
-                f"an interrupted run is kept, up to {kept}: go on with --resume, or throw it away with --restart"
-            ]
+        if (kept := kept_in(folder)) is not None:
+            ways = "remove it by hand" if restart else "go on with --resume, or throw it away with --restart"
+            refusal = [f"an interrupted run is kept up to {kept}: {ways}"]
     if processes.num_processes > 1:
         broadcast_object_list(refusal)
     if refusal[0] is not None:
