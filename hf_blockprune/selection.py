@@ -178,7 +178,8 @@ class Selection:
         names = [name for name in self.targets if name in statistics] or list(self.targets)
         number, self._times_traced = self._times_traced, self._times_traced + 1
         kept = {name: self.state.trace(number, name, self.targets[name].weight.device) for name in names}
-        mine = [n for n in names if kept[n] is None][self.accelerator.process_index :: self.accelerator.num_processes]
+        missing = [name for name in names if kept[name] is None]
+        mine = missing[self.accelerator.process_index :: self.accelerator.num_processes]
         made = []
         for name in mine:
             start = perf_counter()

@@ -110,7 +110,7 @@ def _make_way(folder: Path, *, restart: bool, processes: Any) -> None:
             discard(folder)
         if (kept := kept_in(folder)) is not None:
             ways = "remove it by hand" if restart else "go on with --resume, or throw it away with --restart"
-            refusal = [f"an interrupted run is kept up to {kept}: {ways}"]
+            refusal = [f"an unfinished run is kept up to {kept}: {ways}"]
     if processes.num_processes > 1:
         broadcast_object_list(refusal)
     if refusal[0] is not None:

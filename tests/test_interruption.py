@@ -292,7 +292,7 @@ def test_an_interrupted_process_says_what_is_kept(runs, name, code):
     assert "Traceback" not in stopped.stderr
     refused = runs.run("out")
     assert refused.returncode == 1
-    assert "an interrupted run is kept up to reconstruction of" in refused.stderr
+    assert "an unfinished run is kept up to reconstruction of" in refused.stderr
     done = runs.run("out", resume=True)
     assert done.returncode == 0, done.stderr
 
@@ -308,7 +308,7 @@ def test_two_processes_refuse_resume_and_restart_together(runs):
         assert kept_in(state_folder(runs.folder / "out")) is not None
     before = contents(state_folder(runs.folder / "out"))
     runs.write("out")
-    with pytest.raises(AssertionError, match="an interrupted run is kept up to"):
+    with pytest.raises(AssertionError, match="an unfinished run is kept up to"):
         launch([SCRIPT, runs.file], processes=2)
     assert contents(state_folder(runs.folder / "out")) == before
     runs.write("out", resume=True)

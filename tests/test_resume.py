@@ -120,7 +120,7 @@ def test_a_killed_command_is_resumed_and_one_without_resume_is_refused(vit_folde
     assert (state / "layer-0.safetensors").stat().st_mtime_ns == done
     refused = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, env=os.environ)
     assert refused.returncode == 1
-    assert "an interrupted run is kept up to refit, layer" in refused.stderr
+    assert "an unfinished run is kept up to refit, layer" in refused.stderr
     assert (state / "layer-0.safetensors").stat().st_mtime_ns == done
     resumed = subprocess.run([*command, str(tmp_path / "out"), "--resume"], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
