@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .blocks import block_sums, grid_shape
+from .calibration_state import RunningSums
 from .data import CorruptImages, ImageSet, batches, num_batches
 from .errors import DataError
 from .layer_statistics import LayerStatistics
 from .modes import evaluating
 from .outputs import output_of, task_for
+from .progress import Progress
 from .tasks import missing
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def collect(
     fisher: bool = False,
     block_shape: tuple[int, int] = (1, 1),
     seed: int = 0,
+    state: Progress | None = None,
 ) -> tuple[dict[str, LayerStatistics], CorruptImages]:
     """Run the images through the model and collect statistics of its target Linears.
 
@@ -59,6 +62,7 @@ def collect(
             predictions, which makes it the true Fisher; those of the data set are not read. Excludes the other two.
         block_shape: blocks of `block_gradients`.
         seed: of sampled labels; an image's label depends on its position alone, not on processes or batches.
+        state: keeps running sums now and then, and gives back those of an interrupted run.
 
     Raises:
         DataError: labels that do not fit the model, too many corrupt images, or activations that are not finite.
@@ -74,14 +78,19 @@ def collect(
         for name, linear in targets.items()
     }
     corrupt = CorruptImages(images.name)
+    total = num_batches(images, batch_size, accelerator.num_processes)
+    running = RunningSums(state, accumulators, corrupt, total)
+    options = {"batch_size": batch_size, "accelerator": accelerator, "model_config": model.config}
+    done = running.restore()
     progress = logging.tqdm(
-        batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config),
-        total=num_batches(images, batch_size, accelerator.num_processes),
+        batches(images, processor, skip=done, **options),
+        total=total,
+        initial=done,
         desc="Calibration",
         disable=not accelerator.is_main_process,
     )
     with _hooked(accumulators), _frozen(model):
-        for batch in progress:
+        for number, batch in enumerate(progress, done + 1):
             corrupt.count(batch)
             if "pixel_values" in batch:
                 try:
@@ -91,6 +100,7 @@ def collect(
                         f"{error.what} for calibration image {images.file_name(error.index)} are not finite; check the "
                         "image, the model's weights and its dtype"
                     ) from None
+            running.save_if_due(number)
     corrupt.gather()
     corrupt.check()
     return {name: a.finish(accelerator) for name, a in accumulators.items()}, corrupt

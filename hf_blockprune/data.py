@@ -150,8 +150,8 @@ class _Stream(torch.utils.data.IterableDataset):
     over processes would give each of them other images than one process sees, at positions nobody knows.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, rank: int, world: int) -> None:
-        self.images, self.batch_size, self.rank, self.world = images, batch_size, rank, world
+    def __init__(self, images: ImageSet, batch_size: int, rank: int, world: int, skip: int = 0) -> None:
+        self.images, self.batch_size, self.rank, self.world, self.skip = images, batch_size, rank, world, skip
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         records = iter(self.images.dataset)
@@ -164,7 +164,8 @@ class _Stream(torch.utils.data.IterableDataset):
             except read_errors() as error:
                 after = f"after {index} images" if index else "at its first image"
                 raise DataError(f"{self.images.name}: cannot be read {after} ({reason(error)})") from error
-            if index // self.batch_size % self.world == self.rank:
+            round_, turn = divmod(index // self.batch_size, self.world)
+            if turn == self.rank and round_ >= self.skip:
                 yield {**record, "index": index}
 
 
@@ -176,28 +177,31 @@ def batches(
     accelerator: "Accelerator",
     model_config: Any,
     everywhere: bool = False,
+    skip: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """This process's batches: pixel_values [b, c, h, w], labels, index [b], corrupt (file names), why.
 
     Labels are those that the model's task takes (see `tasks`), and -1 [b] where the data set has none. Every image is
     seen by exactly one process, once; with `everywhere`, by each process. A batch in which nothing could be decoded has
-    no pixel_values.
+    no pixel_values. The first `skip` batches are left out, undecoded.
 
     Raises:
         DataError: a label does not fit the model.
     """
-    from accelerate.data_loader import prepare_data_loader
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
 
     rank, world = (0, 1) if everywhere else (accelerator.process_index, accelerator.num_processes)
     collate = _Collate(images, processor, images.labels_for(model_config), model_config)
     if images.streaming:
-        loader = DataLoader(_Stream(images, batch_size, rank, world), batch_size=batch_size, collate_fn=collate)
+        loader = DataLoader(_Stream(images, batch_size, rank, world, skip), batch_size=batch_size, collate_fn=collate)
     else:
         loader = DataLoader(_Indexed(images.dataset), batch_size=batch_size, collate_fn=collate)
         # even_batches would repeat images to give every process the same number of batches.
         loader = prepare_data_loader(
             loader, num_processes=world, process_index=rank, put_on_device=False, even_batches=False
         )
+        if skip:
+            loader = skip_first_batches(loader, skip)
     for batch in loader:
         yield {key: value.to(accelerator.device) if torch.is_tensor(value) else value for key, value in batch.items()}
 

@@ -286,7 +286,7 @@ class Finetuning:
         if pruned and found.scores[found.main] > best:
             history.best_epoch, self.best = history.epoch, weights
             if self.progress is not None:
-                self.progress.write(BEST, weights, {"epoch": history.epoch})
+                self.progress.write(BEST, weights, {"epoch": history.epoch}, done=self._where())
 
     def _check_corrupt(self) -> None:
         history, all_images = self.history, self.history.seen + self.history.missing
@@ -309,8 +309,13 @@ class Finetuning:
         self._gather_skipped()
         scaler = self.accelerator.scaler
         values = {"history": vars(self.history), "scaler": None if scaler is None else scaler.state_dict()}
-        self.progress.write(STATE, self.student.tensors(), values)
+        self.progress.write(STATE, self.student.tensors(), values, done=self._where())
         self.accelerator.wait_for_everyone()
+
+    def _where(self) -> str:
+        """How far the run is, for the user."""
+        steps = self.settings.epochs * self.data.steps
+        return f"training, step {self.history.step} of {steps} ({self.history.epoch} of {self.settings.epochs} epochs)"
 
     def _restore(self) -> None:
         stored = None if self.progress is None else self.progress.read(STATE)

@@ -10,9 +10,9 @@ from .config import read_settings
 from .errors import ConfigError
 from .finetune_config import FinetuneConfig
 from .jobs import job_values
-from .progress import discard
 from .pruner import BlockPruner
 from .sources import DataSource
+from .unfinished import unfinished_run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,37 +98,42 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def run_finetune(job: FinetuneJob, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run_finetune(
+    job: FinetuneJob, *, overwrite: bool = False, resume: bool = False, restart: bool = False
+) -> dict[str, Any]:
     """Train, evaluate where the job names labelled images, and save.
+
+    The state of a run that does not come to its end stays beside the output.
 
     Args:
         job: what to do.
         overwrite: replace an older checkpoint.
-        resume: go on with what an interrupted run left beside the output; without, that is thrown away.
+        resume: go on with what an interrupted run left beside the output.
+        restart: throw that away and start from the beginning.
 
     Returns:
         The report, with `output` added.
+
+    Raises:
+        CheckpointError: an interrupted run left its state, and neither `resume` nor `restart` says what to do with it;
+            or it belongs to another run.
+        Interrupted: Ctrl-C or SIGTERM ended it; says what is kept.
     """
     check_output(job.output, overwrite=overwrite)
     output = Path(job.output).expanduser().resolve()
-    accelerator = make_accelerator(job.config, output.with_name(f"{output.name}-logs"))
-    pruner = BlockPruner.from_pretrained(job.model, accelerator=accelerator)
-    work_dir = output.with_name(f".{output.name}.unfinished")
-    if not resume and accelerator.is_main_process:
-        discard(work_dir)
-    accelerator.wait_for_everyone()
-    pruner.finetune(
-        job.dataset,
-        job.config,
-        teacher=job.teacher,
-        split=job.split,
-        evaluation=job.evaluation,
-        work_dir=work_dir,
-    )
-    if job.evaluation is not None:
-        pruner.evaluate(job.evaluation, against=job.teacher)
-    pruner.save_pretrained(job.output, overwrite=overwrite)
-    if accelerator.is_main_process:
-        discard(work_dir)
+    with unfinished_run(output, resume=resume, restart=restart) as work_dir:
+        accelerator = make_accelerator(job.config, output.with_name(f"{output.name}-logs"))
+        pruner = BlockPruner.from_pretrained(job.model, accelerator=accelerator)
+        pruner.finetune(
+            job.dataset,
+            job.config,
+            teacher=job.teacher,
+            split=job.split,
+            evaluation=job.evaluation,
+            work_dir=work_dir,
+        )
+        if job.evaluation is not None:
+            pruner.evaluate(job.evaluation, against=job.teacher)
+        pruner.save_pretrained(job.output, overwrite=overwrite)
     accelerator.end_training()
     return {"output": job.output, **pruner.report()}

@@ -9,10 +9,10 @@ from .checkpoint import check_output
 from .config import BlockPruneConfig, read_settings
 from .errors import ConfigError
 from .evaluation import Outputs, Predictions
-from .progress import discard
 from .pruner import BlockPruner
 from .shared_statistics import SharedStatistics
 from .sources import DataSource
+from .unfinished import unfinished_run
 
 
 @dataclass(frozen=True)
@@ -82,28 +82,30 @@ def job_values(job: type, config: type, settings: dict[str, Any], overrides: dic
     return {"config": made, **{key: settings[key] for key in own if key in settings}}
 
 
-def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False, restart: bool = False) -> dict[str, Any]:
     """Prune, recover where the config says so, evaluate after both where the job names labelled images, and save.
+
+    The state of a run that does not come to its end stays beside the output.
 
     Args:
         job: what to do.
         overwrite: replace an older checkpoint.
-        resume: go on with what an interrupted run left beside the output; without, that is thrown away.
+        resume: go on with what an interrupted run left beside the output.
+        restart: throw that away and start from the beginning.
 
     Returns:
         The report, with `output` added.
+
+    Raises:
+        CheckpointError: an interrupted run left its state, and neither `resume` nor `restart` says what to do with it;
+            or it belongs to another run.
+        Interrupted: Ctrl-C or SIGTERM ended it; says what is kept.
     """
     check_output(job.output, overwrite=overwrite)
-    pruner = BlockPruner.from_pretrained(job.model, job.config)
-    output = Path(job.output).expanduser().resolve()
-    work_dir = output.with_name(f".{output.name}.unfinished")
-    if not resume and pruner.accelerator.is_main_process:
-        discard(work_dir)
-    pruner.accelerator.wait_for_everyone()
-    prune_and_measure(pruner, job, work_dir=work_dir)
-    pruner.save_pretrained(job.output, overwrite=overwrite)
-    if pruner.accelerator.is_main_process:
-        discard(work_dir)
+    with unfinished_run(job.output, resume=resume, restart=restart) as work_dir:
+        pruner = BlockPruner.from_pretrained(job.model, job.config)
+        prune_and_measure(pruner, job, work_dir=work_dir)
+        pruner.save_pretrained(job.output, overwrite=overwrite)
     return {"output": job.output, **pruner.report()}
 
 
@@ -129,6 +131,6 @@ def prune_and_measure(
     if job.evaluation is not None:
         pruner.evaluate(job.evaluation, against=against)
     if job.config.recovery is not None:
-        pruner.recover(job.dataset, split=job.split)
+        pruner.recover(job.dataset, split=job.split, work_dir=work_dir)
         if job.evaluation is not None:
             pruner.evaluate(job.evaluation, against=against)

@@ -101,13 +101,15 @@ def refit_layers(
         ModelError: the masked Linears do not lie in one list of layers, or a system cannot be solved.
     """
     units = layer_chain(model, masks)
+    if (every := _restore_all(units, progress)) is not None:
+        return every
     done: dict[str, LayerRefit] = {}
     with evaluating(model):
         kept = first_inputs(model, units, images, processor, accelerator=accelerator, batch_size=batch_size)
         progress_bar = logging.tqdm(units, desc="Refit", disable=not accelerator.is_main_process)
         for index, unit in enumerate(progress_bar):
             dense = copied(unit.module)
-            part = f"layer-{index}"
+            part = _part(index)
             refits = _restore(unit.module, progress, part)
             if refits is None:
                 here = {n.removeprefix(f"{unit.name}."): n for n in masks if n.startswith(f"{unit.name}.")}
@@ -115,9 +117,24 @@ def refit_layers(
                 refits = job.run(kept, accelerator)
                 if progress is not None:
                     named = dict(unit.module.named_parameters())
-                    progress.write(part, named, {n: asdict(r) for n, r in refits.items()})
+                    values = {n: asdict(r) for n, r in refits.items()}
+                    progress.write(part, named, values, done=f"refit, layer {index + 1} of {len(units)}")
             done |= refits
             advance(unit, dense, kept)
+    return done
+
+
+def _part(index: int) -> str:
+    return f"layer-{index}"
+
+
+def _restore_all(units: list[Unit], progress: Progress | None) -> dict[str, LayerRefit] | None:
+    """The refit of a run that was interrupted after it, without a pass of the images; None where a layer is missing."""
+    if progress is None or not progress.resumed.issuperset(map(_part, range(len(units)))):
+        return None
+    done: dict[str, LayerRefit] = {}
+    for index, unit in enumerate(units):
+        done |= _restore(unit.module, progress, _part(index)) or {}
     return done
 
 

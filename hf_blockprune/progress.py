@@ -6,9 +6,9 @@ Every file is written under a temporary name and moved into place: what is there
 import contextlib
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,8 @@ from .errors import CheckpointError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SELECTION = "selection"
+SECONDS_BETWEEN = 60.0  # two writes of what changes all the time
+LARGEST_SHARE = 0.05  # of the time that such writes may take
 
 
 @dataclass
@@ -41,10 +42,13 @@ class Progress:
     job: dict[str, Any]
     accelerator: "Accelerator"
     resumed: set[str] = field(init=False)
+    _written: float = field(init=False)
+    _took: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         from accelerate.utils import broadcast_object_list
 
+        self._written = perf_counter()
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             found = [{path.stem for path in self.folder.glob("*.safetensors")}]
@@ -64,44 +68,67 @@ class Progress:
         try:
             with safe_open(path, framework="pt") as file:
                 stored = json.loads(file.metadata()["values"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Copies, which are aligned as new tensors are: where data begin may decide how their sums round.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: is damaged ({error}); start again without --resume") from error
+            raise CheckpointError(f"{path}: is damaged ({error}); start again with --restart") from error
         if stored["job"] != fingerprint(self.job):
             raise CheckpointError(
                 f"{self.folder}: holds the state of a run with another model, data set or settings; give what was "
-                "given then, or start again without --resume"
+                "given then, or throw it away with --restart"
             )
         return tensors, stored["values"]
 
-    def write(self, part: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def due(self) -> bool:
+        """Whether it is time to write what changes all the time; seldom enough to cost little."""
+        return perf_counter() - self._written >= max(SECONDS_BETWEEN, self._took / LARGEST_SHARE)
+
+    def write(
+        self,
+        part: str,
+        tensors: dict[str, Tensor],
+        values: dict[str, Any],
+        *,
+        done: str,
+        instead_of: tuple[str, ...] = (),
+        own: bool = False,
+    ) -> None:
         """Keep a part.
+
+        Args:
+            part: its name.
+            tensors: by name.
+            values: JSON-ready.
+            done: how far the run is, as a user is told.
+            instead_of: beginnings of the names of parts that this one makes needless; they go once it is there.
+            own: whether it belongs to this process; every process writes its own parts.
 
         Raises:
             CheckpointError: it cannot be written.
         """
-        if not self.accelerator.is_main_process:
+        self.resumed = {old for old in self.resumed if not old.startswith(instead_of)}
+        if not (own or self.accelerator.is_main_process):
             return
+        start = perf_counter()
         path = self._path(part)
         partial = path.with_suffix(".partial")
-        stored = json.dumps({"job": fingerprint(self.job), "values": values})
+        metadata = {"values": json.dumps({"job": fingerprint(self.job), "values": values}), "done": done}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"values": stored})
+            save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata=metadata)
             partial.replace(path)
+            for needless in [old for begin in instead_of for old in self.folder.glob(f"{begin}*")]:
+                needless.unlink()
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # It stays where other parts are in it.
                 self.folder.rmdir()
             raise CheckpointError(f"{path}: could not be written ({error}); free some space") from error
+        self._written = perf_counter()
+        self._took = self._written - start
 
     def _path(self, part: str) -> Path:
         return self.folder / f"{part}.safetensors"
-
-
-def discard(folder: Path) -> None:
-    """Remove a run's state, if there is one."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def fingerprint(values: dict[str, Any]) -> str:

@@ -25,9 +25,11 @@ from .latency import measure_latency
 from .loading import load_model
 from .model_input import find_input
 from .outputs import classifies
+from .progress import Progress
 from .pruning import Pruning
 from .publish import upload_checkpoint
 from .recovery import Recovery, recover
+from .recovery_state import recovery_job
 from .report import PruneReport
 from .residual import permute_stream
 from .shared_statistics import SharedStatistics
@@ -147,8 +149,9 @@ class BlockPruner:
             dataset: calibration images: a folder, files, a Hub name, a `datasets` object, or a `DataSource` that says
                 how to read them. `taylor` uses labels where there are any, `magnitude` without refit needs no images.
             split: split of the data set; "train" by default.
-            work_dir: a folder that keeps the chosen masks and every layer that is refitted. A run that was interrupted
-                goes on from there when it is started again with the same folder, with the same result.
+            work_dir: a folder that keeps the state of the run: calibration, and what was chosen and refitted since. A
+                run that was interrupted goes on from there when it is started again with the same folder, with the
+                same result.
             shared: one for several runs on the same dense model, which then calibrate together where they can.
 
         Returns:
@@ -170,7 +173,12 @@ class BlockPruner:
         return self.model
 
     def recover(
-        self, dataset: Any, *, teacher: "str | Path | BlockPruner | None" = None, split: str | None = None
+        self,
+        dataset: Any,
+        *,
+        teacher: "str | Path | BlockPruner | None" = None,
+        split: str | None = None,
+        work_dir: str | Path | None = None,
     ) -> "PreTrainedModel":
         """Train a pruned model to behave like the dense one, without labels; its masks stay as they are.
 
@@ -182,13 +190,16 @@ class BlockPruner:
             teacher: the dense model: a name, a folder or a `BlockPruner`. By default it is loaded again from where
                 `from_pretrained` found it; needed where the model was loaded pruned, or was passed in.
             split: split of the data set; "train" by default.
+            work_dir: a folder that keeps the state now and then, which may be that of `prune`. A run that was
+                interrupted goes on from there when it is started again with the same folder, with the same result.
 
         Returns:
             The recovered model, which is `self.model`.
 
         Raises:
             ModelError: the model is not pruned, the teacher is missing or another model, or the loss is not finite.
-            CheckpointError: the report beside the model was made for another dense model.
+            CheckpointError: the report beside the model was made for another dense model; or `work_dir` holds the state
+                of another run, or cannot be written.
             DataError: the images cannot be used.
         """
         if not next(block_sparse_layers(self.model), None):
@@ -198,14 +209,20 @@ class BlockPruner:
         images = load_images(dataset, split=split, labels=False).fitted(self.model, self.processor)
         images = images.sample(settings.samples, seed)
         self.model.to(self.accelerator.device)
+        teaching = self._in_same_order(dense.model)
+        progress = None
+        if work_dir is not None:
+            job = recovery_job(self.model, teaching, settings, images, seed)
+            progress = Progress(Path(work_dir), job, self.accelerator)
         result = recover(
             self.model,
-            self._in_same_order(dense.model),
+            teaching,
             images,
             self.processor,
             settings,
             accelerator=self.accelerator,
             seed=seed,
+            progress=progress,
         )
         if self._report is not None:
             self._describe_recovery(result, settings, images.public_name)

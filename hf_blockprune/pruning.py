@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .allocation import Allocation
 from .boundary import HELD_BACK_EVERY
 from .calibration import collect
+from .calibration_state import keep_statistics, kept_statistics
 from .config import BlockPruneConfig
 from .cutting import cut_hidden_units
 from .data import ImageSet, load_images, load_pixels
@@ -23,9 +24,10 @@ from .layerwise import LayerRefit, refit_layers
 from .model_input import find_input
 from .modes import evaluating
 from .outputs import classifies
-from .progress import SELECTION, Progress, weights_fingerprint
+from .progress import Progress, weights_fingerprint
 from .report import PruneReport, add_cuts, add_refits, describe_masks
 from .selection import Selection, timed
+from .selection_state import SELECTION, UNTIL_SELECTED, SelectionState
 from .shared_statistics import SharedStatistics
 from .structure import find_transformer_layers, fold_scales
 from .targets import check_storable, find_targets
@@ -83,8 +85,8 @@ class Pruning:
         if self.encoder:
             self._prepare_encoder()
         images, found = self._calibration_images(dataset, split)
-        # Without a refit the masks are the end of the run, and nothing would be resumed.
-        progress = self._progress(Path(work_dir), images) if work_dir is not None and self.config.refits else None
+        # Without images all is done in a moment, and nothing would be resumed.
+        progress = self._progress(Path(work_dir), images) if work_dir is not None and images is not None else None
         with evaluating(self.model):
             selected = self._restore_selection(progress) or self._select(images, found, progress)
             if self.config.refits:
@@ -150,7 +152,7 @@ class Pruning:
         """Choose the masks, permuting the model where the config says so."""
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         try:
-            selection, calibration = self._prepare(images, found)
+            selection, calibration = self._prepare(images, found, progress)
             allocation = selection.run()
         except BaseException:
             self.model.load_state_dict(before)  # Its features may have changed places.
@@ -165,24 +167,36 @@ class Pruning:
         if progress is not None:
             parts = {"model": self.model.state_dict(), "mask": allocation.masks, "token_weight": token_weights}
             tensors = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
-            progress.write(SELECTION, tensors, report)
+            progress.write(SELECTION, tensors, report, done="the choice of blocks", instead_of=UNTIL_SELECTED)
         return _Selected(allocation.masks, token_weights, report)
 
-    def _prepare(self, images: ImageSet | None, found: int | None) -> tuple[Selection, dict[str, Any] | None]:
+    def _prepare(
+        self, images: ImageSet | None, found: int | None, progress: Progress | None
+    ) -> tuple[Selection, dict[str, Any] | None]:
         """Bring the model into the form that is pruned, and collect what the choice of masks needs."""
         fold_scales(self.model)
         seconds: dict[str, float] = {}
         statistics, calibration = {}, None
         if images is not None:
             with timed(seconds, "calibration"):
-                statistics, calibration = self._calibrate(images, found)
+                statistics, calibration = self._calibrate(images, found, progress)
         pixels = self._judging_pixels(images)
         selection = Selection(
-            self.model, self.targets, statistics, self.flops, self.config, self.accelerator, pixels, seconds
+            self.model,
+            self.targets,
+            statistics,
+            self.flops,
+            self.config,
+            self.accelerator,
+            pixels,
+            seconds,
+            state=SelectionState(progress),
         )
         return selection, calibration
 
-    def _calibrate(self, images: ImageSet, found: int | None) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
+    def _calibrate(
+        self, images: ImageSet, found: int | None, progress: Progress | None
+    ) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
         gradients = self.config.method == "taylor"
         options = {
             "batch_size": self.config.calibration.batch_size,
@@ -194,17 +208,37 @@ class Pruning:
         key = {**options, "images": images.identity, "samples": self.config.calibration.samples}
         statistics, corrupt = self.shared.get(
             {**key, "targets": list(self.targets)},
-            lambda: collect(self.model, images, self.processor, self.targets, accelerator=self.accelerator, **options),
+            lambda: self._statistics(images, options, progress),
         )
         calibration = {
             "dataset": images.public_name,
             "found_images": found,
             "num_images": next(iter(statistics.values())).num_images,
-            "skipped": [Path(file).name for file in corrupt.files],
+            "skipped": [Path(file).name for file in corrupt],
             "left_out": list(images.left_out),
             "fewer_tokens_than_inputs": _underdetermined(statistics, self.targets),
         }
         return statistics, calibration
+
+    def _statistics(
+        self, images: ImageSet, options: dict[str, Any], progress: Progress | None
+    ) -> tuple[dict[str, LayerStatistics], list[str]]:
+        """(statistics, files that cannot be decoded) of this run, or of one that was interrupted later."""
+        kept = None if progress is None else kept_statistics(progress)
+        if kept is not None:
+            return kept
+        statistics, corrupt = collect(
+            self.model,
+            images,
+            self.processor,
+            self.targets,
+            accelerator=self.accelerator,
+            state=progress,
+            **options,
+        )
+        if progress is not None:
+            keep_statistics(progress, statistics, corrupt.files)
+        return statistics, corrupt.files
 
     def _judging_pixels(self, images: ImageSet | None) -> Tensor | None:
         """Some held-back calibration images, to measure true losses on."""

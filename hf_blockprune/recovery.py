@@ -31,6 +31,8 @@ from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_layout import pack
 from .hub.blockprune_quantizer import block_sparse_layers
 from .outputs import answers, output_of, task_for
+from .progress import Progress
+from .recovery_state import Place, RecoveryState
 from .selection import timed
 from .tasks import Regression, SingleLabel, Task
 
@@ -75,6 +77,7 @@ def recover(
     *,
     accelerator: "Accelerator",
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Recovery:
     """Train a block-sparse model to behave like the dense one; weights change at the end, all at once.
 
@@ -89,21 +92,22 @@ def recover(
         settings: how.
         accelerator: device and processes.
         seed: of the order of images and of their views.
+        progress: keeps the state now and then, and gives back that of an interrupted run.
 
     Raises:
         ModelError: the two models do not fit together, or the loss is not finite.
         DataError: too few images, or too many that are corrupt.
+        CheckpointError: `progress` has the state of another run, or cannot be written.
     """
     pixels, index = load_pixels(images, processor, accelerator=accelerator, model_config=model.config)
-    run = _Run(model, teacher, pixels, held_back(index), settings, accelerator, seed)
+    run = _Run(model, teacher, pixels, held_back(index), settings, accelerator, seed, progress)
     steps = {"reconstruction": run.reconstruct, "distillation": run.distil}
     epochs = {"reconstruction": settings.reconstruction_epochs, "distillation": settings.epochs}
-    seconds: dict[str, float] = {}
-    divergence = {"pruned": run.divergence()}
-    best, kept = copy.deepcopy(run.student.state_dict()), "pruned"
+    best, divergence, kept, seconds = run.begin()
     for name, step in steps.items():
-        if not epochs[name]:
+        if not epochs[name] or name in divergence:
             continue
+        seconds[name] = run.state.begin(name)
         with timed(seconds, name):
             step(epochs[name])
         divergence[name] = run.divergence()
@@ -111,6 +115,7 @@ def recover(
             best, kept = copy.deepcopy(run.student.state_dict()), name
         else:
             run.student.load_state_dict(best)
+        run.state.finish(best, {"divergence": divergence, "kept": kept, "seconds": seconds}, f"the end of {name}")
     _write_back(run.student, model)
     return Recovery(len(run.learned), len(run.judged), divergence, kept, seconds)
 
@@ -188,6 +193,7 @@ class _Run:
     settings: RecoveryConfig
     accelerator: "Accelerator"
     seed: int
+    progress: Progress | None = None
     student: nn.Module = field(init=False)
     task: Task = field(init=False)
 
@@ -212,6 +218,16 @@ class _Run:
         if embeddings is not None:  # they were not pruned, and would learn single images by heart
             embeddings.requires_grad_(False)
         self.token_weights = self._token_weights()
+        self.state = RecoveryState(self.progress, self.student, self.generator)
+
+    def begin(self) -> tuple[dict[str, Tensor], dict[str, float], str, dict[str, float]]:
+        """(best weights, divergence by step, the step of these weights, seconds by step) where the run goes on."""
+        finished = self.state.finished()
+        if finished is None:
+            return copy.deepcopy(self.student.state_dict()), {"pruned": self.divergence()}, "pruned", {}
+        best, values = finished
+        self.student.load_state_dict(best)
+        return best, values["divergence"], values["kept"], values["seconds"]
 
     def _some(self, chosen: Tensor) -> Tensor:
         return self.pixels[chosen].to(self.device).float()
@@ -264,12 +280,14 @@ class _Run:
         inputs = self._boundary(self.student, self.layers[0])
         targets = self._boundary(self.teacher, self.teacher_layers[0])
         pairs = list(zip(self.layers, self.teacher_layers, self.token_weights, strict=True))
-        for unit, dense, token_weight in logging.tqdm(
-            pairs, desc="Reconstruction", disable=not self.accelerator.is_main_process
+        for layer, (unit, dense, token_weight) in enumerate(
+            logging.tqdm(pairs, desc="Reconstruction", disable=not self.accelerator.is_main_process)
         ):
             targets = _advanced(unit, targets, dense.module)
             learn = self._layer_loss(unit, inputs, targets, token_weight)
-            self._descend(learn, unit.module, list(self._order(len(inputs), epochs)), f"reconstruction of {unit.name}")
+            order = list(self._order(len(inputs), epochs))  # also of a layer that is done: later draws follow these
+            if not self.state.passed(place := Place("reconstruction", layer)):
+                self._descend(learn, unit.module, order, f"reconstruction of {unit.name}", place)
             inputs = _advanced(unit, inputs)
 
     def _layer_loss(
@@ -306,7 +324,7 @@ class _Run:
             return answered + self.settings.hidden_weight * mean_hidden
 
         order = list(self._order(len(self.learned), epochs))
-        self._descend(loss, self.student, order, "distillation", progress="Distillation")
+        self._descend(loss, self.student, order, "distillation", Place("distillation"), progress="Distillation")
 
     def _order(self, count: int, epochs: int) -> Iterator[Tensor]:
         """Batches of positions; what is left of an epoch after its last whole batch is left out."""
@@ -320,30 +338,35 @@ class _Run:
         module: nn.Module,
         order: list[Tensor],
         where: str,
+        place: Place,
         *,
         progress: str | None = None,
     ) -> None:
         """Adam over the module's parameters, each process with its share of every batch."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         optimizer = torch.optim.Adam(self._groups(module), eps=EPSILON)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * len(order)), len(order))
+        done = self.state.restore(place, optimizer, parameters)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * len(order)), len(order), done - 1)
         hidden = progress is None or not self.accelerator.is_main_process
-        for number, chosen in enumerate(logging.tqdm(order, desc=progress, disable=hidden)):
+        bar = logging.tqdm(order[done:], total=len(order), initial=done, desc=progress, disable=hidden)
+        for number, chosen in enumerate(bar, done + 1):
             share = slice(rank, None, ranks)
             optimizer.zero_grad()
             value = torch.zeros((), device=self.device)
             if mine := len(chosen[share]):
                 value = loss(chosen, share) * (mine / len(chosen))
                 value.backward()
-            self._add_up(parameters)
+            self._add_up(list(parameters.values()))
             if not self._sum(value.detach()).isfinite():
                 raise ModelError(
-                    f"{where}, step {number + 1}: the loss is not finite; lower recovery.lr and "
+                    f"{where}, step {number}: the loss is not finite; lower recovery.lr and "
                     "recovery.weight_lr. The pruned model is as it was"
                 )
             optimizer.step()
             schedule.step()
+            said = f"{where}, step {number} of {len(order)}"
+            self.state.save_if_due(place, number, said, optimizer, parameters)
 
     def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
         """Matrices, and all that is one number a feature, with a learning rate for each."""
@@ -351,7 +374,9 @@ class _Run:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 (weights if min(parameter.shape, default=1) > 1 and parameter.dim() > 1 else few).append(parameter)
-        return [{"params": few, "lr": self.settings.lr}, {"params": weights, "lr": self.settings.weight_lr}]
+        rates = ((few, self.settings.lr), (weights, self.settings.weight_lr))
+        # A schedule that begins in the middle reads where the rates began.
+        return [{"params": some, "lr": lr, "initial_lr": lr} for some, lr in rates]
 
     def _add_up(self, parameters: list[nn.Parameter]) -> None:
         """Sum gradients over processes; one without images, or a parameter without use, counts as zero."""

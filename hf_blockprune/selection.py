@@ -3,7 +3,7 @@
 Layers' traces are shared out over processes; the allocation, which is cheap, every process makes from the same traces.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,9 +25,10 @@ from .hardware.profiles import load_profile
 from .hardware.shapes import transformer_shape
 from .hub.blockprune_cost import Linear, linear_flops, weights_energy_mj
 from .layer_statistics import LayerStatistics
-from .permutation import apply_moves, block_saliency_kept, packing_moves, sorting_moves
+from .permutation import Move, apply_moves, block_saliency_kept, packing_moves, sorting_moves
 from .residual import choose_order, permute_statistics, permute_stream
 from .saliency import RemovalTrace, gone_first, removal_trace
+from .selection_state import SelectionState
 from .structure import TransformerLayer, find_residual_stream, find_transformer_layers
 from .true_loss import loss_factors, true_losses
 
@@ -52,6 +53,7 @@ class Selection:
         pixels: images to measure true losses on, [images, channels, height, width]; needed where the config has
             rounds of them.
         gone: blocks that left before, bool [block_rows, block_cols] by name; where there are any, they stay gone.
+        state: keeps what takes long, and gives back what an interrupted run had; by default nothing is kept.
 
     Attributes:
         seconds: time of each stage.
@@ -73,6 +75,9 @@ class Selection:
     trace_seconds: dict[str, float] = field(default_factory=dict)
     loss_factors: dict[str, float] = field(default_factory=dict)
     gone: dict[str, Tensor] = field(default_factory=dict)
+    state: SelectionState = field(default_factory=SelectionState)
+    _times_traced: int = field(default=0, init=False)
+    _times_measured: int = field(default=0, init=False)
 
     @cached_property
     def devices(self) -> list[DeviceCost | None]:
@@ -128,10 +133,10 @@ class Selection:
         coupled = {name: linear for name, linear in self.targets.items() if name in names}
         shape = self.config.block_shape
         before = block_saliency_kept(coupled, self.statistics, shape, share)
-        moves = self._first_process_says(sorting_moves(layers, self.targets, self.statistics))
+        moves = self._moves("sorting", lambda: sorting_moves(layers, self.targets, self.statistics))
         self.statistics = apply_moves(moves, self.targets, self.statistics)
         order = self._permute_stream(coupled)
-        moves = self._first_process_says(packing_moves(layers, self.targets, self.statistics, shape))
+        moves = self._moves("packing", lambda: packing_moves(layers, self.targets, self.statistics, shape))
         self.statistics = apply_moves(moves, self.targets, self.statistics)
         after = block_saliency_kept(coupled, self.statistics, shape, share)
         self.permutation = {
@@ -141,12 +146,18 @@ class Selection:
             "residual_order": order,
         }
 
+    def _moves(self, which: str, choose: Callable[[], list[Move]]) -> list[Move]:
+        return self.state.moves(which, lambda: self._first_process_says(choose()))
+
     def _permute_stream(self, linears: dict[str, nn.Linear]) -> list[int] | None:
         """The new order of the residual stream; None where it stays, or was not found."""
         stream = find_residual_stream(self.model) if self.config.permutes_stream else None
         if stream is None:
             return None
-        order = self._first_process_says(choose_order(stream, linears, self.statistics, self.config.block_shape))
+        shape = self.config.block_shape
+        order = self.state.order(
+            "stream", lambda: self._first_process_says(choose_order(stream, linears, self.statistics, shape))
+        )
         permute_stream(self.model, stream, order)
         self.statistics = permute_statistics(stream, self.statistics, order)
         return order.tolist()
@@ -165,13 +176,17 @@ class Selection:
         from accelerate.utils import gather_object
 
         names = [name for name in self.targets if name in statistics] or list(self.targets)
-        mine = names[self.accelerator.process_index :: self.accelerator.num_processes]
+        number, self._times_traced = self._times_traced, self._times_traced + 1
+        kept = {name: self.state.trace(number, name, self.targets[name].weight.device) for name in names}
+        missing = [name for name in names if kept[name] is None]
+        mine = missing[self.accelerator.process_index :: self.accelerator.num_processes]
         made = []
         for name in mine:
             start = perf_counter()
             trace = self._trace(name, statistics.get(name))
             made.append((name, (trace, perf_counter() - start)))
-        every = dict(gather_object(made) if self.accelerator.num_processes > 1 else made)
+            self.state.keep_trace(number, name, *made[-1][1])
+        every: dict[str, Any] = kept | dict(gather_object(made) if self.accelerator.num_processes > 1 else made)
         for name in names:
             self.trace_seconds[name] = self.trace_seconds.get(name, 0.0) + every[name][1]
         return {name: every[name][0] for name in names}
@@ -292,7 +307,10 @@ class Selection:
             self.pixels,
             accelerator=self.accelerator,
             damping=self.config.damping,
+            state=self.state,
+            number=self._times_measured,
         )
+        self._times_measured += 1
         predicted = [sum(allocation.loss[name] for name in group) for group in groups]
         for group, factor in zip(groups, loss_factors(losses, predicted), strict=True):
             for name in group:

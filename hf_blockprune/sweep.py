@@ -15,14 +15,16 @@ from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
 from .evaluation import Outputs, Predictions, summarise
 from .html_report import sweep_page
 from .inspection import inspect_checkpoint
+from .interruption import Interrupted
 from .jobs import PruneJob, prune_and_measure
 from .outputs import classifies
 from .pareto import frontier
-from .progress import discard, weights_fingerprint
+from .progress import weights_fingerprint
 from .pruner import EVALUATION_SPLITS, BlockPruner
 from .shared_statistics import SharedStatistics
 from .sweep_folder import SweepFolder
 from .tasks import SINGLE, task_of
+from .unfinished import discard, kept_in
 from .version import __version__
 
 FORMAT_VERSION = 1
@@ -74,6 +76,7 @@ def run_sweep(
     *,
     keep: Literal["all", "frontier", "none"] = "frontier",
     on_point: Callable[[dict[str, Any]], None] | None = None,
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Prune, measure and compare at every point that is not done yet.
 
@@ -87,6 +90,7 @@ def run_sweep(
         keep: whose checkpoints stay in `checkpoints/`: of all points, of those that no other beats in accuracy and
             FLOPs, or of none.
         on_point: called with each point as soon as it is done.
+        restart: throw away what points that are not done keep of their runs; by default these go on.
 
     Returns:
         What `sweep.json` holds. A point that failed has the status "failed" and an `error`; it is tried again when the
@@ -96,6 +100,7 @@ def run_sweep(
         ConfigError: the grid or its settings make no sense, or there are no labelled images.
         CheckpointError: the folder holds something else, a sweep with other settings, or cannot be written.
         ModelError, DataError: the model or the images cannot be used at all.
+        Interrupted: Ctrl-C or SIGTERM ended it; says what is kept.
     """
     if keep not in KEEP:
         raise ConfigError(f"keep: expected one of {', '.join(KEEP)}, got {keep!r}")
@@ -104,6 +109,8 @@ def run_sweep(
     configs = grid.points(job.config)
     folder = SweepFolder(Path(job.output).expanduser().resolve(), list(configs))
     folder.check()
+    if restart:
+        folder.discard_unfinished()
     dense = BlockPruner.from_pretrained(job.model)
     if not classifies(dense.model, dense.processor.to_dict()):
         raise ConfigError(f"model: a sweep compares accuracies, and {job.model} is an encoder; prune it once a budget")
@@ -126,6 +133,17 @@ class _Sweep:
         values = self.folder.open({"format_version": FORMAT_VERSION, "settings": self._settings(), "points": []})
         done = {point["name"]: point for point in values["points"] if point["status"] == "done"}
         values["points"] = list(done.values())
+        try:
+            self._run_missing(values, on_point)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(self._kept(values), stop) from None
+        self._write(values)  # checkpoints may be kept by another rule than before
+        if all(point["status"] == "done" for point in values["points"]):
+            self.folder.discard_unfinished()
+        return values
+
+    def _run_missing(self, values: dict[str, Any], on_point: Callable[[dict[str, Any]], None]) -> None:
+        done = {point["name"] for point in values["points"]}
         if missing := [name for name in self.configs if name not in done]:
             answers, shared = self.dense.predictions(self.job.evaluation), SharedStatistics()
             values |= {"model": self.dense.name, "dense": summarise(answers).to_dict(), "environment": environment()}
@@ -133,9 +151,12 @@ class _Sweep:
                 values["points"].append(point := self._point(name, answers, shared))
                 self._write(values)
                 on_point(point)
-        self._write(values)  # checkpoints may be kept by another rule than before
-        self.folder.end()
-        return values
+
+    def _kept(self, values: dict[str, Any]) -> str:
+        """What an interrupted sweep leaves, for the user."""
+        done = sum(point["status"] == "done" for point in values["points"])
+        begun = [f"of {name} {kept}" for name in self.configs if (kept := kept_in(self.folder.work_dir(name)))]
+        return f"kept are {', and '.join([f'{done} of {len(self.configs)} points', *begun])}; the same command goes on"
 
     def _settings(self) -> dict[str, Any]:
         """All that decides the results, as JSON-ready values."""
@@ -161,7 +182,6 @@ class _Sweep:
         try:
             found = self._prune(name, config, answers, shared)
         except (BlockPruneError, BlockSparseFormatError) as error:
-            discard(self.folder.work_dir(name))
             found = {"status": "failed", "error": " ".join(str(error).split())}
         return {**point, **found, "wall_seconds": round(perf_counter() - start, 1)}
 

@@ -83,8 +83,8 @@ class SweepFolder:
         if page is not None:
             write_text(self.path / PAGE, page)
 
-    def end(self) -> None:
-        """Remove what only an unfinished sweep needs."""
+    def discard_unfinished(self) -> None:
+        """Remove what points that are not done keep of their runs."""
         shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
 
     def work_dir(self, name: str) -> Path:

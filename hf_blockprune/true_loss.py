@@ -20,6 +20,7 @@ from .hardware.flops import dtype_of
 from .layer_statistics import LayerStatistics
 from .outputs import output_of, task_for
 from .reconstruction import Moments, solve
+from .selection_state import SelectionState
 from .tasks import Regression, Task
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def true_losses(
     *,
     accelerator: "Accelerator",
     damping: float,
+    state: SelectionState | None = None,
+    number: int = 0,
 ) -> list[float]:
     """Divergence of the predictions when one group of Linears is pruned and the others are dense.
 
@@ -53,6 +56,8 @@ def true_losses(
         pixels: [images, channels, height, width], the same on every process.
         accelerator: device and processes.
         damping: of the surviving weights' solution.
+        state: keeps each group's loss, and gives back those of an interrupted run.
+        number: how often losses were measured before.
 
     Returns:
         KL(dense || pruned) of what the model's task makes of its outputs, in nats for each group, the mean over images.
@@ -65,19 +70,22 @@ def true_losses(
     wanted, task = _outputs(model, pixels)
     if isinstance(task, Regression):
         task = task.scaled(wanted)
-    losses = []
-    mine = list(range(accelerator.process_index, len(groups), accelerator.num_processes))
-    for number in logging.tqdm(mine, desc="True losses", disable=not accelerator.is_main_process):
-        group = list(groups[int(number)])
+    state, losses = state or SelectionState(), []
+    kept = {i: state.loss(number, i) for i in range(len(groups))}
+    missing = [i for i, loss in kept.items() if loss is None]
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    for index in logging.tqdm(mine, desc="True losses", disable=not accelerator.is_main_process):
+        group = list(groups[int(index)])
         before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
         for name in group:
             _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
         have, _ = _outputs(model, pixels)
-        losses.append((number, float(task.divergence(wanted, have).mean())))
+        losses.append((index, float(task.divergence(wanted, have).mean())))
+        state.keep_loss(number, int(index), len(groups), losses[-1][1])
         for parameter, value in before:
             parameter.data = value
-    every = dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
-    return [every[number] for number in range(len(groups))]
+    every: dict[int, Any] = kept | dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
+    return [every[i] for i in range(len(groups))]
 
 
 def _prune(

@@ -261,8 +261,8 @@ def test_a_run_goes_on_from_any_saved_step_bit_for_bit(models, some, accelerator
     settings = settings_of(save_every=1, **more)
     write = Progress.write
 
-    def write_and_keep(progress, part, *args):
-        write(progress, part, *args)
+    def write_and_keep(progress, part, *args, **kwargs):
+        write(progress, part, *args, **kwargs)
         shutil.copytree(progress.folder, tmp_path / f"after-{len(list(tmp_path.iterdir()))}")
 
     monkeypatch.setattr(Progress, "write", write_and_keep)

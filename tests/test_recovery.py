@@ -260,7 +260,7 @@ def test_two_processes_learn_what_one_does(vit_folder, images, tmp_path):
         assert float((value - two[name]).double().norm()) <= 1e-4 * float(value.double().norm()), name
 
 
-def test_an_interrupted_recovery_leaves_nothing(vit_folder, tmp_path):
+def test_an_interrupted_recovery_leaves_its_state_alone(vit_folder, tmp_path):
     folder = write_images(tmp_path / "many", 24)
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(quick_config(epochs=100_000).to_dict()))
@@ -283,4 +283,4 @@ def test_an_interrupted_recovery_leaves_nothing(vit_folder, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "recipe.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.unfinished", "many", "recipe.json"]

@@ -77,7 +77,7 @@ def test_the_state_of_another_run_is_refused(processor, images, finished, tmp_pa
 def test_damaged_state_is_refused(processor, images, finished):
     part = finished[2] / "layer-1.safetensors"
     part.write_bytes(part.read_bytes()[:200])
-    with pytest.raises(CheckpointError, match=r"layer-1\.safetensors: is damaged .*start again without --resume"):
+    with pytest.raises(CheckpointError, match=r"layer-1\.safetensors: is damaged .*start again with --restart"):
         pruner_of(processor).prune(images, work_dir=finished[2])
 
 
@@ -95,7 +95,7 @@ def test_fingerprints_tell_weights_apart():
     assert weights_fingerprint(model) != before
 
 
-def test_a_killed_command_is_resumed_and_one_without_resume_starts_again(vit_folder, images, tmp_path):
+def test_a_killed_command_is_resumed_and_one_without_resume_is_refused(vit_folder, images, tmp_path):
     recipe = tmp_path / "recipe.json"
     # Many images in single batches: the refit takes long enough to be killed in.
     settings = {**CONFIG.to_dict(), "calibration": {"samples": 24, "batch_size": 1}}
@@ -117,6 +117,10 @@ def test_a_killed_command_is_resumed_and_one_without_resume_starts_again(vit_fol
     refused = subprocess.run(other, capture_output=True, text=True, env=os.environ)
     assert refused.returncode == 1
     assert "another model, data set or settings" in refused.stderr
+    assert (state / "layer-0.safetensors").stat().st_mtime_ns == done
+    refused = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, env=os.environ)
+    assert refused.returncode == 1
+    assert "an unfinished run is kept up to refit, layer" in refused.stderr
     assert (state / "layer-0.safetensors").stat().st_mtime_ns == done
     resumed = subprocess.run([*command, str(tmp_path / "out"), "--resume"], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
