@@ -10,6 +10,7 @@ from .errors import ConfigError
 from .jobs import PruneJob
 from .pruner import BlockPruner
 from .sources import DataSource
+from .unfinished import unfinished_run
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,20 @@ class RecoverJob:
         )
 
 
-def run_recover(job: RecoverJob, *, overwrite: bool = False) -> dict[str, Any]:
+def run_recover(
+    job: RecoverJob, *, overwrite: bool = False, resume: bool = False, restart: bool = False
+) -> dict[str, Any]:
     """Recover, evaluate where the job names labelled images, and save.
 
-    Args:
-        job: what to do.
-        overwrite: replace an older checkpoint.
-
-    Returns:
-        The report, with `output` added.
+    Arguments, what is kept, and errors as for `run_prune`.
     """
     check_output(job.output, overwrite=overwrite)
-    pruner = BlockPruner.from_pretrained(job.model)
-    calibration = {**pruner.config.to_dict()["calibration"], "seed": job.seed}
-    pruner.config = pruner.config.replace(recovery=job.recovery, calibration=calibration)
-    pruner.recover(job.dataset, teacher=job.teacher, split=job.split)
-    if job.evaluation is not None:
-        pruner.evaluate(job.evaluation, against=job.teacher)
-    pruner.save_pretrained(job.output, overwrite=overwrite)
+    with unfinished_run(job.output, resume=resume, restart=restart) as work_dir:
+        pruner = BlockPruner.from_pretrained(job.model)
+        calibration = {**pruner.config.to_dict()["calibration"], "seed": job.seed}
+        pruner.config = pruner.config.replace(recovery=job.recovery, calibration=calibration)
+        pruner.recover(job.dataset, teacher=job.teacher, split=job.split, work_dir=work_dir)
+        if job.evaluation is not None:
+            pruner.evaluate(job.evaluation, against=job.teacher)
+        pruner.save_pretrained(job.output, overwrite=overwrite)
     return {"output": job.output, **pruner.report()}

@@ -11,6 +11,7 @@ from transformers.dynamic_module_utils import get_imports
 
 import hf_blockprune
 from hf_blockprune.after_import import after_import
+from hf_blockprune.hub.blockprune_backends import available_backends
 
 PACKAGE = Path(hf_blockprune.__file__).parent
 NAME = "hf_blockprune"
@@ -213,6 +214,19 @@ import sys
 assert not any(type(finder).__name__ == "AfterImport" and finder.name != "peft" for finder in sys.meta_path)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["errors.BlockSparseFormatError", "hub.blockprune_linear", "_cpu.backend", "saliency", "hub.modeling_blockprune"],
+)
+def test_whatever_is_imported_first_the_op_is_defined(first):
+    module, _, name = f"{NAME}.{first}".rpartition(".")
+    code = f"from {module} import {name}\nimport torch\nassert torch.ops.blockprune.block_sparse_linear\n"
+    code += f"from {NAME}.hub.blockprune_backends import available_backends\nprint(available_backends())"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(available_backends())
 
 
 def test_a_version_that_cannot_be_extended_is_warned_of(monkeypatch):

@@ -4,3 +4,5 @@
 of it; `library.py` binds them, `backend.py` makes them the op's `cpu` backend. Where they were not built, the op runs
 without them.
 """
+
+import torch  # noqa: F401  (before `backend`: once it is there the op is defined, with that module whole)

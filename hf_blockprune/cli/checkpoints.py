@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import Overwrite, Profile, Shown, complete_profile
+from .options import Overwrite, Profile, Revision, Shown, complete_profile
 from .terminal import command
 
 Pruned = Annotated[str, typer.Argument(help="Pruned model: a folder or a Hub name.")]
@@ -14,20 +14,21 @@ Pruned = Annotated[str, typer.Argument(help="Pruned model: a folder or a Hub nam
 @command
 def inspect(
     shown: Shown,
-    directory: Annotated[Path, typer.Argument(help="Folder of a pruned model.")],
+    source: Pruned,
+    revision: Revision = None,
 ) -> None:
     """Show what a pruned model keeps, layer by layer, and check its format."""
     shown.begin()
     from ..inspection import inspect_checkpoint
     from ..tables import inspect_table
 
-    shown.result(inspect_checkpoint(directory), inspect_table)
+    shown.result(inspect_checkpoint(source, revision=revision), inspect_table)
 
 
 @command
 def simulate(
     shown: Shown,
-    directory: Annotated[Path, typer.Argument(help="Folder of a pruned model.")],
+    source: Pruned,
     device: Profile = "systolic-32",
     dataflow: Annotated[
         Literal["ws", "os", "is"] | None,
@@ -43,6 +44,7 @@ def simulate(
         int | None, typer.Option("--arrays", min=1, help="Arrays side by side.", show_default="the profile's")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images.")] = 1,
+    revision: Revision = None,
 ) -> None:
     """Work out what a pruned and a dense model take on a device: cycles, utilisation, latency and energy."""
     shown.begin()
@@ -50,7 +52,8 @@ def simulate(
     from ..tables import simulation_table
 
     options = {"dataflow": dataflow, "overlap": overlap, "arrays": arrays, "batch": batch_size}
-    shown.result(simulate_checkpoint(directory, device, **options), simulation_table)
+    options["revision"] = revision
+    shown.result(simulate_checkpoint(source, device, **options), simulation_table)
 
 
 @command

@@ -72,6 +72,9 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an older checkpoint once the new one is complete.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same command was interrupted.")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.", show_default="the main branch")
+]
 Recipe = Annotated[Path | None, typer.Option("--config", help="Recipe in YAML or JSON; options override it.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the model.")]
 EvaluateOn = Annotated[
@@ -308,6 +311,13 @@ class Unfinished:
 
     overwrite: Overwrite = False
     resume: Resume = False
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted run left, and begin again.")
+    ] = False
+
+    def what_to_do(self) -> dict[str, bool]:
+        """Arguments of the functions that run jobs."""
+        return {"overwrite": self.overwrite, "resume": self.resume, "restart": self.restart}
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def prune(
         settings["budget"] = asdict(choosing.budget)
     model = one_model(model, model_option)
     job = PruneJob.read(config, model=model, dataset=dataset, output=output, evaluation=evaluate_on, **settings)
-    report = run_prune(job, overwrite=unfinished.overwrite, resume=unfinished.resume)
+    report = run_prune(job, **unfinished.what_to_do())
     shown.result(report, summary_table)
     if not shown.quiet and report["calibration"] is not None:
         say_skipped(report["calibration"]["skipped"], report["calibration"]["left_out"])
@@ -101,7 +101,7 @@ def recover(
         **training.settings(),
         **calibration.settings(),
     )
-    report = run_recover(job, overwrite=unfinished.overwrite)
+    report = run_recover(job, **unfinished.what_to_do())
     shown.result(report, summary_table)
 
 
@@ -141,6 +141,9 @@ def sweep(
         Literal["all", "frontier", "none"], typer.Option("--keep", help="Checkpoints to keep.")
     ] = "frontier",
     ignore: Ignore = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what points that are not done keep of their runs.")
+    ] = False,
 ) -> None:
     """Prune a model at every point of a grid and compare them; the same command goes on where it stopped."""
     shown.begin()
@@ -151,7 +154,7 @@ def sweep(
     settings = {**repair.settings(), **training.settings(), **calibration.settings(), "ignore": ignore or None}
     job = PruneJob.read(config, model=model, dataset=dataset, output=output, evaluation=evaluate_on, **settings)
     grid = Grid(budgets, block_shapes, methods)  # type: ignore[arg-type]
-    values = run_sweep(job, grid, keep=keep, on_point=None if shown.quiet else say_point)
+    values = run_sweep(job, grid, keep=keep, on_point=None if shown.quiet else say_point, restart=restart)
     shown.result(values, sweep_table)
     if failed := [point for point in values["points"] if point["status"] == "failed"]:
         for point in failed:

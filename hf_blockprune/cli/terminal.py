@@ -11,12 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-out = Console()
+from ..console import table_console
+from ..interruption import interruptible
+
 err = Console(stderr=True)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command whose errors that a user can act on end it with one line and exit code 1.
+    """A command whose errors that a user can act on end it with one line and exit code 1, as interruptions do.
 
     Parameters that are dataclasses become their fields, as options: commands share those that belong together.
     """
@@ -26,13 +28,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def wrapped(**values: Any) -> None:
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})  # type: ignore[operator]
-        from ..errors import BlockPruneError, BlockSparseFormatError
-
-        try:
-            function(**values)
-        except (BlockPruneError, BlockSparseFormatError) as error:
-            say_error(str(error))
-            raise typer.Exit(1) from None
+        with interruptible(say):
+            _run(function, values)
 
     functools.update_wrapper(wrapped, function)
     del wrapped.__wrapped__  # typer would read the groups' signature
@@ -40,6 +37,16 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = signature(function).replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
+
+
+def _run(function: Callable[..., None], values: dict[str, Any]) -> None:
+    from ..errors import BlockPruneError, BlockSparseFormatError
+
+    try:
+        function(**values)
+    except (BlockPruneError, BlockSparseFormatError) as error:
+        say_error(str(error))
+        raise typer.Exit(1) from None
 
 
 def _flat_parameters(function: Callable[..., None], groups: dict[str, Any], hints: dict[str, Any]) -> list[Parameter]:
@@ -74,7 +81,7 @@ def emit(values: dict[str, Any], table: Table, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(values, indent=2))
     else:
-        out.print(table)
+        table_console().print(table)
 
 
 def say(line: str) -> None:

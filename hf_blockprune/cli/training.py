@@ -87,5 +87,5 @@ def finetune(
         **training.settings(),
         **settings,
     )
-    report = run_finetune(job, overwrite=unfinished.overwrite, resume=unfinished.resume)
+    report = run_finetune(job, **unfinished.what_to_do())
     shown.result(report, summary_table)
