@@ -22,6 +22,10 @@ BUDGET_METRICS = ("flops", "params", "density", "latency", "energy")
 OLD_DENSITY = "sparsity"  # its name in older files, though sparsity is what is removed
 DEVICE_METRICS = {"latency": "ms", "energy": "mJ"}  # and the units of their absolute values
 MAX_SEED = 2**32
+# What a user would keep of a small model, pruned with these and no other settings; a larger one has more to spare.
+# docs/prune.md has the measurements.
+DEFAULT_BLOCK_SHAPE = (16, 16)
+DEFAULT_RATIO = 0.8
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Budget:
         metric: "flops" (of the whole model: patch embedding, attention products and head counted), "params" (weights
             of the whole model), "density" (blocks of the target layers alone), "latency" or "energy" (of the
             whole model on a device, by the hardware model).
-        ratio: share kept, in (0, 1]; 0.5 keeps half, and is the default where there is no value.
+        ratio: share kept, in (0, 1]; 0.8 keeps four fifths, and is the default where there is no value.
         value: an absolute amount instead: FLOPs of an image, weights, milliseconds or millijoules of a batch.
         device: the profile for latency and energy: its name or a YAML file.
         batch: images that latency and energy are of.
@@ -57,7 +61,7 @@ class Budget:
         if self.metric not in BUDGET_METRICS:
             _refuse("budget.metric", f"one of {', '.join(BUDGET_METRICS)}", self.metric)
         if self.ratio is None and self.value is None:
-            object.__setattr__(self, "ratio", 0.5)
+            object.__setattr__(self, "ratio", DEFAULT_RATIO)
         if self.ratio is not None and (not _is_number(self.ratio) or not 0 < self.ratio <= 1):
             _refuse("budget.ratio", "the share to keep, above 0 and at most 1 (0.5 keeps half)", self.ratio)
         if self.value is not None and (not _is_number(self.value) or self.value <= 0):
@@ -205,7 +209,7 @@ class BlockPruneConfig:
         0.75
     """
 
-    block_shape: tuple[int, int] = (32, 32)
+    block_shape: tuple[int, int] = DEFAULT_BLOCK_SHAPE
     method: Literal["magnitude", "taylor", "obs"] = "obs"
     refit: bool | None = None
     permute: bool | None = None

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from .biases import admit_biases, biases_without_place
 from .checkpoint import staged_directory
 from .errors import CheckpointError, ConfigError, ModelError
-from .hardware.flops import image_size
 from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_quantizer import block_sparse_layers
 from .inner_width import cut_units, leave_units_out, narrow
 from .loading import load_model, model_class_of
-from .model_input import find_input
+from .model_input import picture_size
 from .outputs import answers, classifies
 from .skeleton import channels_of
 
@@ -63,7 +62,7 @@ def export_checkpoint(
         _need_onnx()
     model, processor = _load(directory)
     target = Path(output).expanduser()
-    size = find_input(model, processor).size or image_size(model.config, processor.to_dict())
+    size = picture_size(model, processor)
     pixels = _pixels(channels_of(model.config, model), size)
     expected = {batch: _answers(model, pixels(batch)) for batch in BATCHES}
     cut = cut_units(model)

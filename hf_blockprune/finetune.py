@@ -27,8 +27,8 @@ from .finetune_pruning import GradualPruning, make_sparse, shrink
 from .finetune_schedule import LearningRates, PruningSteps
 from .finetune_state import weights_of
 from .finetune_student import Student, is_sharded, stored_masks
-from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
+from .model_input import picture_size
 from .progress import Progress, weights_fingerprint
 from .skeleton import channels_of
 from .tasks import Regression, missing, task_of
@@ -111,7 +111,7 @@ class Finetuning:
             self.teacher = None
         self._check()
         settings, device = self.settings, self.accelerator.device
-        size = image_size(self.model.config, self.processor.to_dict())
+        size = picture_size(self.model, self.processor)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.data = TrainingImages(self.images, self.processor, settings, self.model.config, size, rank, world)
         steps, warmup = settings.epochs * self.data.steps, round(settings.warmup * self.data.steps)

@@ -20,6 +20,7 @@ from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_fusion import fuse, unfuse
 from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_quantizer import block_sparse_layers, sparsify, update_config
+from .model_input import picture_size
 from .selection import Selection
 from .structure import find_transformer_layers
 from .targets import check_storable, find_targets
@@ -141,7 +142,7 @@ class GradualPruning:
     @cached_property
     def flops(self) -> ModelFlops:
         """Of the dense architecture."""
-        return count_flops(self.model, self.processor.to_dict())
+        return count_flops(self.model, picture_size(self.model, self.processor))
 
     def begin_and_goal(self) -> tuple[float, float]:
         """Shares of the dense model's cost: what is kept now, and what the budget allows.

@@ -55,7 +55,7 @@ def _describe(run: Finetuning, config: BlockPruneConfig, name: str) -> dict[str,
     masks = masks_of(model)
     chosen = None if run.gradual is None else run.gradual.allocation
     losses = dict.fromkeys(masks, 0.0) if chosen is None else chosen.loss
-    flops = count_flops(model, run.processor.to_dict())
+    flops = count_flops(model, run.data.size)
     targets = {layer: model.get_submodule(layer) for layer in masks}
     seconds = dict.fromkeys(masks, 0.0)
     return {

@@ -9,12 +9,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # as in loading.py
 
 from .blocks import block_sizes
 from .checkpoint import CONFIG_FILE, PROCESSOR_FILE, REPORT_FILE, read_json, read_report, stream_reordered
 from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
 from .fetching import checkpoint_folder
-from .hardware.flops import ModelFlops, count_flops
+from .hardware.flops import ModelFlops, count_flops, image_size
 from .hub.blockprune_backends import LayerArguments, choose_backend
 from .hub.blockprune_cost import linear_flops
 from .hub.blockprune_headers import (
@@ -234,10 +235,9 @@ def _dense_architecture(folder: Path, headers: dict[str, StoredTensor]) -> Any:
 
 
 def _flops(folder: Path, architecture: Any) -> ModelFlops:
-    file = folder / PROCESSOR_FILE
-    processing = read_json(file) if file.is_file() else None
+    processing = _processing(folder)
     try:
-        flops = count_flops(architecture, processing)
+        flops = count_flops(architecture, image_size(architecture.config, processing))
     except BlockPruneError:
         raise
     except Exception as error:
@@ -245,6 +245,21 @@ def _flops(folder: Path, architecture: Any) -> ModelFlops:
     if not flops.total > 0:
         raise ModelError(f"{folder}: its config.json describes a model that multiplies nothing")
     return flops
+
+
+def _processing(folder: Path) -> dict[str, Any] | None:
+    """Settings of the image processor beside a checkpoint; what its file leaves out is as its class has it.
+
+    It makes no picture here, and a class of the folder's own is not run: its settings count as they stand.
+    """
+    file = folder / PROCESSOR_FILE
+    if not file.is_file():
+        return None
+    stored = read_json(file)
+    try:
+        return {**stored, **AutoImageProcessor.from_pretrained(folder, trust_remote_code=False).to_dict()}
+    except Exception:  # what a stranger's settings make transformers raise has no common class
+        return stored
 
 
 def _inspect_layer(

@@ -75,6 +75,30 @@ def find_input(model: Any, processor: Any) -> ModelInput:
     return ModelInput(channels, sizes[0])
 
 
+def picture_size(model: Any, processor: Any) -> tuple[int, int]:
+    """(height, width) that pictures have when they reach a model, and the config's where each keeps its own.
+
+    Raises:
+        ModelError: as of `find_input`; or pictures keep their own, and the config says nothing.
+    """
+    return find_input(model, processor).size or image_size(model.config, processor.to_dict())
+
+
+def shared_picture_size(one: Any, other: Any) -> tuple[int, int]:
+    """(height, width) that pictures have when they reach either of two `BlockPruner`s.
+
+    Raises:
+        ModelError: their processors bring pictures to different sizes; or as of `picture_size`.
+    """
+    sizes = [picture_size(each.model, each.processor) for each in (one, other)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"{one.name} takes pictures of {_times(sizes[0])}, {other.name} of {_times(sizes[1])} (height x width), so "
+            "their times do not compare; name the dense model that it was pruned from"
+        )
+    return sizes[0]
+
+
 def preprocess(processor: Any, pictures: Sequence[Image.Image], channels: int, **options: Any) -> Tensor:
     """pixel_values [images, channels, height, width] of pictures that have a model's channels.
 

@@ -18,12 +18,11 @@ from .data import load_images
 from .errors import CheckpointError, ModelError
 from .evaluation import Outputs, Predictions, predict, summarise
 from .fidelity import Embeddings, Fidelity, compare, embed
-from .hardware.flops import image_size
 from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import describe_checkpoint, open_checkpoint
 from .latency import measure_latency
 from .loading import load_model
-from .model_input import find_input
+from .model_input import picture_size, shared_picture_size
 from .outputs import classifies
 from .progress import Progress
 from .pruning import Pruning
@@ -438,17 +437,17 @@ class BlockPruner:
             See `measure_latency`.
 
         Raises:
-            ModelError: the model is not pruned, or the other one cannot be loaded.
+            ModelError: the model is not pruned, or the other one cannot be loaded or takes pictures of another size.
         """
         if not next(block_sparse_layers(self.model), None):
             raise ModelError(f"{self.name} has no block-sparse layers to measure; call prune() first")
         other = BlockPruner.from_pretrained(against) if isinstance(against, (str, Path)) else against
+        size = picture_size(self.model, self.processor) if other is None else shared_picture_size(self, other)
         self.model.to(self.accelerator.device)
-        size = find_input(self.model, self.processor).size
         values = measure_latency(
             self.model,
             None if other is None else other.model,
-            image_size=size or image_size(self.model.config, self.processor.to_dict()),
+            image_size=size,
             batch_sizes=batch_sizes,
             seconds=seconds,
         )

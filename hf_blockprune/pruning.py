@@ -21,7 +21,7 @@ from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_quantizer import sparsify
 from .layer_statistics import LayerStatistics
 from .layerwise import LayerRefit, refit_layers
-from .model_input import find_input
+from .model_input import find_input, picture_size
 from .modes import evaluating
 from .outputs import classifies
 from .progress import Progress, weights_fingerprint
@@ -75,7 +75,7 @@ class Pruning:
     @cached_property
     def flops(self) -> ModelFlops:
         """Of the dense model."""
-        return count_flops(self.model, self.processor.to_dict())
+        return count_flops(self.model, picture_size(self.model, self.processor))
 
     def run(self, dataset: Any, split: str | None, work_dir: str | Path | None) -> PruneReport:
         """Prune; arguments and errors as for `BlockPruner.prune`."""

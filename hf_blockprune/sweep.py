@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-from .config import BlockPruneConfig, Budget
+from .config import DEFAULT_BLOCK_SHAPE, BlockPruneConfig, Budget
 from .data import load_images
 from .environment import environment
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
@@ -44,7 +44,7 @@ class Grid:
     """
 
     budgets: tuple[Budget, ...]
-    block_shapes: tuple[tuple[int, int], ...] = ((32, 32),)
+    block_shapes: tuple[tuple[int, int], ...] = (DEFAULT_BLOCK_SHAPE,)
     methods: tuple[str, ...] = ("obs",)
 
     def points(self, config: BlockPruneConfig) -> dict[str, BlockPruneConfig]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hf_blockprune import BlockPruneConfig, BlockPruneError, Budget, CalibrationConfig, ConfigError, FinetuneConfig
 from hf_blockprune.config import read_settings
+from hf_blockprune.sweep import Grid
 
 SHARES = st.floats(min_value=0, max_value=1, exclude_min=True)
 PATTERNS = st.lists(st.text(min_size=1, max_size=12), max_size=3)
@@ -86,6 +87,14 @@ def test_files_are_of_the_named_kind(tmp_path):
     from_json = json.loads((tmp_path / "config.json").read_text())
     assert from_json == yaml.safe_load((tmp_path / "config.yaml").read_text()) == config.to_dict()
     assert from_json["block_shape"] == [16, 8]
+
+
+def test_the_defaults_keep_what_a_user_would():
+    """As docs/prune.md says; other budgets without an amount keep as much."""
+    config = BlockPruneConfig()
+    assert (config.method, config.block_shape, config.budget) == ("obs", (16, 16), Budget("flops", 0.8))
+    assert Budget("params").ratio == Budget("latency", device="cpu-avx512").ratio == 0.8
+    assert Grid(()).block_shapes == (config.block_shape,)
 
 
 def test_missing_keys_take_the_defaults(tmp_path):

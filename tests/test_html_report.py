@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from hf_blockprune.intervals import wilson_interval
 from hf_blockprune.pareto import frontier
 from hf_blockprune.stored_values import MAX_ROWS, StoredValues, flat
 
+from .browser import needs_browser
 from .conftest import ROOT, tiny_model
 from .fake_hub import FakeHub
 from .pages import Page
@@ -355,12 +355,6 @@ def test_bars_of_losses_below_zero_and_of_nothing():
 
 def test_a_layer_with_no_block_has_no_picture():
     assert mask_picture(torch.zeros(0, 3).bool(), (8, 8), 24).uri is None
-
-
-def needs_browser():
-    """Mark a test that looks at a page in a real browser."""
-    absent = find_spec("PySide6") is None or find_spec("PySide6.QtWebEngineWidgets") is None
-    return pytest.mark.skipif(absent, reason="needs a browser: pip install 'hf_blockprune[browser]'")
 
 
 @needs_browser()

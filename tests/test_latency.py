@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import DeiTImageProcessorPil
 from typer.testing import CliRunner
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, ModelError
@@ -69,7 +70,7 @@ def test_card_and_report_tell_measured_from_predicted(pruner, tmp_path):
 
 
 def test_models_of_unknown_cost_have_no_predictions(processor, tmp_path):
-    config = BlockPruneConfig(method="magnitude", block_shape=(8, 8))
+    config = BlockPruneConfig(method="magnitude", block_shape=(8, 8), budget={"metric": "flops", "ratio": 0.5})
     pruner = BlockPruner(tiny_model("swin"), processor, config)
     pruner.prune()
     pruner.save_pretrained(tmp_path / "swin")
@@ -80,6 +81,32 @@ def test_models_of_unknown_cost_have_no_predictions(processor, tmp_path):
 def test_dense_models_are_not_measured(processor):
     with pytest.raises(ModelError, match="no block-sparse layers"):
         BlockPruner(tiny_model(), processor).benchmark()
+
+
+def test_both_models_are_timed_on_pictures_as_they_reach_them(pruner):
+    """By what processors make of pictures: of these, one says what size it resizes to, and nothing of its crop."""
+
+    class Silent(DeiTImageProcessorPil):
+        def to_dict(self):
+            return {key: value for key, value in super().to_dict().items() if "crop" not in key}
+
+    sizes = {"size": {"height": 48, "width": 48}, "crop_size": {"height": 32, "width": 32}}
+    pruner.processor, seen = Silent(**sizes), []
+    dense = BlockPruner(tiny_model(), DeiTImageProcessorPil(**sizes), name="dense")
+    for model in (pruner.model, dense.model):
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(tuple(kwargs["pixel_values"].shape[-2:])), with_kwargs=True
+        )
+    pruner.benchmark(against=dense, seconds=0.0)
+    assert set(seen) == {(32, 32)}
+
+
+def test_models_that_take_pictures_of_different_sizes_do_not_compare(pruner):
+    sizes = {"size": {"height": 24, "width": 24}, "do_center_crop": False}
+    other = BlockPruner(tiny_model(image_size=24), DeiTImageProcessorPil(**sizes), name="other")
+    with pytest.raises(ModelError, match=r"tiny takes pictures of 32x32, other of 24x24 .*name the dense model"):
+        pruner.benchmark(against=other)
+    assert pruner.report()["latency"] is None
 
 
 def test_the_command(pruner, tmp_path):

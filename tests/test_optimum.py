@@ -23,7 +23,8 @@ def run(*command, **environment):
 
 
 def test_it_does_and_says_what_blockprune_does(processor, tmp_path):
-    pruner = BlockPruner(tiny_model(), processor, BlockPruneConfig(method="magnitude", block_shape=(8, 8)))
+    config = BlockPruneConfig(method="magnitude", block_shape=(8, 8), budget={"metric": "flops", "ratio": 0.5})
+    pruner = BlockPruner(tiny_model(), processor, config)
     pruner.prune()
     pruner.save_pretrained(tmp_path / "pruned")
     ours, theirs = (run(*command, "inspect", tmp_path / "pruned", "--json") for command in COMMANDS)

@@ -10,11 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, features
+from transformers import ConvNextImageProcessorPil
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, ConfigError, DataError, DataSource, FinetuneConfig, ModelError
 from hf_blockprune.data import load_images
 from hf_blockprune.finetune_randaugment import OPERATIONS
-from hf_blockprune.model_input import ModelInput, channels_of, find_input
+from hf_blockprune.hardware.flops import count_flops, image_size
+from hf_blockprune.model_input import ModelInput, channels_of, find_input, picture_size
 from hf_blockprune.pictures import Decoding, decode_image, stored_pixels
 
 from .conftest import tiny_config, tiny_model
@@ -385,6 +387,22 @@ def test_sizes_that_a_model_takes_are_left_alone(images, family, size):
     model, processor = tiny_model(family), processor_of(size=size)
     assert find_input(model, processor) == ModelInput(3, (size, size))
     assert BlockPruner(model, processor).evaluate(images).num_images == 24
+
+
+def test_pictures_have_the_size_that_the_processor_makes_whatever_it_says():
+    """ConvNeXt's resizes a short side and crops by itself, which its settings do not show."""
+    processor = ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=0.875)
+    model = tiny_model("dinov2", image_size=64)
+    assert image_size(model.config, processor.to_dict()) == (64, 64)
+    assert picture_size(model, processor) == (32, 32)
+    pruner = BlockPruner(model, processor, BlockPruneConfig(method="magnitude", block_shape=(8, 8)))
+    pruner.prune()
+    as_large = tiny_model("dinov2", image_size=32)
+    assert pruner.report()["budgets"][0]["dense"] == count_flops(as_large).total
+
+
+def test_pictures_that_keep_their_size_are_taken_for_those_of_the_config():
+    assert picture_size(tiny_model("dinov2"), processor_of(do_resize=False)) == (32, 32)
 
 
 def test_looking_at_a_model_changes_nothing_of_it():

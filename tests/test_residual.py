@@ -158,7 +158,7 @@ def test_who_takes_embeddings_is_told_of_their_order_or_keeps_it(
 
 
 def test_inspection_without_a_report_does_not_know_the_order(vit_folder, tmp_path):
-    config = BlockPruneConfig(method="magnitude", block_shape=(8, 8))
+    config = BlockPruneConfig(method="magnitude", block_shape=(8, 8), budget={"metric": "flops", "ratio": 0.5})
     pruner = BlockPruner.from_pretrained(vit_folder, config)
     pruner.prune()
     pruner.save_pretrained(tmp_path / "out")

@@ -136,7 +136,9 @@ def test_a_round_measures_every_linear_with_those_it_depends_on(statistics, pixe
 
 
 def test_the_report_gives_each_layers_factor(images, processor):
-    config = BlockPruneConfig(block_shape=SHAPE, calibration={"samples": 20}, refit=False)
+    config = BlockPruneConfig(
+        block_shape=SHAPE, budget={"metric": "flops", "ratio": 0.5}, calibration={"samples": 20}, refit=False
+    )
     pruner = BlockPruner(tiny_model(), processor, config)
     pruner.prune(images)
     assert all(layer["loss_factor"] > 0 for layer in pruner.report()["layers"])

@@ -31,7 +31,10 @@ class ModelFlops:
 
 
 def image_size(config: Any, processing: Mapping[str, Any] | None = None) -> tuple[int, int]:
-    """(height, width) of the images that a model is given.
+    """(height, width) of the images that a model is given, as far as settings say.
+
+    Where the processor itself is at hand, ask `model_input.picture_size`: it looks at what the processor makes of
+    pictures, which settings that it leaves out, or that it alone knows, do not show.
 
     Args:
         config: its config.
@@ -65,18 +68,18 @@ def _sizes(config: Any, processing: Mapping[str, Any]) -> Iterator[tuple[int, in
             yield height, width
 
 
-def count_flops(model: nn.Module, processing: Mapping[str, Any] | None = None) -> ModelFlops:
+def count_flops(model: nn.Module, size: tuple[int, int] | None = None) -> ModelFlops:
     """Count the FLOPs of one image through the dense form of a model.
 
     Args:
         model: a transformers vision model, dense or block-sparse, on any device; it does not run itself.
-        processing: settings of its image processor, see `image_size`.
+        size: (height, width) of the image, see `model_input.picture_size`; the config's by default.
 
     Raises:
         ModelError: the model does not answer images alone, or takes no images of this size.
     """
     dense = skeleton(model)
-    _, pixels = dry_run(dense, image_size(dense.config, processing))
+    _, pixels = dry_run(dense, size or image_size(dense.config))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         dense(pixel_values=pixels)
     return _read_counter(counter, dense, (pixels.shape[-2], pixels.shape[-1]))

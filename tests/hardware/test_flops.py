@@ -112,7 +112,7 @@ def test_images_are_of_the_size_that_the_processor_makes(processing, size):
 def test_flops_are_those_of_the_images_that_the_model_is_given():
     """As of Dinov2, whose configs give the size it was trained on."""
     config = tiny_config("dinov2", image_size=64)
-    smaller = count_flops(weightless(Dinov2ForImageClassification, config), {"size": {"height": 32, "width": 32}})
+    smaller = count_flops(weightless(Dinov2ForImageClassification, config), (32, 32))
     assert smaller.total == count_flops(weightless(Dinov2ForImageClassification, tiny_config("dinov2"))).total
     assert set(smaller.linear_tokens.values()) == {1, 17}
     assert smaller.image_size == (32, 32)
