@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 from .errors import CheckpointError
+from .files import check_writable, partial_file
 from .loading import HUB_OPTIONS
 
 CONFIG_FILE = "config.json"
@@ -48,20 +49,44 @@ def staged_directory(directory: str | Path, *, overwrite: bool) -> Iterator[Path
 
 
 def check_output(directory: str | Path, *, overwrite: bool) -> None:
-    """Refuse an output folder that exists, before any long work is begun.
+    """Refuse an output folder that exists, or that cannot be made, before any long work is begun.
 
     Raises:
-        CheckpointError: it is a file, holds files and `overwrite` is off, or is no checkpoint and so never replaced.
+        CheckpointError: it is a file, holds files and `overwrite` is off, is no checkpoint and so never replaced, or
+            its folder cannot be written.
     """
     target = Path(directory).expanduser()
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not target.is_dir():
+    if target.exists() and not target.is_dir():
         raise CheckpointError(f"{directory}: is a file; name a folder")
-    if not overwrite:
-        raise CheckpointError(f"{directory}: exists already; pass --overwrite (overwrite=True) or name another folder")
-    if not (target / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{directory}: is no saved model (it has no config.json), so it is not overwritten")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise CheckpointError(
+                f"{directory}: exists already; pass --overwrite (overwrite=True) or name another folder"
+            )
+        if not (target / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{directory}: is no saved model (it has no config.json), so it is not overwritten")
+    _check_writable(target)
+
+
+def check_output_file(file: str | Path, *, overwrite: bool) -> None:
+    """Refuse an output file that exists, or that cannot be made, before any long work is begun.
+
+    Raises:
+        CheckpointError: it is a folder, exists and `overwrite` is off, or its folder cannot be written.
+    """
+    target = Path(file).expanduser()
+    if target.is_dir():
+        raise CheckpointError(f"{file}: is a folder; name a file")
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{file}: exists already; pass --overwrite (overwrite=True) or name another file")
+    _check_writable(target)
+
+
+def _check_writable(target: Path) -> None:
+    try:
+        check_writable(target.resolve())
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror or error}); name another place") from error
 
 
 def _umask() -> int:
@@ -158,12 +183,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with partial_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 

@@ -1,12 +1,13 @@
 """Errors a user can act on: each message says what was expected, what came and how to mend it.
 
-`BlockSparseFormatError`, which a damaged or hostile checkpoint raises, lives with the format in
+`BlockSparseFormatError`, which a damaged or hostile checkpoint raises, and `BackendError` live with the format in
 `hf_blockprune.hub.blockprune_layout` because that file travels alone with every saved model.
 """
 
-from .hub.blockprune_layout import BlockSparseFormatError
+from .hub.blockprune_layout import BackendError, BlockSparseFormatError
 
 __all__ = [
+    "BackendError",
     "BlockPruneError",
     "BlockSparseFormatError",
     "BudgetError",

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_text
+from .checkpoint import check_output_file, write_text
 from .checkpoint_report import CheckpointReport, describe
 from .config import DEVICE_METRICS
 from .drawings import Bar, Mark, bar_chart, mask_picture, scatter
@@ -67,12 +67,10 @@ def check_page(output: str | Path, *, overwrite: bool) -> None:
     """Refuse a page's file name before any long work is begun.
 
     Raises:
-        CheckpointError: it exists and `overwrite` is off, or its folder is missing.
+        CheckpointError: it exists and `overwrite` is off, or its folder is missing or cannot be written.
     """
-    path = Path(output).expanduser()
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise CheckpointError(f"{output}: exists already; pass --overwrite (overwrite=True) or name another file")
-    if not path.parent.is_dir():
+    check_output_file(output, overwrite=overwrite)
+    if not Path(output).expanduser().parent.is_dir():
         raise CheckpointError(f"{output}: its folder does not exist; make it, or name another file")
 
 

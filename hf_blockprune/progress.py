@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import CheckpointError
+from .files import partial_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,14 +84,12 @@ class Progress:
         if not self.accelerator.is_main_process:
             return
         path = self._path(part)
-        partial = path.with_suffix(".partial")
         stored = json.dumps({"job": fingerprint(self.job), "values": values})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"values": stored})
-            partial.replace(path)
+            with partial_file(path) as partial:
+                save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"values": stored})
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # It stays where other parts are in it.
                 self.folder.rmdir()
             raise CheckpointError(f"{path}: could not be written ({error}); free some space") from error
