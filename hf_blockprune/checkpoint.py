@@ -20,6 +20,7 @@ CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 RECIPE_FILE = "blockprune_config.json"
 REPORT_FILE = "blockprune_report.json"
+CARD_FILE = "README.md"
 
 
 @contextmanager
@@ -110,15 +111,12 @@ def _move_into_place(staging: Path, target: Path) -> None:
         shutil.rmtree(backup, ignore_errors=True)
 
 
-def stored_report(name: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def report_file(name: str, kwargs: dict[str, Any]) -> Path | None:
     """The report beside a pruned model in a folder or on the Hub; None where something else saved it.
 
     Args:
         name: Hub name or folder.
         kwargs: what its model was loaded with (revision, token, cache_dir, ...).
-
-    Raises:
-        CheckpointError: the file holds no JSON object, or not a report's values.
     """
     path = cached_file(
         name,
@@ -127,7 +125,7 @@ def stored_report(name: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if path is None else read_report(Path(path))
+    return None if path is None else Path(path)
 
 
 def stream_reordered(report: dict[str, Any]) -> bool:
@@ -150,9 +148,14 @@ def read_report(path: Path) -> dict[str, Any] | None:
             raise CheckpointError(
                 f"{path}: {key} must be there and be a {kind.__name__}; delete the file to go without"
             )
-    for key in ("permutation", "calibration", "recovery", "evaluation"):
-        if values.setdefault(key, None) is not None and not isinstance(values[key], dict):
+    for key in ("permutation", "calibration", "recovery", "evaluation", "fidelity", "latency", "history"):
+        if values.get(key) is not None and not isinstance(values[key], dict):
             raise CheckpointError(f"{path}: {key} must be an object or null; delete the file to go without")
+    for key in ("permutation", "calibration", "recovery", "evaluation"):
+        values.setdefault(key, None)
+    for kind, older in (values.get("history") or {}).items():
+        if not (isinstance(older, list) and all(isinstance(entry, dict) for entry in older)):
+            raise CheckpointError(f"{path}: history.{kind} must be a list of objects; delete the file to go without")
     order = (values["permutation"] or {}).get("residual_order")
     whole = isinstance(order, list) and all(type(feature) is int for feature in order)
     if order is not None and not (whole and sorted(order) == list(range(len(order)))):

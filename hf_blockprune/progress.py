@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,8 +111,14 @@ def fingerprint(values: dict[str, Any]) -> str:
 
 def weights_fingerprint(model: nn.Module) -> str:
     """The same for equal weights."""
+    return tensors_fingerprint(sorted(model.state_dict().items()))
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The same for equal tensors by name, in their order."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in tensors:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        content: Any = value.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(content)
     return digest.hexdigest()
