@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import check_output_file, write_text
+from .checkpoint import CONFIG_FILE, check_output_file, read_json, write_text
 from .checkpoint_report import CheckpointReport, describe
 from .config import DEVICE_METRICS
 from .drawings import Bar, Mark, bar_chart, mask_picture, scatter
@@ -58,6 +58,9 @@ def write_report(
     several = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     if not several:
         raise CheckpointError("no checkpoint was named; name a folder, or a model on the Hub")
+    for source in several:
+        if (folder := Path(source).expanduser()).exists():
+            read_json(folder / CONFIG_FILE)
     reports = [describe(source, devices, batch_size=batch_size) for source in several]
     write_text(Path(output).expanduser(), report_page(reports))
     return reports
