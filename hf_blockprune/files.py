@@ -37,7 +37,7 @@ def write_all(texts: Mapping[Path, str]) -> None:
     Raises:
         OSError: they cannot be written; those that were there are as before.
     """
-    before = {path: path.read_bytes() if path.exists() else None for path in texts}
+    before = {path: path.read_bytes() if path.is_file() else None for path in texts}
     try:
         with contextlib.ExitStack() as stack:
             for path, text in texts.items():
