@@ -13,12 +13,14 @@ from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 from .errors import CheckpointError
+from .files import check_writable, partial_file
 from .loading import HUB_OPTIONS
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 RECIPE_FILE = "blockprune_config.json"
 REPORT_FILE = "blockprune_report.json"
+CARD_FILE = "README.md"
 
 
 @contextmanager
@@ -48,20 +50,44 @@ def staged_directory(directory: str | Path, *, overwrite: bool) -> Iterator[Path
 
 
 def check_output(directory: str | Path, *, overwrite: bool) -> None:
-    """Refuse an output folder that exists, before any long work is begun.
+    """Refuse an output folder that exists, or that cannot be made, before any long work is begun.
 
     Raises:
-        CheckpointError: it is a file, holds files and `overwrite` is off, or is no checkpoint and so never replaced.
+        CheckpointError: it is a file, holds files and `overwrite` is off, is no checkpoint and so never replaced, or
+            its folder cannot be written.
     """
     target = Path(directory).expanduser()
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not target.is_dir():
+    if target.exists() and not target.is_dir():
         raise CheckpointError(f"{directory}: is a file; name a folder")
-    if not overwrite:
-        raise CheckpointError(f"{directory}: exists already; pass --overwrite (overwrite=True) or name another folder")
-    if not (target / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{directory}: is no saved model (it has no config.json), so it is not overwritten")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise CheckpointError(
+                f"{directory}: exists already; pass --overwrite (overwrite=True) or name another folder"
+            )
+        if not (target / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{directory}: is no saved model (it has no config.json), so it is not overwritten")
+    _check_writable(target)
+
+
+def check_output_file(file: str | Path, *, overwrite: bool) -> None:
+    """Refuse an output file that exists, or that cannot be made, before any long work is begun.
+
+    Raises:
+        CheckpointError: it is a folder, exists and `overwrite` is off, or its folder cannot be written.
+    """
+    target = Path(file).expanduser()
+    if target.is_dir():
+        raise CheckpointError(f"{file}: is a folder; name a file")
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{file}: exists already; pass --overwrite (overwrite=True) or name another file")
+    _check_writable(target)
+
+
+def _check_writable(target: Path) -> None:
+    try:
+        check_writable(target.resolve())
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror or error}); name another place") from error
 
 
 def _umask() -> int:
@@ -85,15 +111,12 @@ def _move_into_place(staging: Path, target: Path) -> None:
         shutil.rmtree(backup, ignore_errors=True)
 
 
-def stored_report(name: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def report_file(name: str, kwargs: dict[str, Any]) -> Path | None:
     """The report beside a pruned model in a folder or on the Hub; None where something else saved it.
 
     Args:
         name: Hub name or folder.
         kwargs: what its model was loaded with (revision, token, cache_dir, ...).
-
-    Raises:
-        CheckpointError: the file holds no JSON object, or not a report's values.
     """
     path = cached_file(
         name,
@@ -102,7 +125,7 @@ def stored_report(name: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if path is None else read_report(Path(path))
+    return None if path is None else Path(path)
 
 
 def stream_reordered(report: dict[str, Any]) -> bool:
@@ -125,9 +148,14 @@ def read_report(path: Path) -> dict[str, Any] | None:
             raise CheckpointError(
                 f"{path}: {key} must be there and be a {kind.__name__}; delete the file to go without"
             )
-    for key in ("permutation", "calibration", "recovery", "evaluation"):
-        if values.setdefault(key, None) is not None and not isinstance(values[key], dict):
+    for key in ("permutation", "calibration", "recovery", "evaluation", "fidelity", "latency", "history"):
+        if values.get(key) is not None and not isinstance(values[key], dict):
             raise CheckpointError(f"{path}: {key} must be an object or null; delete the file to go without")
+    for key in ("permutation", "calibration", "recovery", "evaluation"):
+        values.setdefault(key, None)
+    for kind, older in (values.get("history") or {}).items():
+        if not (isinstance(older, list) and all(isinstance(entry, dict) for entry in older)):
+            raise CheckpointError(f"{path}: history.{kind} must be a list of objects; delete the file to go without")
     order = (values["permutation"] or {}).get("residual_order")
     whole = isinstance(order, list) and all(type(feature) is int for feature in order)
     if order is not None and not (whole and sorted(order) == list(range(len(order)))):
@@ -158,12 +186,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with partial_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 

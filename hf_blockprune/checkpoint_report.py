@@ -14,6 +14,7 @@ from .hardware.device_cost import usual_dtype
 from .hardware.profiles import load_profile
 from .inspection import StoredModel, describe_checkpoint, open_checkpoint
 from .intervals import wilson_interval
+from .measurements import WEIGHTS, drop_stale, files_fingerprint
 from .scores import SCORES, score_text
 from .simulation import CARD_DEVICES, simulate_stored
 from .stored_values import StoredValues, flat, short
@@ -31,8 +32,9 @@ class CheckpointReport:
     Attributes:
         name: its folder's or repository's.
         values: JSON-ready; what is not known is None. `layers` hold what `inspect_checkpoint` says and, where the
-            report file knows it, `predicted_loss` and `error_after_refit`. `evaluation` and `latency` were measured
-            when the checkpoint was made; `predicted` comes from the cost model.
+            report file knows it, `predicted_loss` and `error_after_refit`. `evaluation`, `fidelity` and `latency` are
+            the newest that were measured, `other_evaluations`, `other_fidelities` and `other_latencies` those of
+            other data sets and machines, newest first; `predicted` comes from the cost model.
         masks: bool [block_rows, block_cols] of each block-sparse layer by module name, cut rows and columns left out.
     """
 
@@ -68,7 +70,12 @@ def describe(
     values |= {"predicted": predicted, "not_predicted": unknown}
     file = folder / REPORT_FILE
     values["has_report"] = file.is_file()
-    values |= _made(StoredValues(read_json(file) if values["has_report"] else {}, REPORT_FILE), values)
+    made = read_json(file) if values["has_report"] else {}
+    if WEIGHTS in made and drop_stale(made, files_fingerprint(folder)):
+        values["notes"].append(
+            "What the report file says was measured is of other weights than the folder's, and is not shown"
+        )
+    values |= _made(StoredValues(made, REPORT_FILE), values)
     recipe = folder / RECIPE_FILE
     values["recipe"] = flat(read_json(recipe)) if recipe.is_file() else None
     return CheckpointReport(name, values, {layer.module: layer.mask for layer in stored.layers})
@@ -90,6 +97,9 @@ def _made(report: StoredValues, values: dict[str, Any]) -> dict[str, Any]:
         values["notes"].append(measured)
     config, calibration = report.part("config"), report.part("calibration")
     recovery, environment = report.part("recovery"), report.part("environment")
+    history = report.part("history") or StoredValues({}, "")
+    evaluations = [evaluation_values(part) for part in history.parts("evaluation")]
+    values["notes"] += [words for part in history.parts("evaluation") if (words := _other_scores(part))]
     return {
         "base_model": report.text("base_model"),
         "model_class": report.text("model_class"),
@@ -97,6 +107,9 @@ def _made(report: StoredValues, values: dict[str, Any]) -> dict[str, Any]:
         "calibration": calibration
         and {"dataset": calibration.text("dataset"), "num_images": calibration.number("num_images", 0)},
         "evaluation": evaluation_values(report.part("evaluation")),
+        "other_evaluations": [found for found in evaluations if found is not None],
+        "fidelity": _fidelity(report.part("fidelity")),
+        "other_fidelities": list(map(_fidelity, history.parts("fidelity"))),
         "recovery": recovery
         and {
             "dataset": recovery.text("dataset"),
@@ -104,6 +117,7 @@ def _made(report: StoredValues, values: dict[str, Any]) -> dict[str, Any]:
             "evaluation_before": evaluation_values(recovery.part("evaluation_before")),
         },
         "latency": _latency(report.part("latency")),
+        "other_latencies": list(map(_latency, history.parts("latency"))),
         "seconds": flat(report.values["seconds"]) if report.part("seconds") else None,
         "environment": environment and flat(environment.values),
     }
@@ -118,7 +132,7 @@ def evaluation_values(stored: StoredValues | None) -> dict[str, Any] | None:
         return None
     images, top1 = stored.count("num_images"), stored.need("top1", 0, 1)
     values: dict[str, Any] = {
-        "dataset": stored.text("dataset"),
+        **_place(stored),
         "num_images": images,
         "top1": top1,
         "top1_interval": wilson_interval(top1, images),
@@ -130,6 +144,19 @@ def evaluation_values(stored: StoredValues | None) -> dict[str, Any] | None:
         values["delta"], values["interval"] = stored.number("delta", -1, 1), stored.numbers("interval", 2)
         values |= {key: stored.number(key, 0) for key in FLIPPED}
     return values
+
+
+def _place(stored: StoredValues) -> dict[str, Any]:
+    """Of which images, with what and when something was measured; older reports say the first alone."""
+    keys = ("dataset", "split", "against", "device", "dtype", "measured_at")
+    return {key: stored.text(key) for key in keys}
+
+
+def _fidelity(stored: StoredValues | None) -> dict[str, Any] | None:
+    if stored is None:
+        return None
+    scores = {key: stored.need(key) for key in ("cosine", "least_cosine", "relative_squared_error")}
+    return {**_place(stored), "num_images": stored.count("num_images"), **scores}
 
 
 def _other_scores(stored: StoredValues | None) -> str | None:
@@ -151,7 +178,8 @@ def _latency(stored: StoredValues | None) -> dict[str, Any] | None:
         quartiles = row.numbers("speedup_quartiles", 2)
         rows.append({"batch": row.count("batch"), **{k: row.need(k, 0) for k in LATENCIES}, "quartiles": quartiles})
     threads = environment and environment.number("threads", 1)
-    return {"device": stored.text("device"), "dtype": stored.text("dtype"), "threads": threads, "rows": rows}
+    keys = ("device", "dtype", "measured_at")
+    return {**{key: stored.text(key) for key in keys}, "threads": threads, "rows": rows}
 
 
 def _add_layers(report: StoredValues, values: dict[str, Any]) -> None:

@@ -19,10 +19,11 @@ from rich.table import Table
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
-from .checkpoint import staged_directory
+from .checkpoint import CONFIG_FILE, check_output, staged_directory
 from .config import BlockPruneConfig, Budget
 from .console import folding_table
-from .errors import ModelError
+from .errors import CheckpointError, ModelError
+from .hardware.profiles import load_profile
 from .pruner import BlockPruner
 
 EPOCHS = 40
@@ -70,10 +71,17 @@ def run_demo(
         JSON-ready figures of the dense and the pruned model.
 
     Raises:
+        CheckpointError: `output` is a checkpoint itself, holds models and `overwrite` is off, or cannot be written.
+        ConfigError: the budget's device is not known.
         ModelError: scikit-learn is missing, or the pruned model does not load back as it was.
     """
+    config = BlockPruneConfig(block_shape=(16, 16), budget=budget or Budget("flops", 0.75))
+    if config.budget.device is not None:
+        load_profile(config.budget.device)
+    if output is not None:
+        _check_folder(Path(output).expanduser(), overwrite)
     with ExitStack() as stack:
-        folder = Path(output) if output else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(output).expanduser() if output else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         train, test = _digits()
         start = time.perf_counter()
         model, processor = _train(train)
@@ -82,7 +90,6 @@ def run_demo(
         with staged_directory(dense, overwrite=overwrite) as staging:
             model.save_pretrained(staging)
             processor.save_pretrained(staging)
-        config = BlockPruneConfig(block_shape=(16, 16), budget=budget or Budget("flops", 0.75))
         pruner = BlockPruner.from_pretrained(dense, config)
         pruner.prune(train)
         evaluation = pruner.evaluate(test, against=dense)
@@ -91,6 +98,20 @@ def run_demo(
         loaded = _load_in_new_process(dense, pruned, processor, test)
         _check_loaded(loaded, pruner, processor, test)
         return _figures(pruner.report(), evaluation.to_dict(), loaded, dense, train_seconds)
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder before the training.
+
+    Raises:
+        CheckpointError: it is a file or a checkpoint, holds models and `overwrite` is off, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; name a folder")
+    if (folder / CONFIG_FILE).exists():
+        raise CheckpointError(f"{folder}: is a saved model itself, and the demo writes two; name another folder")
+    for name in ("dense", "pruned"):
+        check_output(folder / name, overwrite=overwrite)
 
 
 def _digits() -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch import nn
 
 PACKAGES = ("hf_blockprune", "torch", "transformers", "accelerate", "datasets", "triton")
 
@@ -27,6 +28,17 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,
+    }
+
+
+def machine_of(model: nn.Module) -> dict[str, Any]:
+    """The processor that a model is on, its dtype and the environment, as JSON-ready values."""
+    device, dtype = next((p.device, p.dtype) for p in model.parameters())
+    found = environment()
+    return {
+        "device": found["gpu" if device.type == "cuda" else "cpu"],
+        "dtype": str(dtype).removeprefix("torch."),
+        "environment": found,
     }
 
 

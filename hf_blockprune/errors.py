@@ -1,15 +1,16 @@
 """Errors a user can act on: each message says what was expected, what came and how to mend it.
 
-`BlockSparseFormatError`, which a damaged or hostile checkpoint raises, lives with the format in
+`BlockSparseFormatError`, which a damaged or hostile checkpoint raises, and `BackendError` live with the format in
 `hf_blockprune.hub.blockprune_layout` because that file travels alone with every saved model.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .hub.blockprune_layout import BlockSparseFormatError
+    from .hub.blockprune_layout import BackendError, BlockSparseFormatError
 
 __all__ = [
+    "BackendError",
     "BlockPruneError",
     "BlockSparseFormatError",
     "BudgetError",
@@ -22,11 +23,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The format's error, without importing torch for the others."""
-    if name == "BlockSparseFormatError":
-        from .hub.blockprune_layout import BlockSparseFormatError
+    """The errors of the format's files, without importing torch for the others."""
+    if name in ("BackendError", "BlockSparseFormatError"):
+        from .hub import blockprune_layout
 
-        return BlockSparseFormatError
+        return getattr(blockprune_layout, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -155,11 +155,7 @@ def predict(
 
     config: Any = model.config
     problem = task_of(config, several=images.labelled is not None and images.labelled.listed).problem
-    if images.labelled is None:
-        raise DataError(
-            f"{images.name}: has no labels, so accuracy cannot be measured; add a metadata.csv with columns file_name "
-            "and label, or sort the images into one folder a class"
-        )
+    need_labels(images)
     model.to(accelerator.device)
     rows: list[tuple[int, Any, list[Any]]] = []
     corrupt = CorruptImages(images.name)
@@ -177,6 +173,19 @@ def predict(
     if problem == SINGLE:
         return Predictions(index, labels, answers, corrupt.files)
     return Outputs(index, labels, answers, corrupt.files, problem)
+
+
+def need_labels(images: ImageSet) -> None:
+    """Refuse images without labels.
+
+    Raises:
+        DataError: they have none.
+    """
+    if images.labelled is None:
+        raise DataError(
+            f"{images.name}: has no labels, so accuracy cannot be measured; add a metadata.csv with columns file_name "
+            "and label, or sort the images into one folder a class"
+        )
 
 
 @torch.inference_mode()

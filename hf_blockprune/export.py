@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .biases import admit_biases, biases_without_place
-from .checkpoint import staged_directory
+from .checkpoint import check_output, check_output_file, staged_directory
 from .errors import CheckpointError, ConfigError, ModelError
 from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_quantizer import block_sparse_layers
@@ -60,6 +60,7 @@ def export_checkpoint(
         raise ConfigError(f"form: expected one of {', '.join(FORMATS)}, got {form!r}")
     if form == "onnx":
         _need_onnx()
+    (check_output if form == "dense" else check_output_file)(output, overwrite=overwrite)
     model, processor = _load(directory)
     target = Path(output).expanduser()
     size = picture_size(model, processor)
@@ -205,10 +206,7 @@ def _explained(what: str) -> Iterator[None]:
 @contextmanager
 def _staged_file(target: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary file that takes the place of `target` when the block ends well, and vanishes when it does not."""
-    if target.is_dir():
-        raise CheckpointError(f"{target}: is a folder; name a file")
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target}: exists already; pass --overwrite (overwrite=True) or name another file")
+    check_output_file(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as scratch:

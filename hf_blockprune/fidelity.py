@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """An encoder's answers: position of each image, its embedding [images, values] in float32, and the data set."""
+    """An encoder's answers: position of each image, its embedding [images, values] in float32, data set and split."""
 
     index: np.ndarray
     values: np.ndarray
     skipped: list[str]
     dataset: str = ""
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def embed(
     corrupt.check()
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     index, values = zip(*rows, strict=True)
-    return Embeddings(np.array(index), np.stack(values), corrupt.files, images.public_name)
+    return Embeddings(np.array(index), np.stack(values), corrupt.files, images.public_name, images.split)
 
 
 def compare(have: Embeddings, wanted: Embeddings) -> Fidelity:

@@ -10,6 +10,7 @@ from .environment import environment
 from .finetune import Finetuning
 from .finetune_pruning import cut_unused, masks_of, uncut
 from .hardware.flops import count_flops
+from .measurements import drop
 from .report import PruneReport, add_cuts, describe_masks
 
 
@@ -43,7 +44,7 @@ def with_finetuning(report: dict[str, Any] | None, run: Finetuning, config: Bloc
         "skipped": [Path(file).name for file in history.skipped],
         "evaluation_before": before,
     }
-    described["evaluation"] = described["latency"] = None  # those were of the model before
+    drop(described)
     described["seconds"] = {**described["seconds"], "finetuning": round(history.seconds, 3)}
     return described
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_text
+from .checkpoint import CONFIG_FILE, check_output_file, read_json, write_text
 from .checkpoint_report import CheckpointReport, describe
 from .config import DEVICE_METRICS
 from .drawings import Bar, Mark, bar_chart, mask_picture, scatter
@@ -58,6 +58,9 @@ def write_report(
     several = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     if not several:
         raise CheckpointError("no checkpoint was named; name a folder, or a model on the Hub")
+    for source in several:
+        if (folder := Path(source).expanduser()).exists():
+            read_json(folder / CONFIG_FILE)
     reports = [describe(source, devices, batch_size=batch_size) for source in several]
     write_text(Path(output).expanduser(), report_page(reports))
     return reports
@@ -67,12 +70,10 @@ def check_page(output: str | Path, *, overwrite: bool) -> None:
     """Refuse a page's file name before any long work is begun.
 
     Raises:
-        CheckpointError: it exists and `overwrite` is off, or its folder is missing.
+        CheckpointError: it exists and `overwrite` is off, or its folder is missing or cannot be written.
     """
-    path = Path(output).expanduser()
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise CheckpointError(f"{output}: exists already; pass --overwrite (overwrite=True) or name another file")
-    if not path.parent.is_dir():
+    check_output_file(output, overwrite=overwrite)
+    if not Path(output).expanduser().parent.is_dir():
         raise CheckpointError(f"{output}: its folder does not exist; make it, or name another file")
 
 

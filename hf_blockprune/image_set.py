@@ -30,6 +30,7 @@ class ImageSet:
         left_out: files beside the images that may be pictures and cannot be read, by their path in the folder.
         model_input: what the model takes, where that was looked at; else it follows from its config.
         labels_by: how labels become the model's; see `DataSource`.
+        split: which of its splits it is, None where it has none or one alone.
     """
 
     dataset: Any
@@ -43,6 +44,7 @@ class ImageSet:
     left_out: tuple[str, ...] = ()
     model_input: ModelInput | None = None
     labels_by: str = "name"
+    split: str | None = None
 
     @property
     def label_column(self) -> str | None:

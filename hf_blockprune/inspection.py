@@ -149,7 +149,7 @@ def open_checkpoint(directory: str | Path, architecture: Any = None) -> StoredMo
             f"{directory}: is no block-sparse checkpoint (its config.json names no {QUANT_METHOD} format)"
         )
     config = BlockPruneQuantizationConfig(**stored)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     headers = _read_headers(files)
     _check_sizes(folder, values, headers)
     architecture = _dense_architecture(folder, headers) if architecture is None else architecture
@@ -165,7 +165,7 @@ def open_checkpoint(directory: str | Path, architecture: Any = None) -> StoredMo
     return StoredModel(architecture, flops, layers, sum(file.stat().st_size for file in files))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that transformers would load: one, or the shards that the index names.
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .copying import copied
-from .environment import environment
+from .environment import machine_of
 from .hardware.stopwatch import by_turns, median, ratio
 from .hub.blockprune_backends import choose_backend
 from .hub.blockprune_quantizer import block_sparse_layers
@@ -46,14 +46,7 @@ def measure_latency(
         for batch in sorted(batch_sizes):
             pixels = torch.zeros(batch, channels_of(pruned.config, pruned), *image_size, device=device, dtype=dtype)
             rows.append(_row(models, pixels, seconds))
-    found = environment()
-    return {
-        "device": found["gpu" if device.type == "cuda" else "cpu"],
-        "dtype": str(dtype).removeprefix("torch."),
-        "backends": _backends(models["pruned"], pixels),
-        "rows": rows,
-        "environment": found,
-    }
+    return {**machine_of(pruned), "backends": _backends(models["pruned"], pixels), "rows": rows}
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
 """Loading a classifier or an encoder of images, and its processor, with errors that say what to do."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -40,15 +41,39 @@ def load_model(name: str, kwargs: dict[str, Any], model_class: Any = None) -> tu
     # Where nothing is said, transformers asks on the terminal whether a folder's code may run, and waits.
     kwargs = {"trust_remote_code": False, **kwargs}
     hub_kwargs = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
-    trust = kwargs["trust_remote_code"]
-    try:
+    with _explained(name):
         if model_class is None:
-            config = kwargs.get("config") or AutoConfig.from_pretrained(
-                name, trust_remote_code=trust, **hub_kwargs, **{k: kwargs[k] for k in ("subfolder",) if k in kwargs}
-            )
-            model_class = model_class_of(config, trust_remote_code=bool(trust))
+            config = kwargs.get("config") or load_config(name, kwargs)
+            model_class = model_class_of(config, trust_remote_code=bool(kwargs["trust_remote_code"]))
         model, missing = _load(model_class, name, kwargs)
+        trust = kwargs["trust_remote_code"]
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust, **hub_kwargs)
+    if missing:
+        advice = "name the class that it was saved from (model_class=)"
+        if hasattr(model, "classifier"):
+            advice = "fine-tune it first, or name its class (model_class=) where it is an encoder or has another head"
+        raise ModelError(
+            f"{name}: has no trained weights for {', '.join(missing[:3])} of {type(model).__name__}; {advice}"
+        )
+    return model, processor
+
+
+def load_config(name: str, kwargs: dict[str, Any]) -> Any:
+    """A model's config alone, which says cheaply whether there is such a model.
+
+    Raises:
+        ModelError: nothing is there, or it is no model's.
+    """
+    options = {key: value for key, value in kwargs.items() if key in (*HUB_OPTIONS, "subfolder")}
+    with _explained(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=kwargs.get("trust_remote_code", False), **options)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What loading a model may raise, as errors that say what to do."""
+    try:
+        yield
     except (BlockPruneError, BlockSparseFormatError):
         raise
     except SafetensorError as error:
@@ -59,14 +84,6 @@ def load_model(name: str, kwargs: dict[str, Any], model_class: Any = None) -> tu
         raise ModelError(f"{name}: no such model or folder, or a file is missing ({first_line(error)})") from error
     except Exception as error:  # what a stranger's config makes transformers raise has no common class
         raise ModelError(f"{name}: cannot be loaded as an image classifier or encoder ({first_line(error)})") from error
-    if missing:
-        advice = "name the class that it was saved from (model_class=)"
-        if hasattr(model, "classifier"):
-            advice = "fine-tune it first, or name its class (model_class=) where it is an encoder or has another head"
-        raise ModelError(
-            f"{name}: has no trained weights for {', '.join(missing[:3])} of {type(model).__name__}; {advice}"
-        )
-    return model, processor
 
 
 def _load(model_class: Any, name: str, kwargs: dict[str, Any]) -> tuple[Any, list[str]]:

@@ -25,7 +25,7 @@ def load_images(
     """Open a data set.
 
     Args:
-        source: what `DataSource.path` can be, or a `DataSource` that says how to read it.
+        source: what `DataSource.path` can be, a `DataSource` that says how to read it, or what this function gave.
         split: the split to use; by default the source's own, the first of `prefer_splits` that exists, or the only one.
         prefer_splits: see `split`.
         labels: whether labels are wanted; without, nothing that is wrong with them matters.
@@ -35,14 +35,18 @@ def load_images(
     """
     import datasets
 
+    if isinstance(source, ImageSet):
+        return source if labels else source.without_labels()
     source = source if isinstance(source, DataSource) else DataSource(source)
-    name = source.name
+    name, chosen = source.name, None
     dataset, left_out = source.open()
     if isinstance(dataset, dict) and dataset and all(isinstance(part, _kinds()) for part in dataset.values()):
-        dataset = dataset[choose_split([str(s) for s in dataset], split or source.split, prefer_splits, name)]
+        splits = [str(s) for s in dataset]
+        chosen = choose_split(splits, split or source.split, prefer_splits, name)
+        dataset, chosen = dataset[chosen], chosen if len(splits) > 1 else None
     if isinstance(dataset, datasets.Dataset) and not len(dataset):
         raise DataError(f"{name}: holds no images")
-    found = replace(_opened(dataset, source, labels), labels_by=source.labels_by)
+    found = replace(_opened(dataset, source, labels), labels_by=source.labels_by, split=chosen)
     if left_out:
         logger.warning(f"{found.name}: files that cannot be read as pictures are left out: {_some(left_out)}")
     return replace(found, decoding=replace(found.decoding, white=source.white), left_out=tuple(left_out))

@@ -6,6 +6,7 @@ Every file is written under a temporary name and moved into place: what is there
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import CheckpointError
+from .files import partial_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -111,16 +113,14 @@ class Progress:
             return
         start = perf_counter()
         path = self._path(part)
-        partial = path.with_suffix(".partial")
         metadata = {"values": json.dumps({"job": fingerprint(self.job), "values": values}), "done": done}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata=metadata)
-            partial.replace(path)
+            with partial_file(path) as partial:
+                save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata=metadata)
             for needless in [old for begin in instead_of for old in self.folder.glob(f"{begin}*")]:
                 needless.unlink()
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # It stays where other parts are in it.
                 self.folder.rmdir()
             raise CheckpointError(f"{path}: could not be written ({error}); free some space") from error
@@ -138,8 +138,14 @@ def fingerprint(values: dict[str, Any]) -> str:
 
 def weights_fingerprint(model: nn.Module) -> str:
     """The same for equal weights."""
+    return tensors_fingerprint(sorted(model.state_dict().items()))
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The same for equal tensors by name, in their order."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in tensors:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        content: Any = value.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(content)
     return digest.hexdigest()

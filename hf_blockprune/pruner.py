@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from . import checkpoint
-from .card import model_card
+from . import checkpoint, measurements
+from .card import CARD_DIGEST, card_digest, model_card
 from .config import BlockPruneConfig, RecoveryConfig
 from .copying import copied
 from .data import load_images
 from .errors import CheckpointError, ModelError
-from .evaluation import Outputs, Predictions, predict, summarise
+from .evaluation import Outputs, Predictions, need_labels, predict, summarise
 from .fidelity import Embeddings, Fidelity, compare, embed
 from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import describe_checkpoint, open_checkpoint
@@ -24,7 +24,7 @@ from .latency import measure_latency
 from .loading import load_model
 from .model_input import picture_size, shared_picture_size
 from .outputs import classifies
-from .progress import Progress
+from .progress import Progress, weights_fingerprint
 from .pruning import Pruning
 from .publish import upload_checkpoint
 from .recovery import Recovery, recover
@@ -84,6 +84,8 @@ class BlockPruner:
         self._accelerator = accelerator
         self._report: PruneReport | None = None
         self._reload_dense: Callable[[], BlockPruner] | None = None
+        self._measured_weights: str | None = None  # of the model that the report's measurements are of
+        self._stored: tuple[Path, str] | None = None  # the folder that holds those weights, and its fingerprint
 
     @classmethod
     def from_pretrained(
@@ -118,15 +120,33 @@ class BlockPruner:
         name = path.resolve().name if path.exists() else str(name_or_path)
         pruner = cls(model, processor, config, name=name, accelerator=accelerator)
         if next(block_sparse_layers(model), None):
-            stored = checkpoint.stored_report(str(name_or_path), kwargs)
-            if stored is not None:
-                pruner._report = PruneReport(stored)
-                pruner.config = config or BlockPruneConfig.from_dict(stored["config"])
+            file = checkpoint.report_file(str(name_or_path), kwargs)
+            if file is not None:
+                pruner._read_report(file, local=path.is_dir(), config=config)
         else:
             pruner._reload_dense = lambda: cls.from_pretrained(
                 name_or_path, accelerator=accelerator, model_class=model_class, **kwargs
             )
         return pruner
+
+    def _read_report(self, file: Path, *, local: bool, config: BlockPruneConfig | None) -> None:
+        """Take the report beside a model that was loaded, and what it says was measured, where that is of its weights.
+
+        Args:
+            file: the report.
+            local: whether it lies in a folder of the user's, where more that is measured may be kept.
+            config: how to prune, None for what the report says.
+        """
+        stored = checkpoint.read_report(file)
+        assert stored is not None
+        self.config = config or BlockPruneConfig.from_dict(stored["config"])
+        self._report = PruneReport(stored)
+        weights = measurements.files_fingerprint(file.parent)
+        if measurements.drop_stale(self._report, weights):
+            logger.warning(f"{file}: what was measured is of other weights than those beside it, and is left out")
+        self._measured_weights = weights_fingerprint(self.model)
+        if local and weights is not None:
+            self._stored = (file.parent, weights)
 
     @cached_property
     def accelerator(self) -> "Accelerator":
@@ -312,7 +332,7 @@ class BlockPruner:
         return dense
 
     def _describe_recovery(self, result: Recovery, settings: RecoveryConfig, dataset: str) -> None:
-        """The accuracy measured so far was that of the model before."""
+        """What was measured so far was of the model before."""
         report = self.report()
         report["recovery"] = {
             "dataset": dataset,
@@ -320,7 +340,7 @@ class BlockPruner:
             **asdict(result),
             "evaluation_before": report["evaluation"],
         }
-        report["evaluation"] = report["fidelity"] = None
+        measurements.drop(report)
         report["seconds"] = {**report["seconds"], "recovery": round(sum(result.seconds.values()), 3)}
 
     def report(self) -> PruneReport:
@@ -369,16 +389,40 @@ class BlockPruner:
             raise ModelError(f"{self.name} gives scores of classes, which do not compare with embeddings")
         images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS)
         options = {"accelerator": self.accelerator, "batch_size": batch_size}
+        need_labels(images)
+        fitted = images.fitted(self.model, self.processor)
+        other: Any = against
         baseline = against if isinstance(against, (Predictions, Outputs)) else None
         if against is not None and not isinstance(against, (Predictions, Outputs)):
-            other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
+            other = self._other(against)
             baseline = predict(other.model, images.fitted(other.model, other.processor), other.processor, **options)
-        images = images.fitted(self.model, self.processor)
-        result = summarise(predict(self.model, images, self.processor, **options), baseline)
-        result = replace(result, left_out=list(images.left_out) or None)
-        if self._report is not None:
-            self._report["evaluation"] = {"dataset": images.public_name, **result.to_dict()}
+        found = predict(self.model, fitted, self.processor, **options)
+        result = replace(summarise(found, baseline), left_out=list(images.left_out) or None)
+        # The report compares with the dense model; what another pruned one is better or worse by is no part of it.
+        kept = result if other is None or _is_dense(other) else replace(summarise(found), left_out=result.left_out)
+        where = {"dataset": images.public_name, "split": images.split, "batch_size": batch_size}
+        self._measured("evaluation", {**where, **_named(other), **kept.to_dict()})
         return result
+
+    def _other(self, against: "str | Path | BlockPruner") -> "BlockPruner":
+        return against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
+
+    def _measured(self, kind: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Values with time and place, which go into the report; older ones leave it where the weights changed."""
+        values = measurements.stamped(values, self.model)
+        if self._report is not None:
+            self._forget_others()
+            measurements.add(self._report, kind, values)
+        return values
+
+    def _forget_others(self) -> None:
+        """Take what was measured of other weights than the model's out of its report: somebody may have trained it."""
+        current = weights_fingerprint(self.model)
+        if self._report is not None and current != self._measured_weights:
+            if measurements.drop(self._report):
+                logger.warning(f"{self.name}: its weights changed since they were measured; older results are left out")
+            self._stored = None
+        self._measured_weights = current
 
     def _classifies(self) -> bool:
         return classifies(self.model, self.processor.to_dict())
@@ -392,12 +436,13 @@ class BlockPruner:
         options = {"split": split, "batch_size": batch_size}
         wanted = against
         if not isinstance(against, Embeddings):
-            other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
-            wanted = other.embeddings(dataset, **options)
+            against = self._other(against)
+            wanted = against.embeddings(dataset, **options)
         have = self.embeddings(dataset, **options)
         result = compare(have, wanted)
-        if self._report is not None:
-            self._report["fidelity"] = {"dataset": have.dataset, **result.to_dict()}
+        if _is_dense(against):
+            where = {"dataset": have.dataset, "split": have.split, "batch_size": batch_size}
+            self._measured("fidelity", {**where, **_named(against), **result.to_dict()})
         return result
 
     def embeddings(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> Embeddings:
@@ -441,7 +486,7 @@ class BlockPruner:
         """
         if not next(block_sparse_layers(self.model), None):
             raise ModelError(f"{self.name} has no block-sparse layers to measure; call prune() first")
-        other = BlockPruner.from_pretrained(against) if isinstance(against, (str, Path)) else against
+        other = None if against is None else self._other(against)
         size = picture_size(self.model, self.processor) if other is None else shared_picture_size(self, other)
         self.model.to(self.accelerator.device)
         values = measure_latency(
@@ -451,9 +496,41 @@ class BlockPruner:
             batch_sizes=batch_sizes,
             seconds=seconds,
         )
-        if self._report is not None:
-            self._report["latency"] = values
-        return values
+        return self._measured("latency", {**_named(other), **values}) if _is_dense(other) else values
+
+    def save_measurements(self, directory: str | Path | None = None) -> bool:
+        """Keep what was measured with the saved model: in its report and its card, both or neither.
+
+        `evaluate` and `benchmark` measure; `save_pretrained` keeps their results too. This is for a model that is saved
+        already. Results of other data sets, processors, threads, dtypes and batch sizes that the folder has stay beside
+        the new ones; an older one of the same is replaced. A card that somebody edited stays as it is.
+
+        Args:
+            directory: folder with the same weights; by default where the model was loaded from or saved to.
+
+        Returns:
+            Whether there was something to keep and a folder for it: there is none for dense models, for those from the
+            Hub, and for those without a report.
+
+        Raises:
+            CheckpointError: the folder's weights are not those that were measured, or it cannot be written.
+        """
+        if self._report is None or not measurements.measured(self._report):
+            return False
+        found = self._stored
+        self._forget_others()
+        if directory is None and found is None:
+            return False
+        if self._stored is None:
+            raise CheckpointError(
+                f"{directory or (found and found[0])}: holds other weights than the model, which was changed or never "
+                "saved; use save_pretrained()"
+            )
+        folder = self._stored[0] if directory is None else Path(directory).expanduser()
+        if self.accelerator.is_main_process:
+            self._report = PruneReport(measurements.save(folder, self._report, self._stored[1]))
+        self.accelerator.wait_for_everyone()
+        return True
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False, repo_id: str | None = None) -> None:
         """Write the block-sparse model with everything that loads and explains it; whole or not at all.
@@ -470,7 +547,8 @@ class BlockPruner:
         report = self.report()
         if self.accelerator.is_main_process:
             with checkpoint.staged_directory(directory, overwrite=overwrite) as folder:
-                self._write(folder, report, repo_id or Path(directory).name)
+                self._write(folder, report, repo_id or Path(directory).expanduser().resolve().name)
+            self._stored = (Path(directory).expanduser(), report[measurements.WEIGHTS])
         self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path, report: dict[str, Any], repo_id: str) -> None:
@@ -480,9 +558,13 @@ class BlockPruner:
         values = describe_checkpoint(stored)
         report.update({key: values[key] for key in ("size_bytes", "dense_size_bytes")})
         report["predicted"] = predict_checkpoint(stored)
+        self._forget_others()
+        report[measurements.WEIGHTS] = measurements.files_fingerprint(folder)
         self.config.save(folder / checkpoint.RECIPE_FILE)
+        card = model_card(report, repo_id)
+        report[CARD_DIGEST] = card_digest(card.text)
         checkpoint.write_json(folder / checkpoint.REPORT_FILE, report)
-        model_card(report, repo_id).save(folder / "README.md")
+        card.save(folder / checkpoint.CARD_FILE)
 
     def push_to_hub(
         self,
@@ -514,3 +596,13 @@ class BlockPruner:
                 commit = upload_checkpoint(folder, repo_id, commit_message=commit_message, **options)
         self.accelerator.wait_for_everyone()
         return commit
+
+
+def _is_dense(other: Any) -> bool:
+    """Whether what a model was compared with is no pruned one; of mere answers nobody knows, and they are believed."""
+    return not (isinstance(other, BlockPruner) and any(block_sparse_layers(other.model)))
+
+
+def _named(other: Any) -> dict[str, str]:
+    """The name of what a model was compared with, where it has one and is dense."""
+    return {"against": other.name} if isinstance(other, BlockPruner) and _is_dense(other) else {}

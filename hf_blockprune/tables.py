@@ -22,7 +22,7 @@ def summary_table(report: dict[str, Any]) -> Table:
     table.add_row("FLOPs kept, pruned layers", f"{report['linear_flops_ratio']:.2%}")
     for budget in report.get("budgets", []):
         if budget["device"] is not None:
-            what = f"{budget['metric']} on {budget['device']}, batch {budget['batch']}"
+            what = f"predicted {budget['metric']} on {budget['device']}, batch {budget['batch']}"
             values = f"{budget['reached']:.4g} of {budget['dense']:.4g} {budget['unit']}"
             table.add_row(what, f"{values} ({budget['reached'] / budget['dense']:.1%})")
     cut = sum(layer["cut_units"] for layer in report["layers"])
@@ -52,6 +52,10 @@ def summary_table(report: dict[str, Any]) -> Table:
         f = report["fidelity"]
         text = f"cosine {f['cosine']:.4f}, squared error {f['relative_squared_error']:.4f} of the variance"
         table.add_row("embeddings against the dense model", f"{text}, {f['num_images']} images")
+    if report.get("latency") is not None:
+        latency = report["latency"]
+        rows = ", ".join(f"{row['speedup']:.2f}x at {row['batch']} images" for row in latency["rows"])
+        table.add_row(f"speed-up, measured on {latency['device']}", rows)
     table.add_row("seconds", ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items()))
     return table
 
@@ -97,7 +101,7 @@ def bytes_text(values: dict[str, Any]) -> str:
 
 def simulation_table(values: dict[str, Any]) -> Table:
     """What a pruned and a dense model take on a device."""
-    title = f"{values['device']}, {values['batch']} images, {values['dtype']}"
+    title = f"Predicted: {values['device']}, {values['batch']} images, {values['dtype']}"
     table = folding_table("", "pruned", "dense", "ratio", title=title)
     rows = [
         ("latency", "latency_ms", "{:.3f} ms"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
+from hf_blockprune import BlockPruner
 from hf_blockprune.inspection import inspect_checkpoint
 from hf_blockprune.simulation import simulate_checkpoint
 
@@ -161,6 +162,44 @@ def test_a_card_that_somebody_edited_is_uploaded_as_it_is(pushed, tmp_path):
     (edited / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
     client.run(CLI, "push", edited, "someone/edited", "--quiet")
     assert (hub.repos["someone/edited"]["main"] / "README.md").read_text() == "---\nlicense: mit\n---\nMine.\n"
+
+
+def test_what_is_no_part_of_a_checkpoint_stays_at_home(pushed, tmp_path):
+    hub, client, saved = pushed
+    folder = tmp_path / "work"
+    subprocess.run(["cp", "-r", str(saved), str(folder)], check=True)
+    (folder / ".git").mkdir()
+    (folder / ".git/config").write_text("[remote]\nurl = https://user:secret@example.org\n")
+    for name in ("notes.txt", "optimizer.pt", "old.safetensors", ".env"):
+        (folder / name).write_text("mine")
+    (folder / "LICENSE").write_text("MIT")
+    done = client.start(CLI, "push", folder, "someone/tidy", "--json")
+    assert done.returncode == 0, done.stderr
+    assert set(hub.files("someone/tidy")) == {path.name for path in saved.iterdir()} | {"LICENSE"}
+    (line,) = [line for line in done.stderr.splitlines() if "not uploaded" in line]
+    assert line.endswith(".env, .git/, notes.txt, old.safetensors, optimizer.pt")
+    assert "secret" not in done.stderr
+
+
+def test_cards_carry_the_newest_figures_of_these_weights(pushed, tmp_path):
+    hub, client, saved = pushed
+    folder = tmp_path / "measured"
+    subprocess.run(["cp", "-r", str(saved), str(folder)], check=True)
+    pruner = BlockPruner.from_pretrained(folder)
+    pruner.benchmark(seconds=0.0)
+    pruner.save_measurements()
+    client.run(CLI, "push", folder, "someone/measured", "--quiet")
+    card = (hub.repos["someone/measured"]["main"] / "README.md").read_text()
+    assert "both models by turns" in card
+    assert 'from_pretrained("someone/measured")' in card
+    with torch.no_grad():
+        pruner.model.classifier.bias += 1
+    pruner.model.save_pretrained(folder)  # as somebody does who trained it
+    assert "both models by turns" in (folder / "README.md").read_text()
+    client.run(CLI, "push", folder, "someone/trained", "--quiet")
+    card = (hub.repos["someone/trained"]["main"] / "README.md").read_text()
+    assert "both models by turns" not in card
+    assert 'from_pretrained("someone/trained")' in card
 
 
 def test_refusals_are_one_line(pushed, tmp_path):

@@ -1,6 +1,5 @@
 """Device profiles: those that come with the package, and files of one's own."""
 
-import os
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +10,7 @@ import yaml
 
 from ..environment import environment
 from ..errors import ConfigError
+from ..files import partial_file
 from ..hub.blockprune_profiles import profile_from_dict
 
 FOLDER = files("hf_blockprune.hardware") / "profiles"
@@ -63,11 +63,9 @@ def save_profile(profile: Any, path: Path) -> dict[str, Any]:
     machine = found["gpu"] if profile.kind == "gpu" else f"{found['cpu']} ({found['cpu_capability']})"
     source = f"measured by blockprune calibrate on {machine}, {found['threads']} threads, torch {torch.__version__}"
     values = {"kind": profile.kind, **asdict(replace(profile, source=source))}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        partial.replace(path)
+        with partial_file(path) as partial:
+            partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from error
     return values

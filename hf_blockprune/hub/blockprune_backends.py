@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blockprune_layout import PackedWeight, check_packed, unpack
+from .blockprune_layout import BackendError, PackedWeight, check_packed, unpack
 from .blockprune_prepared import PreparedCache
 from .blockprune_reference import ACTIVATIONS, LayerArguments, reference_forward
 
@@ -26,6 +26,7 @@ __all__ = [
     "run",
     "run_all",
     "use_unpacker",
+    "wanted_backend",
 ]
 
 
@@ -62,27 +63,41 @@ def available_backends() -> list[str]:
 
 
 def choose_backend(x: Tensor, layer: LayerArguments, backend: str = "auto") -> str:
-    """Name of the backend that runs a call; `BLOCKPRUNE_BACKEND` overrides "auto".
+    """Name of the backend that runs a call; `BLOCKPRUNE_BACKEND` overrides "auto", where it is not empty.
 
     Raises:
-        ValueError: the backend is unknown, or cannot run these tensors.
+        BackendError: the backend is unknown, or cannot run these tensors.
     """
     if backend == "auto":
-        backend = os.environ.get("BLOCKPRUNE_BACKEND", backend)
+        backend = wanted_backend()
     if backend == "auto":
         for name in available_backends():
             if _BACKENDS[name].supports(x, layer) and _BACKENDS[name].pays(x, layer):
                 return name
         backend = "reference"
     if backend not in _BACKENDS:
-        raise ValueError(f"unknown block-sparse backend {backend!r}; choose one of {available_backends()} or 'auto'")
+        raise BackendError(f"unknown block-sparse backend {backend!r}; choose one of {available_backends()} or 'auto'")
     if not _BACKENDS[backend].supports(x, layer):
         rows, cols = layer.weight.shape[1:]
-        raise ValueError(
+        raise BackendError(
             f"block-sparse backend {backend!r} cannot run {x.dtype} inputs with {layer.weight.dtype} weights in "
             f"{rows}x{cols} blocks on {x.device}; convert one of them, or leave the backend at 'auto'"
         )
     return backend
+
+
+def wanted_backend() -> str:
+    """What `BLOCKPRUNE_BACKEND` names, "auto" where it is unset or empty.
+
+    Raises:
+        BackendError: it names no backend.
+    """
+    name = os.environ.get("BLOCKPRUNE_BACKEND") or "auto"
+    if name != "auto" and name not in _BACKENDS:
+        raise BackendError(
+            f"BLOCKPRUNE_BACKEND: unknown block-sparse backend {name!r}; choose one of {available_backends()} or 'auto'"
+        )
+    return name
 
 
 def checked_bias(layer: LayerArguments, dtype: torch.dtype) -> Tensor | None:

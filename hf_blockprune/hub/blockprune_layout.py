@@ -24,6 +24,10 @@ class BlockSparseFormatError(ValueError):
     """A block-sparse matrix breaks a rule of its format. The message names the tensor and the rule."""
 
 
+class BackendError(ValueError):
+    """What was asked to multiply with a block-sparse matrix is unknown, or cannot do it."""
+
+
 class PackedWeight(NamedTuple):
     """The three tensors that hold a block-sparse matrix (shapes in the module's docstring)."""
 

@@ -4,6 +4,7 @@
 Files lie in `$BLOCKPRUNE_CACHE`, by default `$HF_HOME/blockprune`; one that cannot be read or written costs time alone.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -203,4 +204,5 @@ def _write(path: Path, choices: dict[str, Choice]) -> None:
     except OSError as error:
         logger.warning(f"{path} cannot be written ({error!r}); kernels will be measured anew next time")
         if partial is not None:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what kept it from being written may keep it from being removed
+                partial.unlink()

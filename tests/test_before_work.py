@@ -1,0 +1,150 @@
+"""What can be refused is refused before the work: every case here lacks what the work would need, such as weights."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_blockprune import BlockPruneConfig, BlockPruner, DataError, ModelError, demo
+from hf_blockprune.cli import app
+from hf_blockprune.errors import BackendError
+from hf_blockprune.measure_jobs import run_benchmark, run_evaluate
+
+from .conftest import write_images
+
+CLI = "import sys; from hf_blockprune.cli import app; app(sys.argv[1:])"
+
+
+def refused(*arguments):
+    """The one line on standard error of a command that must end with exit code 1."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def hollow(vit_folder, tmp_path_factory):
+    """(a pruned, a dense model), both without weights."""
+    parent = tmp_path_factory.mktemp("hollow")
+    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "sparsity", "ratio": 0.5})
+    pruner = BlockPruner.from_pretrained(vit_folder, config)
+    pruner.prune()
+    pruner.save_pretrained(parent / "pruned")
+    shutil.copytree(vit_folder, parent / "dense")
+    for name in ("pruned", "dense"):
+        (parent / name / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="file is missing"):
+        BlockPruner.from_pretrained(parent / "pruned")
+    return parent / "pruned", parent / "dense"
+
+
+@pytest.fixture(params=["a file", "/proc", "/sys"])
+def unwritable(request, tmp_path):
+    """A folder in which nothing can be made, whoever asks."""
+    if request.param != "a file":
+        if not os.path.isdir(request.param):
+            pytest.skip(f"there is no {request.param} here")
+        return request.param
+    (tmp_path / "file").write_text("")
+    return str(tmp_path / "file")
+
+
+def test_evaluate_looks_at_images_and_models_first(hollow, images, tmp_path):
+    pruned, _ = map(str, hollow)
+    with pytest.raises(DataError, match="no such folder"):
+        run_evaluate(pruned, str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="has no labels"):
+        run_evaluate(pruned, write_images(tmp_path / "plain", 4, labels=False))
+    folder = write_images(tmp_path / "wrong", 4)
+    (folder / "metadata.csv").write_text("file_name,label\n" + "".join(f"picture_{i:03d}.png,99\n" for i in range(4)))
+    with pytest.raises(DataError, match="99"):
+        run_evaluate(pruned, folder)
+    with pytest.raises(ModelError, match="nowhere"):
+        run_evaluate(pruned, tmp_path / "nowhere-either", against=str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match="file is missing"):  # the weights, at last
+        run_evaluate(pruned, images)
+
+
+def test_encoders_are_compared_with_something(hollow, images, tmp_path):
+    encoder = shutil.copytree(hollow[1], tmp_path / "encoder")
+    config = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps({**config, "architectures": ["ViTModel"]}))
+    with pytest.raises(ModelError, match="name the dense model"):
+        run_evaluate(str(encoder), tmp_path / "nowhere")
+
+
+def test_benchmark_looks_at_both_models_first(hollow, tmp_path):
+    pruned, dense = map(str, hollow)
+    with pytest.raises(ModelError, match="no block-sparse layers"):
+        run_benchmark(dense)
+    with pytest.raises(ModelError, match="nowhere"):
+        run_benchmark(pruned, against=str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match="file is missing"):
+        run_benchmark(pruned)
+
+
+def test_a_backend_that_does_not_exist_is_refused_with_the_choices(hollow, images, monkeypatch):
+    monkeypatch.setenv("BLOCKPRUNE_BACKEND", "abacus")
+    for run in (lambda: run_evaluate(str(hollow[0]), images), lambda: run_benchmark(str(hollow[0]))):
+        with pytest.raises(BackendError, match=r"BLOCKPRUNE_BACKEND: .*'abacus'.*'reference'"):
+            run()
+
+
+def test_report_looks_at_output_devices_and_folders_first(hollow, tmp_path):
+    pruned, page = hollow[0], tmp_path / "page.html"
+    page.write_text("mine")
+    assert "exists already" in refused("report", pruned, "-o", page)
+    assert "no profile 'abacus'" in refused("report", pruned, "--device", "abacus", "-o", tmp_path / "new.html")
+    (tmp_path / "empty").mkdir()
+    assert "empty/config.json" in refused("report", pruned, tmp_path / "empty", "-o", tmp_path / "new.html")
+    assert page.read_text() == "mine"
+
+
+def test_report_into_a_place_that_takes_no_file(hollow, unwritable):
+    assert f"{unwritable}/page.html: " in refused("report", hollow[0], "-o", f"{unwritable}/page.html")
+
+
+@pytest.mark.parametrize("form", ["--dense", "--torch-export"])
+def test_export_looks_at_its_output_first(hollow, unwritable, tmp_path, form):
+    assert "cannot be written" in refused("export", hollow[0], form, "-o", f"{unwritable}/out")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/config.json").write_text("{}")
+    line = refused("export", hollow[0], form, "-o", tmp_path / "there")
+    assert ("exists already" if form == "--dense" else "is a folder") in line
+
+
+def test_demo_looks_at_its_output_first(hollow, unwritable, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_digits", lambda: pytest.fail("the demonstration began"))
+    assert "is a saved model itself" in refused("demo", "-o", hollow[1])
+    assert "is a saved model itself" in refused("demo", "-o", hollow[1], "--overwrite")
+    shutil.copytree(hollow[1], tmp_path / "earlier/pruned")
+    assert "exists already" in refused("demo", "-o", tmp_path / "earlier")
+    assert "cannot be written" in refused("demo", "-o", f"{unwritable}/demo")
+    assert "no profile 'abacus'" in refused("demo", "--budget", "latency=0.5@abacus")
+
+
+def test_simulate_looks_at_the_device_first(tmp_path):
+    assert "no profile 'abacus'" in refused("simulate", tmp_path / "nowhere", "--device", "abacus")
+    assert "'rs'" in refused("simulate", tmp_path / "nowhere", "--dataflow", "rs")
+
+
+def test_push_looks_at_the_name_first(tmp_path):
+    assert "could not be uploaded" in refused("push", tmp_path / "nowhere", "no/such/name")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["report"], ["export", "--dense"]])
+def test_no_traceback_in_a_process_of_its_own(hollow, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    arguments = [command[0], str(hollow[0]), *command[1:], "-o", str(tmp_path / "file/page.html")]
+    done = subprocess.run([sys.executable, "-c", CLI, *arguments], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
