@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .blocks import block_sums, grid_shape
 from .data import CorruptImages, ImageSet, batches, num_batches
+from .display import stage
 from .errors import DataError
 from .layer_statistics import LayerStatistics
 from .modes import evaluating
@@ -74,14 +74,10 @@ def collect(
         for name, linear in targets.items()
     }
     corrupt = CorruptImages(images.name)
-    progress = logging.tqdm(
-        batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config),
-        total=num_batches(images, batch_size, accelerator.num_processes),
-        desc="Calibration",
-        disable=not accelerator.is_main_process,
-    )
-    with _hooked(accumulators), _frozen(model):
-        for batch in progress:
+    stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config)
+    total = num_batches(images, batch_size, accelerator.num_processes)
+    with stage("calibration", total, unit="batches") as bar, _hooked(accumulators), _frozen(model):
+        for batch in bar.over(stream):
             corrupt.count(batch)
             if "pixel_values" in batch:
                 try:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .biases import admit_biases, biases_without_place
 from .checkpoint import staged_directory
+from .display import planned, stage
 from .errors import CheckpointError, ConfigError, ModelError
 from .hardware.flops import image_size
 from .hub.blockprune_fusion import unfuse
@@ -58,7 +59,13 @@ def export_checkpoint(
         raise ConfigError(f"form: expected one of {', '.join(FORMATS)}, got {form!r}")
     if form == "onnx":
         _need_onnx()
-    model, processor = load_model(str(directory), {"dtype": torch.float32})
+    with planned(("loading", "exporting", "checking")):
+        return _export(directory, output, form, overwrite)
+
+
+def _export(directory: str | Path, output: str | Path, form: str, overwrite: bool) -> dict[str, Any]:
+    with stage("loading", aside=True):
+        model, processor = load_model(str(directory), {"dtype": torch.float32})
     if not next(block_sparse_layers(model), None):
         raise ModelError(f"{directory}: holds no block-sparse layers, so there is nothing to export from it")
     model = model.eval()
@@ -69,8 +76,10 @@ def export_checkpoint(
     write = {"dense": _write_dense, "onnx": _write_onnx, "torch-export": _write_program}[form]
     opened = staged_directory(target, overwrite=overwrite) if form == "dense" else _staged_file(target, overwrite)
     with opened as staging:
-        run = write(model, processor, staging, pixels)
-        difference = max(_difference(run(pixels(batch)), logits) for batch, logits in expected.items())
+        with stage("exporting", aside=form == "dense"):  # transformers shows what it saves and loads
+            run = write(model, processor, staging, pixels)
+        with stage("checking", len(BATCHES), unit="batches") as bar:
+            difference = max(_difference(run(pixels(batch)), expected[batch]) for batch in bar.over(BATCHES))
         if not difference <= TOLERANCE * max(float(logits.abs().max()) for logits in expected.values()):
             raise CheckpointError(
                 f"{output}: its predictions differ by up to {difference:.2g} from the checkpoint's, so it was not "

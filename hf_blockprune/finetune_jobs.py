@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import check_output
 from .config import read_settings
+from .display import planned, stage
 from .errors import ConfigError
 from .finetune_config import FinetuneConfig
 from .jobs import job_values
 from .progress import discard
-from .pruner import BlockPruner
+from .pruner import BlockPruner, evaluation_stages
 from .sources import DataSource
 
 if TYPE_CHECKING:
@@ -110,9 +111,16 @@ def run_finetune(job: FinetuneJob, *, overwrite: bool = False, resume: bool = Fa
         The report, with `output` added.
     """
     check_output(job.output, overwrite=overwrite)
+    evaluation = evaluation_stages(job.teacher) if job.evaluation is not None else []
+    with planned(["loading", "training", *evaluation, "saving"]):
+        return _run_finetune(job, overwrite=overwrite, resume=resume)
+
+
+def _run_finetune(job: FinetuneJob, *, overwrite: bool, resume: bool) -> dict[str, Any]:
     output = Path(job.output).expanduser().resolve()
     accelerator = make_accelerator(job.config, output.with_name(f"{output.name}-logs"))
-    pruner = BlockPruner.from_pretrained(job.model, accelerator=accelerator)
+    with stage("loading", aside=True):
+        pruner = BlockPruner.from_pretrained(job.model, accelerator=accelerator)
     work_dir = output.with_name(f".{output.name}.unfinished")
     if not resume and accelerator.is_main_process:
         discard(work_dir)
@@ -127,7 +135,8 @@ def run_finetune(job: FinetuneJob, *, overwrite: bool = False, resume: bool = Fa
     )
     if job.evaluation is not None:
         pruner.evaluate(job.evaluation, against=job.teacher)
-    pruner.save_pretrained(job.output, overwrite=overwrite)
+    with stage("saving", aside=True):
+        pruner.save_pretrained(job.output, overwrite=overwrite)
     if accelerator.is_main_process:
         discard(work_dir)
     accelerator.end_training()

@@ -7,10 +7,13 @@ from typing import Any
 
 from .checkpoint import check_output
 from .config import BlockPruneConfig, read_settings
+from .display import planned, stage
 from .errors import ConfigError
 from .evaluation import Outputs, Predictions
 from .progress import discard
-from .pruner import BlockPruner
+from .pruner import BlockPruner, evaluation_stages
+from .pruning import pruning_stages
+from .recovery import recovery_stages
 from .shared_statistics import SharedStatistics
 from .sources import DataSource
 
@@ -94,17 +97,31 @@ def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False) -
         The report, with `output` added.
     """
     check_output(job.output, overwrite=overwrite)
-    pruner = BlockPruner.from_pretrained(job.model, job.config)
+    with planned(["loading", *job_stages(job, job.model), "saving"]):
+        return _run_prune(job, overwrite=overwrite, resume=resume)
+
+
+def _run_prune(job: PruneJob, *, overwrite: bool, resume: bool) -> dict[str, Any]:
+    with stage("loading", aside=True):
+        pruner = BlockPruner.from_pretrained(job.model, job.config)
     output = Path(job.output).expanduser().resolve()
     work_dir = output.with_name(f".{output.name}.unfinished")
     if not resume and pruner.accelerator.is_main_process:
         discard(work_dir)
     pruner.accelerator.wait_for_everyone()
     prune_and_measure(pruner, job, work_dir=work_dir)
-    pruner.save_pretrained(job.output, overwrite=overwrite)
+    with stage("saving", aside=True):
+        pruner.save_pretrained(job.output, overwrite=overwrite)
     if pruner.accelerator.is_main_process:
         discard(work_dir)
     return {"output": job.output, **pruner.report()}
+
+
+def job_stages(job: PruneJob, against: Any) -> list[str]:
+    """The stages of `prune_and_measure` that are shown, where it compares with `against`."""
+    evaluation = evaluation_stages(against) if job.evaluation is not None else []
+    recovery = [] if job.config.recovery is None else [*recovery_stages(job.config.recovery), *evaluation]
+    return [*pruning_stages(job.config), *evaluation, *recovery]
 
 
 def prune_and_measure(

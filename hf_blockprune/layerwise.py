@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
+from . import display
 from .blocks import expand_mask
 from .boundary import BoundaryBatch, StopForward, Unit, advance, first_inputs, layer_chain
 from .copying import copied
@@ -102,13 +102,13 @@ def refit_layers(
     """
     units = layer_chain(model, masks)
     done: dict[str, LayerRefit] = {}
-    with evaluating(model):
+    with display.stage("refit", len(units), unit="layers") as bar, evaluating(model):
         kept = first_inputs(model, units, images, processor, accelerator=accelerator, batch_size=batch_size)
-        progress_bar = logging.tqdm(units, desc="Refit", disable=not accelerator.is_main_process)
-        for index, unit in enumerate(progress_bar):
+        for index, unit in enumerate(units):
             dense = copied(unit.module)
             part = f"layer-{index}"
             refits = _restore(unit.module, progress, part)
+            resumed = refits is not None
             if refits is None:
                 here = {n.removeprefix(f"{unit.name}."): n for n in masks if n.startswith(f"{unit.name}.")}
                 job = _LayerJob(unit, dense, here, masks, block_shape, token_weights or {}, residual_targets)
@@ -118,6 +118,7 @@ def refit_layers(
                     progress.write(part, named, {n: asdict(r) for n, r in refits.items()})
             done |= refits
             advance(unit, dense, kept)
+            bar.advance(measured=not resumed)
     return done
 
 

@@ -15,6 +15,7 @@ from .card import model_card
 from .config import BlockPruneConfig, RecoveryConfig
 from .copying import copied
 from .data import load_images
+from .display import planned
 from .errors import CheckpointError, ModelError
 from .evaluation import Outputs, Predictions, predict, summarise
 from .fidelity import Embeddings, Fidelity, compare, embed
@@ -27,7 +28,7 @@ from .model_input import find_input
 from .outputs import classifies
 from .pruning import Pruning
 from .publish import upload_checkpoint
-from .recovery import Recovery, recover
+from .recovery import Recovery, recover, recovery_stages
 from .report import PruneReport
 from .residual import permute_stream
 from .shared_statistics import SharedStatistics
@@ -45,6 +46,13 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 EVALUATION_SPLITS = ("validation", "test", "train")
+BASELINE, EVALUATION = "evaluation of the other model", "evaluation"  # stages that are shown
+
+
+def evaluation_stages(against: Any) -> list[str]:
+    """The stages of `BlockPruner.evaluate` that are shown."""
+    answers = against is None or isinstance(against, (Predictions, Outputs, Embeddings))
+    return [EVALUATION] if answers else [BASELINE, EVALUATION]
 
 
 class BlockPruner:
@@ -198,15 +206,16 @@ class BlockPruner:
         images = load_images(dataset, split=split, labels=False).fitted(self.model, self.processor)
         images = images.sample(settings.samples, seed)
         self.model.to(self.accelerator.device)
-        result = recover(
-            self.model,
-            self._in_same_order(dense.model),
-            images,
-            self.processor,
-            settings,
-            accelerator=self.accelerator,
-            seed=seed,
-        )
+        with planned(recovery_stages(settings)):
+            result = recover(
+                self.model,
+                self._in_same_order(dense.model),
+                images,
+                self.processor,
+                settings,
+                accelerator=self.accelerator,
+                seed=seed,
+            )
         if self._report is not None:
             self._describe_recovery(result, settings, images.public_name)
         return self.model
@@ -354,11 +363,13 @@ class BlockPruner:
         images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS)
         options = {"accelerator": self.accelerator, "batch_size": batch_size}
         baseline = against if isinstance(against, (Predictions, Outputs)) else None
-        if against is not None and not isinstance(against, (Predictions, Outputs)):
-            other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
-            baseline = predict(other.model, images.fitted(other.model, other.processor), other.processor, **options)
-        images = images.fitted(self.model, self.processor)
-        result = summarise(predict(self.model, images, self.processor, **options), baseline)
+        with planned(evaluation_stages(against)):
+            if against is not None and baseline is None:
+                other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
+                fitted = images.fitted(other.model, other.processor)
+                baseline = predict(other.model, fitted, other.processor, name=BASELINE, **options)
+            images = images.fitted(self.model, self.processor)
+            result = summarise(predict(self.model, images, self.processor, name=EVALUATION, **options), baseline)
         result = replace(result, left_out=list(images.left_out) or None)
         if self._report is not None:
             self._report["evaluation"] = {"dataset": images.public_name, **result.to_dict()}
@@ -375,10 +386,11 @@ class BlockPruner:
             )
         options = {"split": split, "batch_size": batch_size}
         wanted = against
-        if not isinstance(against, Embeddings):
-            other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
-            wanted = other.embeddings(dataset, **options)
-        have = self.embeddings(dataset, **options)
+        with planned(evaluation_stages(against)):
+            if not isinstance(against, Embeddings):
+                other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
+                wanted = other._embeddings(dataset, BASELINE, **options)
+            have = self._embeddings(dataset, EVALUATION, **options)
         result = compare(have, wanted)
         if self._report is not None:
             self._report["fidelity"] = {"dataset": have.dataset, **result.to_dict()}
@@ -393,9 +405,13 @@ class BlockPruner:
         """
         if self._classifies():
             raise ModelError(f"{self.name} is a classifier; its answers are predictions()")
+        return self._embeddings(dataset, EVALUATION, split=split, batch_size=batch_size)
+
+    def _embeddings(self, dataset: Any, name: str, *, split: str | None, batch_size: int) -> Embeddings:
         images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS, labels=False)
         images = images.fitted(self.model, self.processor)
-        return embed(self.model, images, self.processor, accelerator=self.accelerator, batch_size=batch_size)
+        options = {"accelerator": self.accelerator, "batch_size": batch_size, "name": name}
+        return embed(self.model, images, self.processor, **options)
 
     def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> "Predictions | Outputs":
         """The model's answers on labelled images, for `evaluate` of others to compare with; arguments are its."""

@@ -14,6 +14,7 @@ from .calibration import collect
 from .config import BlockPruneConfig
 from .cutting import cut_hidden_units
 from .data import ImageSet, load_images, load_pixels
+from .display import planned
 from .environment import environment
 from .errors import ConfigError, ModelError
 from .hardware.flops import ModelFlops, count_flops
@@ -25,7 +26,7 @@ from .modes import evaluating
 from .outputs import classifies
 from .progress import SELECTION, Progress, weights_fingerprint
 from .report import PruneReport, add_cuts, add_refits, describe_masks
-from .selection import Selection, timed
+from .selection import Selection, selection_stages, timed
 from .shared_statistics import SharedStatistics
 from .structure import find_transformer_layers, fold_scales
 from .targets import check_storable, find_targets
@@ -38,6 +39,16 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 TRUE_LOSS_IMAGES = 64
+
+
+def pruning_stages(config: BlockPruneConfig) -> list[str]:
+    """The stages of a pruning run that are shown."""
+    calibrates = config.method != "magnitude" or config.refits
+    return [
+        *(["calibration"] if calibrates else []),
+        *selection_stages(config),
+        *(["refit"] if config.refits else []),
+    ]
 
 
 @dataclass
@@ -85,7 +96,7 @@ class Pruning:
         images, found = self._calibration_images(dataset, split)
         # Without a refit the masks are the end of the run, and nothing would be resumed.
         progress = self._progress(Path(work_dir), images) if work_dir is not None and self.config.refits else None
-        with evaluating(self.model):
+        with planned(pruning_stages(self.config)), evaluating(self.model):
             selected = self._restore_selection(progress) or self._select(images, found, progress)
             if self.config.refits:
                 assert images is not None  # _calibration_images saw to it

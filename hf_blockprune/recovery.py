@@ -10,6 +10,7 @@ the weights themselves slowly.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import get_cosine_schedule_with_warmup
-from transformers.utils import logging
 
 from .augment import views
 from .blocks import expand_mask
@@ -26,6 +26,7 @@ from .boundary import Unit, at_boundary, held_back, hidden_states, layer_chain, 
 from .config import RecoveryConfig
 from .copying import copied
 from .data import ImageSet, load_pixels
+from .display import Stage, stage
 from .errors import ModelError
 from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_layout import pack
@@ -113,6 +114,12 @@ def recover(
             run.student.load_state_dict(best)
     _write_back(run.student, model)
     return Recovery(len(run.learned), len(run.judged), divergence, kept, seconds)
+
+
+def recovery_stages(settings: RecoveryConfig) -> list[str]:
+    """The stages of a recovery that are shown."""
+    steps = {"reconstruction": settings.reconstruction_epochs, "distillation": settings.epochs}
+    return [name for name, epochs in steps.items() if epochs]
 
 
 class _Scaled(nn.Module):
@@ -261,16 +268,16 @@ class _Run:
 
     def reconstruct(self, epochs: int) -> None:
         """Let each layer learn the dense layer's output from the inputs that the pruned model sees."""
-        inputs = self._boundary(self.student, self.layers[0])
-        targets = self._boundary(self.teacher, self.teacher_layers[0])
         pairs = list(zip(self.layers, self.teacher_layers, self.token_weights, strict=True))
-        for unit, dense, token_weight in logging.tqdm(
-            pairs, desc="Reconstruction", disable=not self.accelerator.is_main_process
-        ):
-            targets = _advanced(unit, targets, dense.module)
-            learn = self._layer_loss(unit, inputs, targets, token_weight)
-            self._descend(learn, unit.module, list(self._order(len(inputs), epochs)), f"reconstruction of {unit.name}")
-            inputs = _advanced(unit, inputs)
+        with stage("reconstruction", len(pairs) * self._num_steps(epochs)) as bar:
+            inputs = self._boundary(self.student, self.layers[0])
+            targets = self._boundary(self.teacher, self.teacher_layers[0])
+            for unit, dense, token_weight in pairs:
+                targets = _advanced(unit, targets, dense.module)
+                learn = self._layer_loss(unit, inputs, targets, token_weight)
+                order = list(self._order(len(inputs), epochs))
+                self._descend(learn, unit.module, order, f"reconstruction of {unit.name}", bar)
+                inputs = _advanced(unit, inputs)
 
     def _layer_loss(
         self, unit: Unit, inputs: Tensor, targets: Tensor, token_weight: Tensor
@@ -305,8 +312,12 @@ class _Run:
             answered = self.task.divergence(wanted.answers, have.answers).mean()
             return answered + self.settings.hidden_weight * mean_hidden
 
-        order = list(self._order(len(self.learned), epochs))
-        self._descend(loss, self.student, order, "distillation", progress="Distillation")
+        with stage("distillation", self._num_steps(epochs)) as bar:
+            self._descend(loss, self.student, list(self._order(len(self.learned), epochs)), "distillation", bar)
+
+    def _num_steps(self, epochs: int) -> int:
+        """Of `_order`, over the images that are learned from."""
+        return epochs * (len(self.learned) // min(self.settings.batch_size, len(self.learned)))
 
     def _order(self, count: int, epochs: int) -> Iterator[Tensor]:
         """Batches of positions; what is left of an epoch after its last whole batch is left out."""
@@ -320,16 +331,14 @@ class _Run:
         module: nn.Module,
         order: list[Tensor],
         where: str,
-        *,
-        progress: str | None = None,
+        bar: Stage,
     ) -> None:
         """Adam over the module's parameters, each process with its share of every batch."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(self._groups(module), eps=EPSILON)
         schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * len(order)), len(order))
-        hidden = progress is None or not self.accelerator.is_main_process
-        for number, chosen in enumerate(logging.tqdm(order, desc=progress, disable=hidden)):
+        for number, chosen in enumerate(order):
             share = slice(rank, None, ranks)
             optimizer.zero_grad()
             value = torch.zeros((), device=self.device)
@@ -337,12 +346,14 @@ class _Run:
                 value = loss(chosen, share) * (mine / len(chosen))
                 value.backward()
             self._add_up(parameters)
-            if not self._sum(value.detach()).isfinite():
+            summed = float(self._sum(value.detach()))
+            if not math.isfinite(summed):
                 raise ModelError(
                     f"{where}, step {number + 1}: the loss is not finite; lower recovery.lr and "
                     "recovery.weight_lr. The pruned model is as it was"
                 )
             optimizer.step()
+            bar.advance(loss=summed, lr=optimizer.param_groups[0]["lr"])
             schedule.step()
 
     def _groups(self, module: nn.Module) -> list[dict[str, Any]]:

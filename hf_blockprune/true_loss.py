@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .blocks import expand_mask
+from .display import stage
 from .errors import ModelError
 from .hardware.flops import dtype_of
 from .layer_statistics import LayerStatistics
@@ -65,17 +65,18 @@ def true_losses(
     wanted, task = _outputs(model, pixels)
     if isinstance(task, Regression):
         task = task.scaled(wanted)
-    losses = []
+    losses: list[tuple[int, float]] = []
     mine = list(range(accelerator.process_index, len(groups), accelerator.num_processes))
-    for number in logging.tqdm(mine, desc="True losses", disable=not accelerator.is_main_process):
-        group = list(groups[int(number)])
-        before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
-        for name in group:
-            _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
-        have, _ = _outputs(model, pixels)
-        losses.append((number, float(task.divergence(wanted, have).mean())))
-        for parameter, value in before:
-            parameter.data = value
+    with stage("true losses", len(mine), unit="groups of layers") as bar:
+        for number in bar.over(mine):
+            group = groups[number]
+            before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
+            for name in group:
+                _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
+            have, _ = _outputs(model, pixels)
+            losses.append((number, float(task.divergence(wanted, have).mean())))
+            for parameter, value in before:
+                parameter.data = value
     every = dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
     return [every[number] for number in range(len(groups))]
 
