@@ -364,7 +364,7 @@ class BlockPruner:
         options = {"accelerator": self.accelerator, "batch_size": batch_size}
         baseline = against if isinstance(against, (Predictions, Outputs)) else None
         with planned(evaluation_stages(against)):
-            if against is not None and baseline is None:
+            if not (against is None or isinstance(against, (Predictions, Outputs))):
                 other = against if isinstance(against, BlockPruner) else BlockPruner.from_pretrained(against)
                 fitted = images.fitted(other.model, other.processor)
                 baseline = predict(other.model, fitted, other.processor, name=BASELINE, **options)
