@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .blocks import block_sums, grid_shape
 from .calibration_state import RunningSums
 from .data import CorruptImages, ImageSet, batches, num_batches
+from .display import stage
 from .errors import DataError
 from .layer_statistics import LayerStatistics
 from .modes import evaluating
@@ -82,15 +82,9 @@ def collect(
     running = RunningSums(state, accumulators, corrupt, total)
     options = {"batch_size": batch_size, "accelerator": accelerator, "model_config": model.config}
     done = running.restore()
-    progress = logging.tqdm(
-        batches(images, processor, skip=done, **options),
-        total=total,
-        initial=done,
-        desc="Calibration",
-        disable=not accelerator.is_main_process,
-    )
-    with _hooked(accumulators), _frozen(model):
-        for number, batch in enumerate(progress, done + 1):
+    stream = batches(images, processor, skip=done, **options)
+    with stage("calibration", total, unit="batches", initial=done) as bar, _hooked(accumulators), _frozen(model):
+        for number, batch in enumerate(bar.over(stream), done + 1):
             corrupt.count(batch)
             if "pixel_values" in batch:
                 try:

@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 from transformers import ViTConfig, ViTForImageClassification
-from transformers.utils import logging
 
 from .checkpoint import CONFIG_FILE, check_output, staged_directory
 from .config import BlockPruneConfig, Budget
 from .console import folding_table
+from .display import planned, stage
 from .errors import CheckpointError, ModelError
 from .hardware.profiles import load_profile
-from .pruner import BlockPruner
+from .pruner import BlockPruner, evaluation_stages
+from .pruning import pruning_stages
 
 EPOCHS = 40
 BATCH_SIZE = 64
@@ -83,6 +84,8 @@ def run_demo(
     with ExitStack() as stack:
         folder = Path(output).expanduser() if output else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         train, test = _digits()
+        later = [*pruning_stages(config), *evaluation_stages(folder), "saving", "loading in a new process"]
+        stack.enter_context(planned(["training", *later]))
         start = time.perf_counter()
         model, processor = _train(train)
         train_seconds = time.perf_counter() - start
@@ -94,8 +97,10 @@ def run_demo(
         pruner.prune(train)
         evaluation = pruner.evaluate(test, against=dense)
         pruned = folder / "pruned"
-        pruner.save_pretrained(pruned, overwrite=overwrite)
-        loaded = _load_in_new_process(dense, pruned, processor, test)
+        with stage("saving", aside=True):
+            pruner.save_pretrained(pruned, overwrite=overwrite)
+        with stage("loading in a new process"):
+            loaded = _load_in_new_process(dense, pruned, processor, test)
         _check_loaded(loaded, pruner, processor, test)
         return _figures(pruner.report(), evaluation.to_dict(), loaded, dense, train_seconds)
 
@@ -173,13 +178,15 @@ def _train(train: Any) -> tuple[ViTForImageClassification, Any]:
         steps = EPOCHS * -(-len(labels) // BATCH_SIZE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
         model.train()
-        for _ in logging.tqdm(range(EPOCHS), desc="Training"):
-            for rows in torch.randperm(len(labels)).split(BATCH_SIZE):
-                loss = F.cross_entropy(model(pixel_values=pixels[rows]).logits, labels[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+        with stage("training", steps) as bar:
+            for _ in range(EPOCHS):
+                for rows in torch.randperm(len(labels)).split(BATCH_SIZE):
+                    loss = F.cross_entropy(model(pixel_values=pixels[rows]).logits, labels[rows])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    bar.advance(loss=float(loss), lr=optimizer.param_groups[0]["lr"])
+                    schedule.step()
     return model.eval(), processor
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .data import CorruptImages, ImageSet, batches, num_batches
+from .display import stage
 from .errors import DataError
 from .modes import evaluating
 from .paired import PairedChange, mean_change, paired_change
@@ -143,9 +143,23 @@ class RegressionEvaluation(_Scores):
 
 
 def predict(
-    model: nn.Module, images: ImageSet, processor: Any, *, accelerator: "Accelerator", batch_size: int = 32
+    model: nn.Module,
+    images: ImageSet,
+    processor: Any,
+    *,
+    accelerator: "Accelerator",
+    batch_size: int = 32,
+    name: str = "evaluation",
 ) -> "Predictions | Outputs":
     """Ask the model about every image, on all processes; each of them gets all answers, in the data set's order.
+
+    Args:
+        model: of transformers.
+        images: labelled ones.
+        processor: the model's image processor.
+        accelerator: device and processes.
+        batch_size: images in one pass on each process.
+        name: of the stage that is shown.
 
     Raises:
         DataError: images without labels, labels that do not fit the model, or more than 1 % corrupt images.
@@ -161,8 +175,8 @@ def predict(
     corrupt = CorruptImages(images.name)
     stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=config)
     total = num_batches(images, batch_size, accelerator.num_processes)
-    with evaluating(model):
-        for batch in logging.tqdm(stream, total=total, desc="Evaluation", disable=not accelerator.is_main_process):
+    with stage(name, total, unit="batches") as bar, evaluating(model):
+        for batch in bar.over(stream):
             corrupt.count(batch)
             if "pixel_values" in batch:
                 rows += _answers(model, batch, images.name, problem)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .biases import admit_biases, biases_without_place
 from .checkpoint import check_output, check_output_file, staged_directory
+from .display import planned, stage
 from .errors import CheckpointError, ConfigError, ModelError
 from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_quantizer import block_sparse_layers
@@ -61,7 +62,13 @@ def export_checkpoint(
     if form == "onnx":
         _need_onnx()
     (check_output if form == "dense" else check_output_file)(output, overwrite=overwrite)
-    model, processor = _load(directory)
+    with planned(("loading", "exporting", "checking")):
+        return _export(directory, output, form, overwrite)
+
+
+def _export(directory: str | Path, output: str | Path, form: str, overwrite: bool) -> dict[str, Any]:
+    with stage("loading", aside=True):
+        model, processor = _load(directory)
     target = Path(output).expanduser()
     size = picture_size(model, processor)
     pixels = _pixels(channels_of(model.config, model), size)
@@ -72,8 +79,10 @@ def export_checkpoint(
     write = {"dense": _write_dense, "onnx": _write_onnx, "torch-export": _write_program}[form]
     opened = staged_directory(target, overwrite=overwrite) if form == "dense" else _staged_file(target, overwrite)
     with opened as staging:
-        run = write(model, processor, staging, pixels)
-        difference = max(_difference(run(pixels(batch)), logits) for batch, logits in expected.items())
+        with stage("exporting", aside=form == "dense"):  # transformers shows what it saves and loads
+            run = write(model, processor, staging, pixels)
+        with stage("checking", len(BATCHES), unit="batches") as bar:
+            difference = max(_difference(run(pixels(batch)), expected[batch]) for batch in bar.over(BATCHES))
         if not difference <= TOLERANCE * max(float(logits.abs().max()) for logits in expected.values()):
             raise CheckpointError(
                 f"{output}: its predictions differ by up to {difference:.2g} from the checkpoint's, so it was not "

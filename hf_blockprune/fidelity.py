@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from .data import CorruptImages, ImageSet, batches, num_batches
+from .display import stage
 from .errors import DataError, ModelError
 from .modes import evaluating
 from .outputs import answers
@@ -53,9 +53,23 @@ class Fidelity:
 
 
 def embed(
-    model: nn.Module, images: ImageSet, processor: Any, *, accelerator: "Accelerator", batch_size: int = 32
+    model: nn.Module,
+    images: ImageSet,
+    processor: Any,
+    *,
+    accelerator: "Accelerator",
+    batch_size: int = 32,
+    name: str = "evaluation",
 ) -> Embeddings:
     """Embed every image, on all processes; each of them gets all embeddings, in the data set's order.
+
+    Args:
+        model: an encoder of transformers.
+        images: labelled or not.
+        processor: the model's image processor.
+        accelerator: device and processes.
+        batch_size: images in one pass on each process.
+        name: of the stage that is shown.
 
     Raises:
         DataError: more than 1 % corrupt images.
@@ -67,8 +81,8 @@ def embed(
     corrupt = CorruptImages(images.name)
     stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config)
     total = num_batches(images, batch_size, accelerator.num_processes)
-    with evaluating(model), torch.inference_mode():
-        for batch in logging.tqdm(stream, total=total, desc="Embedding", disable=not accelerator.is_main_process):
+    with stage(name, total, unit="batches") as bar, evaluating(model), torch.inference_mode():
+        for batch in bar.over(stream):
             corrupt.count(batch)
             if "pixel_values" in batch:
                 found = answers(model, batch["pixel_values"]).float().cpu().numpy()

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .config import BlockPruneConfig
 from .copying import copied
 from .data import MAX_CORRUPT_SHARE, ImageSet
+from .display import Stage, stage
 from .errors import ConfigError, DataError, ModelError
 from .evaluation import predict, summarise
 from .finetune_config import FinetuneConfig
@@ -200,13 +200,14 @@ class Finetuning:
             CheckpointError: `work_dir` holds the state of another run, or cannot be written.
         """
         self._restore()
-        while self.history.epoch < self.settings.epochs:
-            self._train_epoch()
-            done = self.history.epoch
-            due = done % self.settings.evaluate_every == 0 or done == self.settings.epochs
-            if self.evaluation is not None and due:
-                self._evaluate()
-            self._save()
+        with stage("training", self.settings.epochs * self.data.steps, initial=self.history.step) as bar:
+            while self.history.epoch < self.settings.epochs:
+                self._train_epoch(bar)
+                done = self.history.epoch
+                due = done % self.settings.evaluate_every == 0 or done == self.settings.epochs
+                if self.evaluation is not None and due:
+                    self._evaluate()
+                self._save()
         self.model.load_state_dict(self.student.weights() if self.best is None else self.best)
         self.model.requires_grad_(True)
         if self.dtype != torch.float32:
@@ -220,18 +221,12 @@ class Finetuning:
             return config.replace(block_shape=shape)
         return self.settings.gradual.pruning(shape, self.settings.gradual.budget)
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self, bar: Stage) -> None:
         history = self.history
         start, before = perf_counter(), history.seconds
-        progress = logging.tqdm(
-            self.data.epoch(history.epoch, history.step_in_epoch),
-            total=self.data.steps,
-            initial=history.step_in_epoch,
-            desc=f"Epoch {history.epoch + 1} of {self.settings.epochs}",
-            disable=not self.accelerator.is_main_process,
-        )
-        for micro_batches in progress:
-            self._step(micro_batches)
+        for micro_batches in self.data.epoch(history.epoch, history.step_in_epoch):
+            figures = self._step(micro_batches)
+            bar.advance(epoch=history.epoch + 1, loss=figures["loss"], lr=figures["lr"])
             history.seconds = before + perf_counter() - start
             in_epoch = history.step_in_epoch < self.data.steps
             if in_epoch and self.settings.save_every and history.step % self.settings.save_every == 0:
@@ -241,7 +236,12 @@ class Finetuning:
         history.epoch, history.step_in_epoch = history.epoch + 1, 0
         history.loss_sum, history.seen, history.missing = 0.0, 0, 0
 
-    def _step(self, micro_batches: list[dict[str, Any]]) -> None:
+    def _step(self, micro_batches: list[dict[str, Any]]) -> dict[str, float]:
+        """Learn from a batch.
+
+        Returns:
+            Its loss and learning rate.
+        """
         history, size = self.history, self.settings.batch_size
         for batch in micro_batches:
             self._check_batch(batch)
@@ -252,10 +252,12 @@ class Finetuning:
         history.loss_sum += total
         history.seen += count
         history.missing += images - count
-        self.accelerator.log({"loss": total / max(1, count), "lr": lr}, step=history.step)
+        logged = {"loss": total / max(1, count), "lr": lr}
+        self.accelerator.log(logged, step=history.step)
         share = None if self.pruning is None else self.pruning.kept_after(history.step)
         if share is not None:
             self._prune(share)
+        return logged
 
     def _check_batch(self, batch: dict[str, Any]) -> None:
         self.history.skipped += [file for file in batch["corrupt"] if file not in self.history.skipped]

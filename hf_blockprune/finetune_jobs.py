@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import check_output
 from .config import read_settings
+from .display import planned, stage
 from .errors import ConfigError
 from .finetune_config import FinetuneConfig
 from .jobs import job_values
-from .pruner import BlockPruner
+from .pruner import BlockPruner, evaluation_stages
 from .sources import DataSource
 from .unfinished import unfinished_run
 
@@ -120,10 +121,17 @@ def run_finetune(
         Interrupted: Ctrl-C or SIGTERM ended it; says what is kept.
     """
     check_output(job.output, overwrite=overwrite)
+    evaluation = evaluation_stages(job.teacher) if job.evaluation is not None else []
+    with planned(["loading", "training", *evaluation, "saving"]):
+        return _run_finetune(job, overwrite=overwrite, resume=resume, restart=restart)
+
+
+def _run_finetune(job: FinetuneJob, *, overwrite: bool, resume: bool, restart: bool) -> dict[str, Any]:
     output = Path(job.output).expanduser().resolve()
     with unfinished_run(output, resume=resume, restart=restart) as work_dir:
         accelerator = make_accelerator(job.config, output.with_name(f"{output.name}-logs"))
-        pruner = BlockPruner.from_pretrained(job.model, accelerator=accelerator)
+        with stage("loading", aside=True):
+            pruner = BlockPruner.from_pretrained(job.model, accelerator=accelerator)
         pruner.finetune(
             job.dataset,
             job.config,
@@ -134,6 +142,7 @@ def run_finetune(
         )
         if job.evaluation is not None:
             pruner.evaluate(job.evaluation, against=job.teacher)
-        pruner.save_pretrained(job.output, overwrite=overwrite)
+        with stage("saving", aside=True):
+            pruner.save_pretrained(job.output, overwrite=overwrite)
     accelerator.end_training()
     return {"output": job.output, **pruner.report()}

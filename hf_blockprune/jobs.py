@@ -7,9 +7,12 @@ from typing import Any
 
 from .checkpoint import check_output
 from .config import BlockPruneConfig, read_settings
+from .display import planned, stage
 from .errors import ConfigError
 from .evaluation import Outputs, Predictions
-from .pruner import BlockPruner
+from .pruner import BlockPruner, evaluation_stages
+from .pruning import pruning_stages
+from .recovery import recovery_stages
 from .shared_statistics import SharedStatistics
 from .sources import DataSource
 from .unfinished import unfinished_run
@@ -102,11 +105,23 @@ def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False, r
         Interrupted: Ctrl-C or SIGTERM ended it; says what is kept.
     """
     check_output(job.output, overwrite=overwrite)
-    with unfinished_run(job.output, resume=resume, restart=restart) as work_dir:
-        pruner = BlockPruner.from_pretrained(job.model, job.config)
+    with (
+        planned(["loading", *job_stages(job, job.model), "saving"]),
+        unfinished_run(job.output, resume=resume, restart=restart) as work_dir,
+    ):
+        with stage("loading", aside=True):
+            pruner = BlockPruner.from_pretrained(job.model, job.config)
         prune_and_measure(pruner, job, work_dir=work_dir)
-        pruner.save_pretrained(job.output, overwrite=overwrite)
+        with stage("saving", aside=True):
+            pruner.save_pretrained(job.output, overwrite=overwrite)
     return {"output": job.output, **pruner.report()}
+
+
+def job_stages(job: PruneJob, against: Any) -> list[str]:
+    """The stages of `prune_and_measure` that are shown, where it compares with `against`."""
+    evaluation = evaluation_stages(against) if job.evaluation is not None else []
+    recovery = [] if job.config.recovery is None else [*recovery_stages(job.config.recovery), *evaluation]
+    return [*pruning_stages(job.config), *evaluation, *recovery]
 
 
 def prune_and_measure(

@@ -1,12 +1,14 @@
 """How fast a pruned model runs here, beside the dense one, by turns in one process."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .copying import copied
+from .display import stage
 from .environment import machine_of
 from .hardware.stopwatch import by_turns, median, ratio
 from .hub.blockprune_backends import choose_backend
@@ -42,17 +44,20 @@ def measure_latency(
     dense = copied(pruned).dequantize() if dense is None else dense
     models = {"dense": dense.to(device, dtype), "pruned": pruned}
     rows, pixels = [], torch.empty(0)
-    with evaluating(*models.values()):
-        for batch in sorted(batch_sizes):
+    total = seconds * len(batch_sizes)
+    with stage("benchmark", total, unit="s", undisturbed=True) as bar, evaluating(*models.values()):
+        for number, batch in enumerate(sorted(batch_sizes)):
             pixels = torch.zeros(batch, channels_of(pruned.config, pruned), *image_size, device=device, dtype=dtype)
-            rows.append(_row(models, pixels, seconds))
+            rows.append(_row(models, pixels, seconds, lambda share, n=number: bar.reach((n + share) * seconds)))
     return {**machine_of(pruned), "backends": _backends(models["pruned"], pixels), "rows": rows}
 
 
 @torch.inference_mode()
-def _row(models: dict[str, nn.Module], pixels: torch.Tensor, seconds: float) -> dict[str, Any]:
+def _row(
+    models: dict[str, nn.Module], pixels: torch.Tensor, seconds: float, on_round: Callable[[float], None]
+) -> dict[str, Any]:
     contestants = {name: lambda model=model: model(pixel_values=pixels) for name, model in models.items()}
-    times = by_turns(contestants, seconds=seconds, device=pixels.device.type)
+    times = by_turns(contestants, seconds=seconds, device=pixels.device.type, on_round=on_round)
     speedup, quartiles = ratio(times, "dense", "pruned")
     dense, pruned = median(times["dense"]), median(times["pruned"])
     batch = len(pixels)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
+from . import display
 from .blocks import expand_mask
 from .boundary import BoundaryBatch, StopForward, Unit, advance, first_inputs, layer_chain
 from .copying import copied
@@ -104,23 +104,24 @@ def refit_layers(
     if (every := _restore_all(units, progress)) is not None:
         return every
     done: dict[str, LayerRefit] = {}
-    with evaluating(model):
+    with display.stage("refit", len(units), unit="layers") as bar, evaluating(model):
         kept = first_inputs(model, units, images, processor, accelerator=accelerator, batch_size=batch_size)
-        progress_bar = logging.tqdm(units, desc="Refit", disable=not accelerator.is_main_process)
-        for index, unit in enumerate(progress_bar):
+        for index, unit in enumerate(units):
             dense = copied(unit.module)
             part = _part(index)
             refits = _restore(unit.module, progress, part)
+            resumed = refits is not None
             if refits is None:
                 here = {n.removeprefix(f"{unit.name}."): n for n in masks if n.startswith(f"{unit.name}.")}
                 job = _LayerJob(unit, dense, here, masks, block_shape, token_weights or {}, residual_targets)
                 refits = job.run(kept, accelerator)
                 if progress is not None:
-                    named = dict(unit.module.named_parameters())
+                    named: dict[str, torch.Tensor] = dict(unit.module.named_parameters())
                     values = {n: asdict(r) for n, r in refits.items()}
                     progress.write(part, named, values, done=f"refit, layer {index + 1} of {len(units)}")
             done |= refits
             advance(unit, dense, kept)
+            bar.advance(measured=not resumed)
     return done
 
 

@@ -15,6 +15,7 @@ from .card import CARD_DIGEST, card_digest, model_card
 from .config import BlockPruneConfig, RecoveryConfig
 from .copying import copied
 from .data import load_images
+from .display import planned
 from .errors import CheckpointError, ModelError
 from .evaluation import Outputs, Predictions, need_labels, predict, summarise
 from .fidelity import Embeddings, Fidelity, compare, embed
@@ -27,7 +28,7 @@ from .outputs import classifies
 from .progress import Progress, weights_fingerprint
 from .pruning import Pruning
 from .publish import upload_checkpoint
-from .recovery import Recovery, recover
+from .recovery import Recovery, recover, recovery_stages
 from .recovery_state import recovery_job
 from .report import PruneReport
 from .residual import permute_stream
@@ -46,6 +47,13 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 EVALUATION_SPLITS = ("validation", "test", "train")
+BASELINE, EVALUATION = "evaluation of the other model", "evaluation"  # stages that are shown
+
+
+def evaluation_stages(against: Any) -> list[str]:
+    """The stages of `BlockPruner.evaluate` that are shown."""
+    answers = against is None or isinstance(against, (Predictions, Outputs, Embeddings))
+    return [EVALUATION] if answers else [BASELINE, EVALUATION]
 
 
 class BlockPruner:
@@ -233,16 +241,17 @@ class BlockPruner:
         if work_dir is not None:
             job = recovery_job(self.model, teaching, settings, images, seed)
             progress = Progress(Path(work_dir), job, self.accelerator)
-        result = recover(
-            self.model,
-            teaching,
-            images,
-            self.processor,
-            settings,
-            accelerator=self.accelerator,
-            seed=seed,
-            progress=progress,
-        )
+        with planned(recovery_stages(settings)):
+            result = recover(
+                self.model,
+                teaching,
+                images,
+                self.processor,
+                settings,
+                accelerator=self.accelerator,
+                seed=seed,
+                progress=progress,
+            )
         if self._report is not None:
             self._describe_recovery(result, settings, images.public_name)
         return self.model
@@ -393,10 +402,12 @@ class BlockPruner:
         fitted = images.fitted(self.model, self.processor)
         other: Any = against
         baseline = against if isinstance(against, (Predictions, Outputs)) else None
-        if against is not None and not isinstance(against, (Predictions, Outputs)):
-            other = self._other(against)
-            baseline = predict(other.model, images.fitted(other.model, other.processor), other.processor, **options)
-        found = predict(self.model, fitted, self.processor, **options)
+        with planned(evaluation_stages(against)):
+            if against is not None and not isinstance(against, (Predictions, Outputs)):
+                other = self._other(against)
+                asked = images.fitted(other.model, other.processor)
+                baseline = predict(other.model, asked, other.processor, name=BASELINE, **options)
+            found = predict(self.model, fitted, self.processor, name=EVALUATION, **options)
         result = replace(summarise(found, baseline), left_out=list(images.left_out) or None)
         # The report compares with the dense model; what another pruned one is better or worse by is no part of it.
         kept = result if other is None or _is_dense(other) else replace(summarise(found), left_out=result.left_out)
@@ -435,10 +446,11 @@ class BlockPruner:
             )
         options = {"split": split, "batch_size": batch_size}
         wanted = against
-        if not isinstance(against, Embeddings):
-            against = self._other(against)
-            wanted = against.embeddings(dataset, **options)
-        have = self.embeddings(dataset, **options)
+        with planned(evaluation_stages(against)):
+            if not isinstance(against, Embeddings):
+                against = self._other(against)
+                wanted = against._embeddings(dataset, BASELINE, **options)
+            have = self._embeddings(dataset, EVALUATION, **options)
         result = compare(have, wanted)
         if _is_dense(against):
             where = {"dataset": have.dataset, "split": have.split, "batch_size": batch_size}
@@ -454,9 +466,13 @@ class BlockPruner:
         """
         if self._classifies():
             raise ModelError(f"{self.name} is a classifier; its answers are predictions()")
+        return self._embeddings(dataset, EVALUATION, split=split, batch_size=batch_size)
+
+    def _embeddings(self, dataset: Any, name: str, *, split: str | None, batch_size: int) -> Embeddings:
         images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS, labels=False)
         images = images.fitted(self.model, self.processor)
-        return embed(self.model, images, self.processor, accelerator=self.accelerator, batch_size=batch_size)
+        options = {"accelerator": self.accelerator, "batch_size": batch_size, "name": name}
+        return embed(self.model, images, self.processor, **options)
 
     def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> "Predictions | Outputs":
         """The model's answers on labelled images, for `evaluate` of others to compare with; arguments are its."""

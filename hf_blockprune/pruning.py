@@ -15,6 +15,7 @@ from .calibration_state import keep_statistics, kept_statistics
 from .config import BlockPruneConfig
 from .cutting import cut_hidden_units
 from .data import ImageSet, load_images, load_pixels
+from .display import planned
 from .environment import environment
 from .errors import ConfigError, ModelError
 from .hardware.flops import ModelFlops, count_flops
@@ -26,7 +27,7 @@ from .modes import evaluating
 from .outputs import classifies
 from .progress import Progress, weights_fingerprint
 from .report import PruneReport, add_cuts, add_refits, describe_masks
-from .selection import Selection, timed
+from .selection import Selection, selection_stages, timed
 from .selection_state import SELECTION, UNTIL_SELECTED, SelectionState
 from .shared_statistics import SharedStatistics
 from .structure import find_transformer_layers, fold_scales
@@ -40,6 +41,16 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 TRUE_LOSS_IMAGES = 64
+
+
+def pruning_stages(config: BlockPruneConfig) -> list[str]:
+    """The stages of a pruning run that are shown."""
+    calibrates = config.method != "magnitude" or config.refits
+    return [
+        *(["calibration"] if calibrates else []),
+        *selection_stages(config),
+        *(["refit"] if config.refits else []),
+    ]
 
 
 @dataclass
@@ -87,7 +98,7 @@ class Pruning:
         images, found = self._calibration_images(dataset, split)
         # Without images all is done in a moment, and nothing would be resumed.
         progress = self._progress(Path(work_dir), images) if work_dir is not None and images is not None else None
-        with evaluating(self.model):
+        with planned(pruning_stages(self.config)), evaluating(self.model):
             selected = self._restore_selection(progress) or self._select(images, found, progress)
             if self.config.refits:
                 assert images is not None  # _calibration_images saw to it

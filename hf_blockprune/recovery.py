@@ -10,6 +10,7 @@ the weights themselves slowly.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import get_cosine_schedule_with_warmup
-from transformers.utils import logging
 
 from .augment import views
 from .blocks import expand_mask
@@ -26,6 +26,7 @@ from .boundary import Unit, at_boundary, held_back, hidden_states, layer_chain, 
 from .config import RecoveryConfig
 from .copying import copied
 from .data import ImageSet, load_pixels
+from .display import Stage, stage
 from .errors import ModelError
 from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_layout import pack
@@ -118,6 +119,12 @@ def recover(
         run.state.finish(best, {"divergence": divergence, "kept": kept, "seconds": seconds}, f"the end of {name}")
     _write_back(run.student, model)
     return Recovery(len(run.learned), len(run.judged), divergence, kept, seconds)
+
+
+def recovery_stages(settings: RecoveryConfig) -> list[str]:
+    """The stages of a recovery that are shown."""
+    steps = {"reconstruction": settings.reconstruction_epochs, "distillation": settings.epochs}
+    return [name for name, epochs in steps.items() if epochs]
 
 
 class _Scaled(nn.Module):
@@ -277,18 +284,19 @@ class _Run:
 
     def reconstruct(self, epochs: int) -> None:
         """Let each layer learn the dense layer's output from the inputs that the pruned model sees."""
-        inputs = self._boundary(self.student, self.layers[0])
-        targets = self._boundary(self.teacher, self.teacher_layers[0])
         pairs = list(zip(self.layers, self.teacher_layers, self.token_weights, strict=True))
-        for layer, (unit, dense, token_weight) in enumerate(
-            logging.tqdm(pairs, desc="Reconstruction", disable=not self.accelerator.is_main_process)
-        ):
-            targets = _advanced(unit, targets, dense.module)
-            learn = self._layer_loss(unit, inputs, targets, token_weight)
-            order = list(self._order(len(inputs), epochs))  # also of a layer that is done: later draws follow these
-            if not self.state.passed(place := Place("reconstruction", layer)):
-                self._descend(learn, unit.module, order, f"reconstruction of {unit.name}", place)
-            inputs = _advanced(unit, inputs)
+        with stage("reconstruction", len(pairs) * self._num_steps(epochs)) as bar:
+            inputs = self._boundary(self.student, self.layers[0])
+            targets = self._boundary(self.teacher, self.teacher_layers[0])
+            for layer, (unit, dense, token_weight) in enumerate(pairs):
+                targets = _advanced(unit, targets, dense.module)
+                learn = self._layer_loss(unit, inputs, targets, token_weight)
+                order = list(self._order(len(inputs), epochs))  # also of a layer that is done: later draws follow these
+                if self.state.passed(place := Place("reconstruction", layer)):
+                    bar.advance(len(order), measured=False)
+                else:
+                    self._descend(learn, unit.module, order, f"reconstruction of {unit.name}", place, bar)
+                inputs = _advanced(unit, inputs)
 
     def _layer_loss(
         self, unit: Unit, inputs: Tensor, targets: Tensor, token_weight: Tensor
@@ -324,7 +332,12 @@ class _Run:
             return answered + self.settings.hidden_weight * mean_hidden
 
         order = list(self._order(len(self.learned), epochs))
-        self._descend(loss, self.student, order, "distillation", Place("distillation"), progress="Distillation")
+        with stage("distillation", len(order)) as bar:
+            self._descend(loss, self.student, order, "distillation", Place("distillation"), bar)
+
+    def _num_steps(self, epochs: int) -> int:
+        """Of `_order`, over the images that are learned from."""
+        return epochs * (len(self.learned) // min(self.settings.batch_size, len(self.learned)))
 
     def _order(self, count: int, epochs: int) -> Iterator[Tensor]:
         """Batches of positions; what is left of an epoch after its last whole batch is left out."""
@@ -339,18 +352,17 @@ class _Run:
         order: list[Tensor],
         where: str,
         place: Place,
-        *,
-        progress: str | None = None,
+        bar: Stage,
     ) -> None:
         """Adam over the module's parameters, each process with its share of every batch."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         optimizer = torch.optim.Adam(self._groups(module), eps=EPSILON)
         done = self.state.restore(place, optimizer, parameters)
+        if done:
+            bar.advance(done, measured=False)
         schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * len(order)), len(order), done - 1)
-        hidden = progress is None or not self.accelerator.is_main_process
-        bar = logging.tqdm(order[done:], total=len(order), initial=done, desc=progress, disable=hidden)
-        for number, chosen in enumerate(bar, done + 1):
+        for number, chosen in enumerate(order[done:], done + 1):
             share = slice(rank, None, ranks)
             optimizer.zero_grad()
             value = torch.zeros((), device=self.device)
@@ -358,12 +370,14 @@ class _Run:
                 value = loss(chosen, share) * (mine / len(chosen))
                 value.backward()
             self._add_up(list(parameters.values()))
-            if not self._sum(value.detach()).isfinite():
+            summed = float(self._sum(value.detach()))
+            if not math.isfinite(summed):
                 raise ModelError(
                     f"{where}, step {number}: the loss is not finite; lower recovery.lr and "
                     "recovery.weight_lr. The pruned model is as it was"
                 )
             optimizer.step()
+            bar.advance(loss=summed, lr=optimizer.param_groups[0]["lr"])
             schedule.step()
             said = f"{where}, step {number} of {len(order)}"
             self.state.save_if_due(place, number, said, optimizer, parameters)

@@ -4,7 +4,7 @@ Layers' traces are shared out over processes; the allocation, which is cheap, ev
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
@@ -18,6 +18,7 @@ from .blocks import block_sizes
 from .config import DEVICE_METRICS, BlockPruneConfig, Budget
 from .coupling import correct, drop_unused
 from .devices import meet_devices
+from .display import Stage, stage
 from .errors import BudgetError, ModelError
 from .hardware.device_cost import DeviceCost, usual_dtype
 from .hardware.flops import ModelFlops
@@ -109,10 +110,10 @@ class Selection:
         """
         layers = find_transformer_layers(self.model, self.targets) if self.config.method == "obs" else []
         if self.config.permutes and layers:
-            with timed(self.seconds, "permutation"):
-                self._permute(layers)
-        with timed(self.seconds, "saliency"):
-            traces = self._traces(self.statistics)
+            with timed(self.seconds, "permutation"), stage("permutation", len(layers), unit="layers") as bar:
+                self._permute(layers, bar)
+        with timed(self.seconds, "saliency"), self._stage("saliency", self._with(self.statistics)) as bar:
+            traces = self._traces(self.statistics, bar)
         with timed(self.seconds, "allocation"):
             allocation, coupled = self._coupled(layers, traces)
         for _ in range(self.config.true_loss_rounds if self.config.method == "obs" else 0):
@@ -126,7 +127,19 @@ class Selection:
                 allocation = self._without_unused(layers, allocation, coupled)
         return allocation
 
-    def _permute(self, layers: list[TransformerLayer]) -> None:
+    def _stage(self, name: str, layers: list[str], rounds: int = 1) -> AbstractContextManager[Stage]:
+        """Show a stage that takes the traces of layers, in so many rounds at most."""
+        mine = self._mine(layers)
+        work = rounds * sum(self._work(name) for name in mine)
+        return stage(name, rounds * len(mine) or None, unit="layers", work=work)
+
+    def _work(self, name: str) -> float:
+        """How long a layer's trace takes beside others, by what it has to compute."""
+        linear = self.targets[name]
+        inputs = linear.in_features ** (2 if self.config.method == "obs" else 1)
+        return float(linear.out_features * inputs)
+
+    def _permute(self, layers: list[TransformerLayer], bar: Stage) -> None:
         budget = self.budgets[0]
         share = max(0.0, 1 - budget.needed / budget.blocks)
         names = {name for layer in layers for name in layer.names()}
@@ -136,7 +149,7 @@ class Selection:
         moves = self._moves("sorting", lambda: sorting_moves(layers, self.targets, self.statistics))
         self.statistics = apply_moves(moves, self.targets, self.statistics)
         order = self._permute_stream(coupled)
-        moves = self._moves("packing", lambda: packing_moves(layers, self.targets, self.statistics, shape))
+        moves = self._moves("packing", lambda: self._packed(layers, bar))
         self.statistics = apply_moves(moves, self.targets, self.statistics)
         after = block_saliency_kept(coupled, self.statistics, shape, share)
         self.permutation = {
@@ -145,6 +158,11 @@ class Selection:
             "saliency_kept_after": after,
             "residual_order": order,
         }
+
+    def _packed(self, layers: list[TransformerLayer], bar: Stage) -> list[Move]:
+        shape = self.config.block_shape
+        each = [packing_moves([layer], self.targets, self.statistics, shape) for layer in bar.over(layers)]
+        return [move for moves in each for move in moves]
 
     def _moves(self, which: str, choose: Callable[[], list[Move]]) -> list[Move]:
         return self.state.moves(which, lambda: self._first_process_says(choose()))
@@ -171,21 +189,29 @@ class Selection:
             broadcast_object_list(shared)
         return shared[0]
 
-    def _traces(self, statistics: dict[str, LayerStatistics]) -> dict[str, RemovalTrace]:
-        """Traces of the layers with statistics, or of all where the method needs none; each made by one process."""
+    def _with(self, statistics: dict[str, LayerStatistics]) -> list[str]:
+        """The layers with statistics, or all where the method needs none."""
+        return [name for name in self.targets if name in statistics] or list(self.targets)
+
+    def _mine(self, names: list[str]) -> list[str]:
+        """This process's share of layers."""
+        return names[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _traces(self, statistics: dict[str, LayerStatistics], bar: Stage) -> dict[str, RemovalTrace]:
+        """Traces of the layers that `_with` names; each made by one process."""
         from accelerate.utils import gather_object
 
-        names = [name for name in self.targets if name in statistics] or list(self.targets)
+        names, made = self._with(statistics), []
         number, self._times_traced = self._times_traced, self._times_traced + 1
         kept = {name: self.state.trace(number, name, self.targets[name].weight.device) for name in names}
-        missing = [name for name in names if kept[name] is None]
-        mine = missing[self.accelerator.process_index :: self.accelerator.num_processes]
-        made = []
-        for name in mine:
+        for name in [name for name in self._mine(names) if kept[name] is not None]:
+            bar.advance(work=self._work(name), measured=False)
+        for name in self._mine([name for name in names if kept[name] is None]):
             start = perf_counter()
             trace = self._trace(name, statistics.get(name))
             made.append((name, (trace, perf_counter() - start)))
             self.state.keep_trace(number, name, *made[-1][1])
+            bar.advance(work=self._work(name))
         every: dict[str, Any] = kept | dict(gather_object(made) if self.accelerator.num_processes > 1 else made)
         for name in names:
             self.trace_seconds[name] = self.trace_seconds.get(name, 0.0) + every[name][1]
@@ -227,13 +253,17 @@ class Selection:
         Returns:
             The allocation, and the traces that it was made from.
         """
-        allocation = self._allocate(traces, self.budgets)
-        for _ in range(self.config.coupling_rounds if layers else 0):
-            corrected = correct(layers, self.targets, self.statistics, allocation.masks, self.config.block_shape)
-            traces = {**traces, **self._traces(corrected)}
-            before, allocation = allocation, self._allocate(traces, self.budgets)
-            if all(torch.equal(mask, before.masks[name]) for name, mask in allocation.masks.items()):
-                break
+        rounds = self.config.coupling_rounds if layers else 0
+        names = {name for layer in layers for name in layer.names()}
+        coupled = [name for name in self.targets if name in names]
+        with self._stage("allocation", coupled, rounds) as bar:
+            allocation = self._allocate(traces, self.budgets)
+            for _ in range(rounds):
+                corrected = correct(layers, self.targets, self.statistics, allocation.masks, self.config.block_shape)
+                traces = {**traces, **self._traces(corrected, bar)}
+                before, allocation = allocation, self._allocate(traces, self.budgets)
+                if all(torch.equal(mask, before.masks[name]) for name, mask in allocation.masks.items()):
+                    break
         return allocation, traces
 
     def _without_unused(
@@ -246,23 +276,29 @@ class Selection:
         best = self._used_part(layers, allocation)
         spare = self._left(best)
         low, share, high = 0.0, 1.0, 1.0
-        for _ in range(SPENDING_ROUNDS):
-            loose = [
-                replace(b, ratio=min(1.0, b.ratio + share * more / b.whole))
-                for b, more in zip(self.budgets, spare, strict=True)
-            ]
-            try:
-                current = self._used_part(layers, self._allocate(traces, loose))
-            except BudgetError:  # blocks may be too coarse for what lies in between
-                current = None
-            if current is not None and min(self._left(current)) >= 0:
-                low, best = share, max(best, current, key=lambda a: a.kept_cost[0])
-            else:
-                high = share
-            if low == high:
-                break
-            share = (low + high) / 2
+        with stage("spending", SPENDING_ROUNDS, unit="rounds") as bar:
+            for _ in bar.over(range(SPENDING_ROUNDS)):
+                current = self._spent(layers, traces, [share * more for more in spare])
+                if current is not None and min(self._left(current)) >= 0:
+                    low, best = share, max(best, current, key=lambda a: a.kept_cost[0])
+                else:
+                    high = share
+                if low == high:
+                    break
+                share = (low + high) / 2
         return best
+
+    def _spent(
+        self, layers: list[TransformerLayer], traces: dict[str, RemovalTrace], more: list[float]
+    ) -> Allocation | None:
+        """The used part of an allocation under more than each budget, or None where there is none."""
+        loose = [
+            replace(b, ratio=min(1.0, b.ratio + extra / b.whole)) for b, extra in zip(self.budgets, more, strict=True)
+        ]
+        try:
+            return self._used_part(layers, self._allocate(traces, loose))
+        except BudgetError:  # blocks may be too coarse for what lies in between
+            return None
 
     def _left(self, allocation: Allocation) -> list[float]:
         """What each budget has left, in its unit."""
@@ -385,6 +421,19 @@ def block_power(targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[i
         * weights_energy_mj(flops.linear_tokens[name], 1)
         for name, linear in targets.items()
     }
+
+
+def selection_stages(config: BlockPruneConfig) -> list[str]:
+    """The stages of a selection that are shown."""
+    obs = config.method == "obs"
+    measured = ["true losses", "allocation"] * (config.true_loss_rounds if obs else 0)
+    return [
+        *(["permutation"] if config.permutes else []),
+        "saliency",
+        "allocation",
+        *measured,
+        *(["spending"] if obs and config.coupling_rounds and not config.balance else []),
+    ]
 
 
 @contextmanager

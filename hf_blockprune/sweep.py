@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -10,17 +11,18 @@ from typing import Any, Literal
 
 from .config import DEFAULT_BLOCK_SHAPE, BlockPruneConfig, Budget
 from .data import load_images
+from .display import part, planned, stage
 from .environment import environment
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
 from .evaluation import Outputs, Predictions, summarise
 from .html_report import sweep_page
 from .inspection import inspect_checkpoint
 from .interruption import Interrupted
-from .jobs import PruneJob, prune_and_measure
+from .jobs import PruneJob, job_stages, prune_and_measure
 from .outputs import classifies
 from .pareto import frontier
 from .progress import weights_fingerprint
-from .pruner import EVALUATION_SPLITS, BlockPruner
+from .pruner import EVALUATION, EVALUATION_SPLITS, BlockPruner
 from .shared_statistics import SharedStatistics
 from .sweep_folder import SweepFolder
 from .tasks import SINGLE, task_of
@@ -111,14 +113,21 @@ def run_sweep(
     folder.check()
     if restart:
         folder.discard_unfinished()
-    dense = BlockPruner.from_pretrained(job.model)
+    with planned(["loading", EVALUATION]):
+        return _open_sweep(job, configs, folder, keep).run(on_point or (lambda point: None))
+
+
+def _open_sweep(job: PruneJob, configs: dict[str, BlockPruneConfig], folder: SweepFolder, keep: str) -> "_Sweep":
+    """The sweep of a job with its dense model, which is loaded once."""
+    with stage("loading", aside=True):
+        dense = BlockPruner.from_pretrained(job.model)
     if not classifies(dense.model, dense.processor.to_dict()):
         raise ConfigError(f"model: a sweep compares accuracies, and {job.model} is an encoder; prune it once a budget")
     if dense.accelerator.num_processes > 1:
         raise ConfigError("a sweep runs in one process; start it without accelerate launch")
     if (problem := task_of(dense.model.config).problem) != SINGLE:
         raise ConfigError(f"a sweep compares accuracies, the model's task is {problem}; prune point by point")
-    return _Sweep(job, configs, dense, folder, keep).run(on_point or (lambda point: None))
+    return _Sweep(job, configs, dense, folder, keep)
 
 
 @dataclass
@@ -147,8 +156,9 @@ class _Sweep:
         if missing := [name for name in self.configs if name not in done]:
             answers, shared = self.dense.predictions(self.job.evaluation), SharedStatistics()
             values |= {"model": self.dense.name, "dense": summarise(answers).to_dict(), "environment": environment()}
-            for name in missing:
-                values["points"].append(point := self._point(name, answers, shared))
+            for number, name in enumerate(missing):
+                with self._part(missing, number, answers):
+                    values["points"].append(point := self._point(name, answers, shared))
                 self._write(values)
                 on_point(point)
 
@@ -157,6 +167,19 @@ class _Sweep:
         done = sum(point["status"] == "done" for point in values["points"])
         begun = [f"of {name} {kept}" for name in self.configs if (kept := kept_in(self.folder.work_dir(name)))]
         return f"kept are {', and '.join([f'{done} of {len(self.configs)} points', *begun])}; the same command goes on"
+
+    def _part(self, missing: list[str], number: int, answers: Predictions | Outputs) -> AbstractContextManager[None]:
+        """Show a point's stages; points of one method and block shape take about as long."""
+        kinds = [f"{self.configs[name].method} {self.configs[name].block_shape}" for name in missing]
+        stages = job_stages(replace(self.job, config=self.configs[missing[number]]), answers)
+        return part(
+            missing[number],
+            ["loading", *stages, "saving"],
+            number=number + 1,
+            of=len(missing),
+            kind=kinds[number],
+            ahead=kinds[number + 1 :],
+        )
 
     def _settings(self) -> dict[str, Any]:
         """All that decides the results, as JSON-ready values."""
@@ -188,11 +211,13 @@ class _Sweep:
     def _prune(
         self, name: str, config: BlockPruneConfig, answers: Predictions | Outputs, shared: SharedStatistics
     ) -> dict[str, Any]:
-        pruner = BlockPruner.from_pretrained(self.job.model, config, accelerator=self.dense.accelerator)
+        with stage("loading", aside=True):
+            pruner = BlockPruner.from_pretrained(self.job.model, config, accelerator=self.dense.accelerator)
         job, work_dir = replace(self.job, config=config), self.folder.work_dir(name)
         prune_and_measure(pruner, job, work_dir=work_dir, dense=answers, shared=shared)
         checkpoint = self.folder.checkpoint(name)
-        pruner.save_pretrained(checkpoint, overwrite=True)
+        with stage("saving", aside=True):
+            pruner.save_pretrained(checkpoint, overwrite=True)
         discard(work_dir)
         report, stored = pruner.report(), inspect_checkpoint(checkpoint)
         return {

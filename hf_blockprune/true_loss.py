@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .blocks import expand_mask
+from .display import stage
 from .errors import ModelError
 from .hardware.flops import dtype_of
 from .layer_statistics import LayerStatistics
@@ -74,16 +74,17 @@ def true_losses(
     kept = {i: state.loss(number, i) for i in range(len(groups))}
     missing = [i for i, loss in kept.items() if loss is None]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    for index in logging.tqdm(mine, desc="True losses", disable=not accelerator.is_main_process):
-        group = list(groups[int(index)])
-        before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
-        for name in group:
-            _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
-        have, _ = _outputs(model, pixels)
-        losses.append((index, float(task.divergence(wanted, have).mean())))
-        state.keep_loss(number, int(index), len(groups), losses[-1][1])
-        for parameter, value in before:
-            parameter.data = value
+    with stage("true losses", len(mine), unit="groups of layers") as bar:
+        for index in bar.over(mine):
+            group = list(groups[index])
+            before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
+            for name in group:
+                _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
+            have, _ = _outputs(model, pixels)
+            losses.append((index, float(task.divergence(wanted, have).mean())))
+            state.keep_loss(number, index, len(groups), losses[-1][1])
+            for parameter, value in before:
+                parameter.data = value
     every: dict[int, Any] = kept | dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
     return [every[i] for i in range(len(groups))]
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..display import planned, stage
 from ..errors import ModelError
 from ..hub.blockprune_backends import available_backends
 from ..hub.blockprune_cost import ELEMENT_BYTES, Linear
@@ -24,12 +25,13 @@ from ..hub.blockprune_linear import BlockSparseLinear
 from ..hub.blockprune_ops import block_sparse_linear
 from ..hub.blockprune_profiles import CpuProfile, GpuProfile
 from .fit import fit_times, mape
-from .stopwatch import milliseconds
+from .stopwatch import milliseconds, share_done
 
 SHAPES = tuple((out * width, by * width) for width in (192, 384, 768) for out, by in ((1, 1), (4, 1), (1, 4)))
 BLOCK_SHAPES = ((64, 32), (32, 32), (16, 16))
 DENSITIES = (0.2, 0.35, 0.5, 0.8)
 TOKENS = {"cpu": (197, 788), "cuda": (197 * 16, 197 * 64)}
+Case = tuple[Linear, Callable[[], Tensor], Callable[[], Tensor]]  # a layer, and its dense and its sparse product
 FASTEST = 1e9  # GB/s or FLOPs a cycle where a term has no part in the time
 
 
@@ -59,9 +61,11 @@ def calibrate(device: str, *, seconds: float = 45.0, name: str | None = None) ->
     backend = {"cpu": "cpu", "cuda": "triton"}[device]
     if backend not in available_backends() or (device == "cuda" and not torch.cuda.is_available()):
         raise ModelError(f"calibrate: no {backend} kernels here, so there is nothing to measure (see blockprune env)")
-    measured = measure(device, backend, seconds=seconds)
-    base = blank_cpu(name or "this-cpu") if device == "cpu" else blank_gpu(name or "this-gpu")
-    return fit_profile(base, measured), measured
+    with planned(("preparation", "measurement", "fit")):
+        measured = measure(device, backend, seconds=seconds)
+        base = blank_cpu(name or "this-cpu") if device == "cpu" else blank_gpu(name or "this-gpu")
+        with stage("fit"):
+            return fit_profile(base, measured), measured
 
 
 def fit_profile(base: Any, measured: list[Measurement]) -> Any:
@@ -154,19 +158,29 @@ def fit_gpu(base: GpuProfile, measured: list[Measurement]) -> GpuProfile:
 
 def measure(device: str, backend: str, *, seconds: float) -> list[Measurement]:
     """Time all cases by turns."""
-    cases = [_case(device, backend, *case) for case in _chosen(device)]
+    chosen = _chosen(device)
+    with stage("preparation", len(chosen), unit="cases") as bar:
+        cases = [_prepared(_case(device, backend, *case)) for case in bar.over(chosen)]
     times: list[list[tuple[float, float]]] = [[] for _ in cases]
-    for _, dense, sparse in cases:  # caches, packing, compilation
-        dense()
-        sparse()
-    start = time.perf_counter()
-    while not times[-1] or time.perf_counter() - start < seconds:
-        for (_, dense, sparse), found in zip(cases, times, strict=True):
-            found.append((milliseconds(dense, device), milliseconds(sparse, device)))
+    start, share = time.perf_counter(), 0.0
+    with stage("measurement", seconds, unit="s", undisturbed=True) as bar:
+        while share < 1:
+            for (_, dense, sparse), found in zip(cases, times, strict=True):
+                found.append((milliseconds(dense, device), milliseconds(sparse, device)))
+            share = share_done(start, seconds, len(times[-1]), 1)
+            bar.reach(share * seconds)
     return [
         Measurement(work, *(statistics.median(column) for column in zip(*found, strict=True)))
         for (work, _, _), found in zip(cases, times, strict=True)
     ]
+
+
+def _prepared(case: Case) -> Case:
+    """Runs it once: caches, packing, compilation."""
+    _, dense, sparse = case
+    dense()
+    sparse()
+    return case
 
 
 def _chosen(device: str) -> list[tuple[Any, ...]]:
@@ -176,7 +190,7 @@ def _chosen(device: str) -> list[tuple[Any, ...]]:
 
 def _case(
     device: str, backend: str, tokens: int, shape: tuple[int, int], block_shape: tuple[int, int], density: float
-) -> tuple[Linear, Callable[[], Tensor], Callable[[], Tensor]]:
+) -> Case:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     outputs, inputs = shape
     grid = outputs // block_shape[0], inputs // block_shape[1]

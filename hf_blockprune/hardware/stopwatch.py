@@ -21,7 +21,12 @@ def milliseconds(run: Callable[[], Any], device: torch.device | str) -> float:
 
 
 def by_turns(
-    contestants: dict[str, Callable[[], Any]], *, seconds: float, rounds: int = 5, device: str = "cpu"
+    contestants: dict[str, Callable[[], Any]],
+    *,
+    seconds: float,
+    rounds: int = 5,
+    device: str = "cpu",
+    on_round: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, by contestant.
 
@@ -33,17 +38,26 @@ def by_turns(
         seconds: about how long to go on.
         rounds: at least.
         device: "cpu" or "cuda".
+        on_round: called after each round, outside of what is timed, with the share of all that is done.
     """
     for run in contestants.values():  # caches, packing, compilation
         run()
         run()
     timed = _on_gpu() if device == "cuda" else _on_cpu
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    start = time.perf_counter()
-    while min(map(len, times.values())) < rounds or time.perf_counter() - start < seconds:
+    start, share = time.perf_counter(), 0.0
+    while share < 1:
         for name, run in contestants.items():
             times[name].append(timed(run))
+        share = share_done(start, seconds, min(map(len, times.values())), rounds)
+        on_round(share)
     return times
+
+
+def share_done(start: float, seconds: float, done: int, rounds: int) -> float:
+    """How much of a measurement is over, that goes on for so many seconds and rounds at least."""
+    passed = time.perf_counter() - start
+    return min(1.0, done / rounds, passed / seconds if seconds else 1.0)
 
 
 def _on_cpu(run: Callable[[], Any]) -> float:
