@@ -114,7 +114,7 @@ def refit_layers(
                 job = _LayerJob(unit, dense, here, masks, block_shape, token_weights or {}, residual_targets)
                 refits = job.run(kept, accelerator)
                 if progress is not None:
-                    named = dict(unit.module.named_parameters())
+                    named: dict[str, Tensor] = dict(unit.module.named_parameters())
                     progress.write(part, named, {n: asdict(r) for n, r in refits.items()})
             done |= refits
             advance(unit, dense, kept)
