@@ -302,9 +302,10 @@ def stage(
                 ...
         ```
     """
-    shown = Stage(name, total, unit, work, initial, aside=aside, undisturbed=undisturbed)
-    with _joined() as run, run.showing(shown):
-        yield shown
+    with _joined() as run:
+        shown = Stage(name, total, unit, work, initial, aside=aside, undisturbed=undisturbed)
+        with run.showing(shown):
+            yield shown
 
 
 def _current() -> Run | None:

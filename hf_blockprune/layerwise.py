@@ -116,7 +116,7 @@ def refit_layers(
                 job = _LayerJob(unit, dense, here, masks, block_shape, token_weights or {}, residual_targets)
                 refits = job.run(kept, accelerator)
                 if progress is not None:
-                    named: dict[str, torch.Tensor] = dict(unit.module.named_parameters())
+                    named: dict[str, Tensor] = dict(unit.module.named_parameters())
                     values = {n: asdict(r) for n, r in refits.items()}
                     progress.write(part, named, values, done=f"refit, layer {index + 1} of {len(units)}")
             done |= refits
