@@ -347,7 +347,7 @@ class _Run:
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         optimizer = torch.optim.Adam(self._groups(module), eps=EPSILON)
         done = self.state.restore(place, optimizer, parameters)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * len(order)), len(order), done - 1)
+        schedule = _schedule(optimizer, len(order), done)
         hidden = progress is None or not self.accelerator.is_main_process
         bar = logging.tqdm(order[done:], total=len(order), initial=done, desc=progress, disable=hidden)
         for number, chosen in enumerate(bar, done + 1):
@@ -374,9 +374,7 @@ class _Run:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 (weights if min(parameter.shape, default=1) > 1 and parameter.dim() > 1 else few).append(parameter)
-        rates = ((few, self.settings.lr), (weights, self.settings.weight_lr))
-        # A schedule that begins in the middle reads where the rates began.
-        return [{"params": some, "lr": lr, "initial_lr": lr} for some, lr in rates]
+        return [{"params": few, "lr": self.settings.lr}, {"params": weights, "lr": self.settings.weight_lr}]
 
     def _add_up(self, parameters: list[nn.Parameter]) -> None:
         """Sum gradients over processes; one without images, or a parameter without use, counts as zero."""
@@ -388,6 +386,16 @@ class _Run:
     def _sum(self, value: Tensor) -> Any:
         """Over processes."""
         return self.accelerator.reduce(value, "sum")
+
+
+def _schedule(optimizer: Any, steps: int, done: int) -> Any:
+    """Learning rates that rise and fall over so many steps, of which some are done."""
+    schedule: Any = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
+    # What it makes of a `last_epoch` that it is given differs between versions of torch.
+    schedule.last_epoch = done
+    for group, rate, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = rate * factor(done)
+    return schedule
 
 
 @torch.no_grad()
