@@ -361,7 +361,7 @@ class _Run:
         done = self.state.restore(place, optimizer, parameters)
         if done:
             bar.advance(done, measured=False)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * len(order)), len(order), done - 1)
+        schedule = _schedule(optimizer, len(order), done)
         for number, chosen in enumerate(order[done:], done + 1):
             share = slice(rank, None, ranks)
             optimizer.zero_grad()
@@ -388,9 +388,7 @@ class _Run:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 (weights if min(parameter.shape, default=1) > 1 and parameter.dim() > 1 else few).append(parameter)
-        rates = ((few, self.settings.lr), (weights, self.settings.weight_lr))
-        # A schedule that begins in the middle reads where the rates began.
-        return [{"params": some, "lr": lr, "initial_lr": lr} for some, lr in rates]
+        return [{"params": few, "lr": self.settings.lr}, {"params": weights, "lr": self.settings.weight_lr}]
 
     def _add_up(self, parameters: list[nn.Parameter]) -> None:
         """Sum gradients over processes; one without images, or a parameter without use, counts as zero."""
@@ -402,6 +400,16 @@ class _Run:
     def _sum(self, value: Tensor) -> Any:
         """Over processes."""
         return self.accelerator.reduce(value, "sum")
+
+
+def _schedule(optimizer: Any, steps: int, done: int) -> Any:
+    """Learning rates that rise and fall over so many steps, of which some are done."""
+    schedule: Any = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
+    # What it makes of a `last_epoch` that it is given differs between versions of torch.
+    schedule.last_epoch = done
+    for group, rate, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = rate * factor(done)
+    return schedule
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ class RecoveryState:
             optimizer: Adam.
             parameters: what learns, by name.
         """
-        if self.progress is None or not self.progress.due():
+        if self.progress is None or not self.progress.accelerator.is_main_process or not self.progress.due():
             return
         tensors = {f"{WEIGHTS}{name}": value for name, value in self.student.state_dict().items()}
         tensors |= {f"{MOMENTS}{name}": value for name, value in moments_of(optimizer, parameters).items()}
