@@ -27,7 +27,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1,loca
 
 def example(name, *arguments):
     command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -56,7 +56,7 @@ def pruned(dense, images, tmp_path_factory):
 
 def test_every_example_is_run_here():
     names = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert names <= set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text()))
+    assert names <= set(re.findall(r'(\w+\.py)"', Path(__file__).read_text()))
 
 
 def test_prune_then_classify(pruned, images):
