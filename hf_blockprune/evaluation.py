@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 TOP = 5
+EVALUATION_SPLITS = ("validation", "test", "train")
 
 
 @dataclass(frozen=True)

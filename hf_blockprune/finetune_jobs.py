@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .beforehand import check_inputs
 from .checkpoint import check_output
 from .config import read_settings
 from .display import planned, stage
@@ -121,6 +122,13 @@ def run_finetune(
         Interrupted: Ctrl-C or SIGTERM ended it; says what is kept.
     """
     check_output(job.output, overwrite=overwrite)
+    gradual = job.config.gradual
+    check_inputs(
+        job.model,
+        evaluation=job.evaluation,
+        teacher=job.teacher,
+        budgets=() if gradual is None else (gradual.budget,),
+    )
     evaluation = evaluation_stages(job.teacher) if job.evaluation is not None else []
     with planned(["loading", "training", *evaluation, "saving"]):
         return _run_finetune(job, overwrite=overwrite, resume=resume, restart=restart)

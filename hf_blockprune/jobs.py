@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .beforehand import check_inputs
 from .checkpoint import check_output
 from .config import BlockPruneConfig, read_settings
 from .display import planned, stage
@@ -105,6 +106,8 @@ def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False, r
         Interrupted: Ctrl-C or SIGTERM ended it; says what is kept.
     """
     check_output(job.output, overwrite=overwrite)
+    budgets = (job.config.budget, job.config.second_budget)
+    check_inputs(job.model, evaluation=job.evaluation, budgets=budgets)
     with (
         planned(["loading", *job_stages(job, job.model), "saving"]),
         unfinished_run(job.output, resume=resume, restart=restart) as work_dir,

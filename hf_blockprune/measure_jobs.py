@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageClassification
 
-from .data import ImageSet, load_images
+from .beforehand import evaluation_images
 from .errors import CheckpointError, ConfigError, ModelError
-from .evaluation import need_labels
 from .hub.blockprune_backends import wanted_backend
 from .hub.blockprune_config import describes
 from .hub.blockprune_quantizer import block_sparse_layers
-from .loading import load_config, model_class_of
-from .pruner import EVALUATION_SPLITS, BlockPruner
+from .loading import load_config
+from .pruner import BlockPruner
 
 
 def run_evaluate(
@@ -43,25 +41,10 @@ def run_evaluate(
     config = load_config(model, {})
     if against is not None:
         load_config(against, {})
-    images = _images(model, config, dataset, against)
+    images = evaluation_images(model, config, dataset, compared=against is not None)
     pruner = BlockPruner.from_pretrained(model)
     result = pruner.evaluate(images, against=against, batch_size=batch_size)
     return result, _keep(pruner, model) if save else None
-
-
-def _images(model: str, config: Any, dataset: Any, against: str | None) -> ImageSet:
-    """The data set, opened, with labels that fit a classifier; of an encoder without."""
-    classifies = model_class_of(config) is AutoModelForImageClassification
-    if not classifies and against is None:
-        raise ModelError(
-            f"{model} is an encoder, which has no accuracy; name the dense model to compare embeddings with "
-            "(against=, --against)"
-        )
-    images = load_images(dataset, prefer_splits=EVALUATION_SPLITS, labels=classifies)
-    if classifies:
-        need_labels(images)
-        images.labels_for(config)
-    return images
 
 
 def run_benchmark(

@@ -17,7 +17,7 @@ from .copying import copied
 from .data import load_images
 from .display import planned
 from .errors import CheckpointError, ModelError
-from .evaluation import Outputs, Predictions, need_labels, predict, summarise
+from .evaluation import EVALUATION_SPLITS, Outputs, Predictions, need_labels, predict, summarise
 from .fidelity import Embeddings, Fidelity, compare, embed
 from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import describe_checkpoint, open_checkpoint
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from .finetune_config import FinetuneConfig
 
 logger = logging.get_logger(__name__)
-EVALUATION_SPLITS = ("validation", "test", "train")
 BASELINE, EVALUATION = "evaluation of the other model", "evaluation"  # stages that are shown
 
 

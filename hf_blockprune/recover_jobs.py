@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .beforehand import check_inputs
 from .checkpoint import check_output
 from .config import RecoveryConfig, read_settings
 from .errors import ConfigError
@@ -91,6 +92,7 @@ def run_recover(
     Arguments, what is kept, and errors as for `run_prune`.
     """
     check_output(job.output, overwrite=overwrite)
+    check_inputs(job.model, evaluation=job.evaluation, teacher=job.teacher)
     with unfinished_run(job.output, resume=resume, restart=restart) as work_dir:
         pruner = BlockPruner.from_pretrained(job.model)
         calibration = {**pruner.config.to_dict()["calibration"], "seed": job.seed}

@@ -9,12 +9,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
+from .beforehand import check_inputs
 from .config import DEFAULT_BLOCK_SHAPE, BlockPruneConfig, Budget
 from .data import load_images
 from .display import part, planned, stage
 from .environment import environment
 from .errors import BlockPruneError, BlockSparseFormatError, ConfigError
-from .evaluation import Outputs, Predictions, summarise
+from .evaluation import EVALUATION_SPLITS, Outputs, Predictions, summarise
 from .html_report import sweep_page
 from .inspection import inspect_checkpoint
 from .interruption import Interrupted
@@ -22,7 +23,7 @@ from .jobs import PruneJob, job_stages, prune_and_measure
 from .outputs import classifies
 from .pareto import frontier
 from .progress import weights_fingerprint
-from .pruner import EVALUATION, EVALUATION_SPLITS, BlockPruner
+from .pruner import EVALUATION, BlockPruner
 from .shared_statistics import SharedStatistics
 from .sweep_folder import SweepFolder
 from .tasks import SINGLE, task_of
@@ -111,6 +112,8 @@ def run_sweep(
     configs = grid.points(job.config)
     folder = SweepFolder(Path(job.output).expanduser().resolve(), list(configs))
     folder.check()
+    budgets = [budget for config in configs.values() for budget in (config.budget, config.second_budget)]
+    check_inputs(job.model, evaluation=job.evaluation, budgets=tuple(budgets))
     if restart:
         folder.discard_unfinished()
     with planned(["loading", EVALUATION]):

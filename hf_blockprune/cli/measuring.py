@@ -5,7 +5,9 @@ from typing import Annotated
 import typer
 
 from .options import Columns, Shown
-from .terminal import command, say_skipped
+from .terminal import command, say, say_skipped
+
+Save = Annotated[bool, typer.Option("--save/--no-save", help="Keep the result with a pruned model in a folder.")]
 
 
 @command
@@ -19,20 +21,21 @@ def evaluate(
         typer.Option("--against", help="Model to compare with, image by image.", show_default="no comparison"),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images in one pass.")] = 32,
+    save: Save = True,
 ) -> None:
     """Measure accuracy, or what else measures the model's task, and the change against another model."""
     shown.begin()
-    from ..pruner import BlockPruner
+    from ..measure_jobs import run_evaluate
     from ..sources import DataSource
     from ..tables import evaluation_table, fidelity_table
 
     source = DataSource.of(dataset, **columns.source())
-    pruner = BlockPruner.from_pretrained(model)
-    result = pruner.evaluate(source, against=against, batch_size=batch_size)
+    result, why_not_kept = run_evaluate(model, source, against=against, batch_size=batch_size, save=save)
     values = result.to_dict()
     shown.result(values, fidelity_table if "cosine" in values else evaluation_table)
     if not shown.quiet:
         say_skipped(result.skipped, result.left_out)
+    say_not_kept(why_not_kept)
 
 
 @command
@@ -49,16 +52,22 @@ def benchmark(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default="what torch takes")
     ] = None,
+    save: Save = True,
 ) -> None:
     """Time a pruned and the dense model on this machine, by turns."""
     shown.begin()
-    import torch
-
-    from ..pruner import BlockPruner
+    from ..measure_jobs import run_benchmark
     from ..tables import latency_table
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    pruner = BlockPruner.from_pretrained(model)
-    values = pruner.benchmark(against=against, batch_sizes=tuple(batch_size or [1]), seconds=seconds)
+    sizes = tuple(batch_size or [1])
+    values, why_not_kept = run_benchmark(
+        model, against=against, batch_sizes=sizes, seconds=seconds, threads=threads, save=save
+    )
     shown.result(values, latency_table)
+    say_not_kept(why_not_kept)
+
+
+def say_not_kept(why: str | None) -> None:
+    """Why a result is not with its model."""
+    if why is not None:
+        say(why)

@@ -40,11 +40,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _run(function: Callable[..., None], values: dict[str, Any]) -> None:
-    from ..errors import BlockPruneError, BlockSparseFormatError
+    from ..errors import BackendError, BlockPruneError, BlockSparseFormatError
 
     try:
         function(**values)
-    except (BlockPruneError, BlockSparseFormatError) as error:
+    except (BackendError, BlockPruneError, BlockSparseFormatError) as error:
         say_error(str(error))
         raise typer.Exit(1) from None
 

@@ -1,0 +1,74 @@
+"""What a job names, looked at before its work: what is wrong ends it in seconds, and not after hours.
+
+What costs least is looked at first, and no model's weights are read.
+"""
+
+from typing import Any
+
+from transformers import AutoModelForImageClassification
+
+from .config import Budget
+from .data import ImageSet, load_images
+from .errors import ModelError
+from .evaluation import EVALUATION_SPLITS, need_labels
+from .hardware.profiles import load_profile
+from .hub.blockprune_backends import wanted_backend
+from .loading import load_config, model_class_of
+
+
+def check_inputs(
+    model: str,
+    *,
+    evaluation: Any = None,
+    teacher: str | None = None,
+    budgets: tuple[Budget | None, ...] = (),
+) -> None:
+    """Refuse a job that would fail at its end.
+
+    Args:
+        model: Hub name or folder of the model that the job begins with.
+        evaluation: labelled images that the result is measured on, or None.
+        teacher: of the dense model, where another one is needed.
+        budgets: whose devices have to be known.
+
+    Raises:
+        BackendError: `BLOCKPRUNE_BACKEND` names none.
+        ConfigError: a device is not known.
+        ModelError: there is no such model or teacher.
+        DataError: the labelled images cannot be used.
+    """
+    wanted_backend()
+    for budget in budgets:
+        if budget is not None and budget.device is not None:
+            load_profile(budget.device)
+    config = load_config(model, {})
+    if teacher is not None:
+        load_config(teacher, {})
+    if evaluation is not None:
+        evaluation_images(model, config, evaluation, compared=True)
+
+
+def evaluation_images(model: str, config: Any, dataset: Any, *, compared: bool) -> ImageSet:
+    """A data set to measure a model on, opened, with labels that fit a classifier; of an encoder without.
+
+    Args:
+        model: its name, for messages.
+        config: its config.
+        dataset: named as for `BlockPruner.evaluate`.
+        compared: whether there is another model to compare with.
+
+    Raises:
+        ModelError: it is an encoder, and compared with none.
+        DataError: the images cannot be used.
+    """
+    classifies = model_class_of(config) is AutoModelForImageClassification
+    if not classifies and not compared:
+        raise ModelError(
+            f"{model} is an encoder, which has no accuracy; name the dense model to compare embeddings with "
+            "(against=, --against)"
+        )
+    images = load_images(dataset, prefer_splits=EVALUATION_SPLITS, labels=classifies)
+    if classifies:
+        need_labels(images)
+        images.labels_for(config)
+    return images
