@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError, ConfigError
 from .interruption import Interrupted
+from .processes import processes
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,11 @@ def unfinished_run(output: str | Path, *, resume: bool, restart: bool) -> Iterat
         CheckpointError: there is such a state, and neither is.
         Interrupted: Ctrl-C or SIGTERM ended the run; says what is kept.
     """
-    from accelerate import PartialState
-
     if resume and restart:
         raise ConfigError("resume and restart exclude each other: go on with what is kept, or throw it away")
-    folder, processes = state_folder(output), PartialState()
+    folder, of_run = state_folder(output), processes()
     if not resume:
-        _make_way(folder, restart=restart, processes=processes)
+        _make_way(folder, restart=restart, of_run=of_run)
     try:
         yield folder
     except KeyboardInterrupt as stop:
@@ -96,22 +95,22 @@ def unfinished_run(output: str | Path, *, resume: bool, restart: bool) -> Iterat
         if kept is None:
             raise
         raise Interrupted(f"kept is {kept}; the same command with --resume goes on", stop) from None
-    if processes.is_main_process:
+    if of_run.is_main_process:
         discard(folder)
 
 
-def _make_way(folder: Path, *, restart: bool, processes: Any) -> None:
+def _make_way(folder: Path, *, restart: bool, of_run: Any) -> None:
     """Leave no state; the first process decides for all, which might see what it writes later."""
     from accelerate.utils import broadcast_object_list
 
     refusal: list[str | None] = [None]
-    if processes.is_main_process:
+    if of_run.is_main_process:
         if restart:
             discard(folder)
         if (kept := kept_in(folder)) is not None:
             ways = "remove it by hand" if restart else "go on with --resume, or throw it away with --restart"
             refusal = [f"an unfinished run is kept up to {kept}: {ways}"]
-    if processes.num_processes > 1:
+    if of_run.num_processes > 1:
         broadcast_object_list(refusal)
     if refusal[0] is not None:
         raise CheckpointError(refusal[0])
