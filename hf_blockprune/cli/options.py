@@ -329,15 +329,15 @@ class Shown:
 
     def begin(self) -> None:
         """Be quiet where that was asked for, or where another process speaks."""
-        from accelerate import PartialState
+        from ..processes import processes
 
-        set_quiet(self.quiet or not PartialState().is_main_process)
+        set_quiet(self.quiet or not processes().is_main_process)
 
     def result(self, values: dict[str, Any], table: Callable[[dict[str, Any]], Table]) -> None:
-        """Print JSON and nothing else, or a table, on the first process."""
-        from accelerate import PartialState
+        """Print JSON and nothing else, or a table, on the first process; the others end here."""
+        from ..processes import processes
 
-        state = PartialState()
+        state = processes()
         if state.is_main_process:
             emit(values, table(values), as_json=self.json_)
         state.destroy_process_group()  # else torch warns of it
