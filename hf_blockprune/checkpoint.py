@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
+from .config import with_todays_budgets
 from .errors import CheckpointError
 from .files import check_writable, partial_file
 from .loading import HUB_OPTIONS
@@ -156,6 +157,7 @@ def read_report(path: Path) -> dict[str, Any] | None:
     for kind, older in (values.get("history") or {}).items():
         if not (isinstance(older, list) and all(isinstance(entry, dict) for entry in older)):
             raise CheckpointError(f"{path}: history.{kind} must be a list of objects; delete the file to go without")
+    values["config"] = with_todays_budgets(values["config"], saved=True)
     order = (values["permutation"] or {}).get("residual_order")
     whole = isinstance(order, list) and all(type(feature) is int for feature in order)
     if order is not None and not (whole and sorted(order) == list(range(len(order)))):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_blockprune import BlockPruneConfig, BlockPruneError, Budget, CalibrationConfig, ConfigError, FinetuneConfig
+from hf_blockprune.checkpoint import read_report
 from hf_blockprune.config import read_settings
 from hf_blockprune.sweep import Grid
 
@@ -303,3 +304,12 @@ def test_older_training_recipes_that_say_sparsity_are_read_as_before():
         config = FinetuneConfig.from_dict({"gradual": {"budget": {"metric": "sparsity", "ratio": 0.6}}})
     assert config.gradual is not None
     assert config.gradual.budget == Budget("density", 0.6)
+
+
+def test_older_reports_that_say_sparsity_are_read_as_before(tmp_path):
+    config = {**BlockPruneConfig().to_dict(), "budget": {"metric": "sparsity", "ratio": 0.9}}
+    report = {"base_model": "m", "config": config, "layers": [], "seconds": {}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    values = read_report(tmp_path / "report.json")
+    assert values is not None
+    assert values["config"]["budget"] == {"metric": "density", "ratio": 0.9}
