@@ -125,7 +125,7 @@ def test_accuracy_is_that_of_the_report_file(checkpoints):
 
 def test_what_was_not_measured_is_said_so(checkpoints, tmp_path):
     words = page_of(checkpoints / "kept-0.5").words
-    assert "Not measured. Pass labelled images" in words
+    assert "Not measured. blockprune evaluate with labelled images" in words
     assert "Not measured. Kept FLOPs are no speed-up" in words
     assert "Speed-up, measured - not measured" in words
     bare = shutil.copytree(checkpoints / "kept-0.5", tmp_path / "bare")
