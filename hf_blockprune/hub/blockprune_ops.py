@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .blockprune_backends import LayerArguments, run, run_all
+from .blockprune_direct import needs_no_dispatcher
 from .blockprune_reference import ACTIVATIONS, composed_forward, dense_backward, reference_backward
 from .blockprune_triton_backend import register as register_triton
 
@@ -35,10 +36,8 @@ def _define_op() -> None:
         backend: str,
         residual: Tensor | None = None,
     ) -> Tensor:
-        flat = None if residual is None else residual.reshape(-1, out_features)
-        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, flat)
-        out = run(x.reshape(-1, x.shape[-1]), layer, backend)
-        return out.view(*x.shape[:-1], out_features)
+        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
+        return _compute(x, layer, backend)
 
     @forward.register_fake
     def _(x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual=None):
@@ -56,8 +55,7 @@ def _define_op() -> None:
         activations: str,
     ) -> list[Tensor]:
         arguments = zip(weights, crow_indices, col_indices, biases, out_features, activations.split(), strict=True)
-        outputs = run_all(x.reshape(-1, x.shape[-1]), [LayerArguments(*each) for each in arguments])
-        return [out.view(*x.shape[:-1], out.shape[-1]) for out in outputs]
+        return _compute_all(x, [LayerArguments(*each) for each in arguments])
 
     @forward_all.register_fake
     def _(x, weights, crow_indices, col_indices, biases, out_features, activations):
@@ -119,6 +117,19 @@ def _define_op() -> None:
         return grad_x, grad_weight, None, None, grad_bias, None, None, None, grad_residual
 
     forward.register_autograd(run_backward, setup_context=setup_context)
+
+
+def _compute(x: Tensor, layer: LayerArguments, backend: str) -> Tensor:
+    """The op's outputs [..., out_features] of x [..., in_features]."""
+    if layer.residual is not None:
+        layer = layer._replace(residual=layer.residual.reshape(-1, layer.out_features))
+    return run(x.reshape(-1, x.shape[-1]), layer, backend).view(*x.shape[:-1], layer.out_features)
+
+
+def _compute_all(x: Tensor, layers: list[LayerArguments]) -> list[Tensor]:
+    """The outputs of several layers that read x [..., in_features]."""
+    outputs = run_all(x.reshape(-1, x.shape[-1]), layers)
+    return [out.view(*x.shape[:-1], layer.out_features) for out, layer in zip(outputs, layers, strict=True)]
 
 
 def _check_devices(x: Tensor, weights: Sequence[Tensor]) -> None:
@@ -191,10 +202,11 @@ def block_sparse_linear(
         raise ValueError(
             f"residual: expected {x.dtype} {[*x.shape[:-1], out_features]}, got {residual.dtype} {list(residual.shape)}"
         )
+    layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
     if is_transformed():
-        return composed_forward(
-            x, LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
-        )
+        return composed_forward(x, layer)
+    if needs_no_dispatcher(x, (weight, bias, residual)):
+        return _compute(x, layer, backend)
     return torch.ops.blockprune.block_sparse_linear(
         x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual
     )
@@ -210,6 +222,8 @@ def block_sparse_linears(x: Tensor, layers: list[LayerArguments]) -> list[Tensor
     Returns:
         The output of each, [..., out_features].
     """
+    if needs_no_dispatcher(x, [t for layer in layers for t in (layer.weight, layer.bias)]):
+        return _compute_all(x, layers)
     weights, crow_indices, col_indices, biases, out_features, activations, _ = zip(*layers, strict=True)
     return torch.ops.blockprune.block_sparse_linears(
         x, weights, crow_indices, col_indices, biases, out_features, " ".join(activations)
