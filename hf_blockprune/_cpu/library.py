@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+import struct
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -89,8 +90,8 @@ class CpuLibrary:
         return self._work(self._isa, in_features, _array(layer))
 
 
-def _array(fields: list[int]) -> ctypes.Array[c_int64]:
-    return (c_int64 * len(fields))(*fields)
+def _array(fields: list[int]) -> bytes:
+    return struct.pack(f"{len(fields)}q", *fields)
 
 
 def _done(status: int) -> bool:

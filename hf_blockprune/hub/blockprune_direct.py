@@ -4,39 +4,49 @@ The op in torch.library is there for gradients, compilers, exporters, tensors wi
 call that none of them looks at computes the same outputs from the same tensors without it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from .blockprune_reference import LayerArguments
 
 _PLAIN = (Tensor, nn.Parameter)  # subclasses have ideas of their own about operators
 
 
-def needs_no_dispatcher(x: Tensor, tensors: "tuple[Tensor | None, ...] | list[Tensor | None]") -> bool:
-    """Whether a call in eager mode on a CPU is one that nobody differentiates, traces, records or replaces.
+def needs_no_dispatcher(x: Tensor, layers: Sequence[LayerArguments]) -> bool:
+    """Whether a call in eager mode on a CPU is one that nobody differentiates, traces, converts, records or replaces.
 
     Args:
         x: the input.
-        tensors: all others that are read as numbers.
+        layers: everything else that is read.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
-        return False
-    if x.is_neg() or x.layout is not torch.strided:  # its memory does not hold its values
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or x.is_neg() or is_observed():
         return False
     differentiates = torch.is_grad_enabled()
     if differentiates and x.requires_grad:
         return False
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN or not tensor.is_cpu or (differentiates and tensor.requires_grad)
-        ):
-            return False
-    return not is_observed()
+    for weight, _, _, bias, _, _, residual in layers:
+        for tensor in (weight, bias, residual):
+            if tensor is not None and (
+                type(tensor) not in _PLAIN or not tensor.is_cpu or (differentiates and tensor.requires_grad)
+            ):
+                return False
+    return True
 
 
 def is_observed() -> bool:
-    """Whether a tracer, a profiler or a mode of torch sees, or answers, each call of an operator."""
+    """Whether autocast, a transform, a tracer, a profiler or a mode of torch sees each call of an operator."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
+        is_transformed()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms what runs, or forward-mode gradients are recorded: the op knows neither."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

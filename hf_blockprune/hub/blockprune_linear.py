@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_hooks
 
 from .blockprune_backends import LayerArguments
+from .blockprune_direct import is_transformed
 from .blockprune_layout import (
     BlockSparseFormatError,
     PackedWeight,
@@ -15,7 +16,7 @@ from .blockprune_layout import (
     pack,
     unpack,
 )
-from .blockprune_ops import block_sparse_linear, block_sparse_linears, is_transformed
+from .blockprune_ops import block_sparse_linear, block_sparse_linears
 
 
 class SharedInput:
@@ -29,7 +30,7 @@ class SharedInput:
 
     def __init__(self, layers: "list[BlockSparseLinear]") -> None:
         self._layers = list(layers)
-        self._last: tuple[Tensor, list[object], list[Tensor | None]] | None = None
+        self._last: tuple[Tensor, int, dict[int, tuple[Tensor, list[object]]]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and files hold the layers, not what was computed."""
@@ -37,32 +38,43 @@ class SharedInput:
 
     def output(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor | None:
         """The output of one of the layers; None where each layer is to compute its own."""
-        if x.is_meta or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+        if torch.is_grad_enabled() or x.is_meta or torch.compiler.is_compiling() or is_transformed():
             return None
-        place = next((i for i, other in enumerate(self._layers) if other is layer), None)
-        if place is None or torch.is_autocast_enabled(x.device.type):  # `DataParallel` calls replicas of the layers
+        if torch.is_autocast_enabled(x.device.type):
             return None
-        last, versions = self._last, _versions([x, *(t for other in self._layers for t in (other.weight, other.bias))])
+        last = self._last
         # Each output is given once, and only for the very tensors that it was computed from.
-        if last is None or last[0] is not x or last[1] != versions or last[2][place] is None:
-            if not self._can_run_now(x):
-                return None
-            outputs = block_sparse_linears(x, [other.arguments() for other in self._layers])
-            last = self._last = (x, versions, [*outputs])
-        y, last[2][place] = last[2][place], None
-        if all(other is None for other in last[2]):
+        if last is None or last[0] is not x or last[1] != _version(x):
+            return self._compute(layer, x)
+        waiting = last[2]
+        y, versions = waiting.pop(id(layer), (None, None))
+        if not waiting:
             self._last = None
+        return y if versions == _versions(layer) else self._compute(layer, x)
+
+    def _compute(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor | None:
+        """The output of one layer; those of the others wait."""
+        layers = self._layers
+        if not any(other is layer for other in layers):  # `DataParallel` calls replicas of the layers
+            return None
+        arguments = [other.arguments() for other in layers]
+        # Hooks may change a weight or an input. Offloaded weights are there only while their own layer runs.
+        if any(is_watched(other) or each.weight.device != x.device for other, each in zip(layers, arguments)):
+            return None
+        outputs = dict(zip(map(id, layers), zip(block_sparse_linears(x, arguments), map(_versions, layers))))
+        y, _ = outputs.pop(id(layer))
+        self._last = (x, _version(x), outputs)
         return y
 
-    def _can_run_now(self, x: Tensor) -> bool:
-        """Whether all layers will have these weights and this input when it is their turn."""
-        # Hooks may change either. Offloaded weights are there only while their own layer runs.
-        return not any(is_watched(layer) or layer.weight.device != x.device for layer in self._layers)
+
+def _version(tensor: Tensor) -> int:
+    """Grows with each change in place; tensors from inference mode have none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
-def _versions(tensors: list[Tensor | None]) -> list[object]:
-    """Compares as unequal once one was replaced or changed in place."""
-    return [None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in tensors]
+def _versions(layer: "BlockSparseLinear") -> list[object]:
+    """Compares as unequal once a layer's weight or bias was replaced or changed in place."""
+    return [None if t is None else (id(t), _version(t)) for t in (layer.weight, layer.bias)]
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blockprune_backends import LayerArguments, run, run_all
-from .blockprune_direct import needs_no_dispatcher
+from .blockprune_backends import LayerArguments, run, run_all, run_quickly
+from .blockprune_direct import is_transformed, needs_no_dispatcher
 from .blockprune_reference import ACTIVATIONS, composed_forward, dense_backward, reference_backward
 from .blockprune_triton_backend import register as register_triton
 
@@ -147,11 +147,6 @@ if not hasattr(torch.ops.blockprune, "block_sparse_linear"):
 register_triton()
 
 
-def is_transformed() -> bool:
-    """Whether torch.func transforms what runs, or forward-mode gradients are recorded: the op knows neither."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
 def block_sparse_linear(
     x: Tensor,
     weight: Tensor,
@@ -190,6 +185,10 @@ def block_sparse_linear(
         >>> block_sparse_linear(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), W, crow, col, out_features=4)
         tensor([[3., 3., 0., 0.]])
     """
+    layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
+    direct = needs_no_dispatcher(x, (layer,))
+    if direct and backend == "auto" and (outputs := run_quickly(x, (layer,))) is not None:
+        return outputs[0]
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; choose one of {list(ACTIVATIONS)}")
     # float64 stays as it is, as torch's own autocast has it, which knows no meta device.
@@ -202,11 +201,11 @@ def block_sparse_linear(
         raise ValueError(
             f"residual: expected {x.dtype} {[*x.shape[:-1], out_features]}, got {residual.dtype} {list(residual.shape)}"
         )
-    layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
-    if is_transformed():
-        return composed_forward(x, layer)
-    if needs_no_dispatcher(x, (weight, bias, residual)):
+    if direct:
         return _compute(x, layer, backend)
+    if is_transformed():
+        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
+        return composed_forward(x, layer)
     return torch.ops.blockprune.block_sparse_linear(
         x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual
     )
@@ -222,8 +221,9 @@ def block_sparse_linears(x: Tensor, layers: list[LayerArguments]) -> list[Tensor
     Returns:
         The output of each, [..., out_features].
     """
-    if needs_no_dispatcher(x, [t for layer in layers for t in (layer.weight, layer.bias)]):
-        return _compute_all(x, layers)
+    if needs_no_dispatcher(x, layers):
+        outputs = run_quickly(x, layers)
+        return _compute_all(x, layers) if outputs is None else outputs
     weights, crow_indices, col_indices, biases, out_features, activations, _ = zip(*layers, strict=True)
     return torch.ops.blockprune.block_sparse_linears(
         x, weights, crow_indices, col_indices, biases, out_features, " ".join(activations)
