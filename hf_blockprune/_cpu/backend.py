@@ -81,8 +81,9 @@ class CpuBackend:
         return outputs
 
     def quick(self, x: Tensor, layers: Sequence[LayerArguments]) -> list[Tensor] | None:
-        """See `hub.blockprune_backends.Backend`. One product of a small layer takes no longer than ten lines here."""
-        dtype, in_features = x.dtype, x.shape[-1]
+        """See `hub.blockprune_backends.Backend`: the product of a small layer takes no longer than a few lines here."""
+        dtype, shape = x.dtype, x.shape
+        in_features = shape[-1]
         if dtype not in DTYPES or not x.is_contiguous():
             return None
         outputs, fields = [], []
@@ -91,39 +92,26 @@ class CpuBackend:
             nnz, rows, cols = weight.shape
             if not (
                 residual is None
-                and dtype is weight.dtype
+                and weight.dtype is dtype
                 and crow.dtype is col.dtype is torch.int32
-                and 1 <= rows <= out_features
-                and 1 <= cols <= in_features
+                and rows <= out_features
+                and cols <= in_features
                 and crow.shape == (-(-out_features // rows) + 1,)
                 and col.shape == (nnz,)
                 and weight.is_contiguous()
                 and crow.is_contiguous()
                 and col.is_contiguous()
-                and (
-                    bias is None or (bias.dtype is dtype and bias.shape == (out_features,) and bias.is_contiguous())
-                )
+                and (bias is None or (bias.dtype is dtype and bias.shape == (out_features,) and bias.is_contiguous()))
                 and self.pays(x, layer)
             ):
                 return None
-            y = x.new_empty((*x.shape[:-1], out_features))
+            y = x.new_empty((*shape[:-1], out_features))
             outputs.append(y)
-            fields += (
-                weight.data_ptr(),
-                crow.data_ptr(),
-                col.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                y.data_ptr(),
-                out_features,
-                out_features,
-                nnz,
-                rows,
-                cols,
-                ACTIVATION_CODES[activation],
-            )
-        tokens = x.numel() // in_features
-        threads = torch.get_num_threads()
-        done = self.library.linear(x.data_ptr(), in_features, tokens, in_features, DTYPES[dtype], fields, threads)
+            bias_address = 0 if bias is None else bias.data_ptr()
+            fields += (weight.data_ptr(), crow.data_ptr(), col.data_ptr(), bias_address, y.data_ptr())
+            fields += (out_features, out_features, nnz, rows, cols, ACTIVATION_CODES[activation])
+        address, tokens, threads = x.data_ptr(), x.numel() // in_features, torch.get_num_threads()
+        done = self.library.linear(address, in_features, tokens, in_features, DTYPES[dtype], fields, threads)
         return outputs if done else None
 
     def unpack(self, in_features: int, layer: LayerArguments) -> Tensor:

@@ -23,25 +23,23 @@ def needs_no_dispatcher(x: Tensor, layers: Sequence[LayerArguments]) -> bool:
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or x.is_neg() or is_observed():
         return False
-    differentiates = torch.is_grad_enabled()
-    if differentiates and x.requires_grad:
+    tensors = [tensor for layer in layers for tensor in (layer[0], layer[3], layer[6]) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
         return False
-    for weight, _, _, bias, _, _, residual in layers:
-        for tensor in (weight, bias, residual):
-            if tensor is not None and (
-                type(tensor) not in _PLAIN or not tensor.is_cpu or (differentiates and tensor.requires_grad)
-            ):
-                return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+            return False
     return True
 
 
 def is_observed() -> bool:
     """Whether autocast, a transform, a tracer, a profiler or a mode of torch sees each call of an operator."""
-    return bool(
-        is_transformed()
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
     )

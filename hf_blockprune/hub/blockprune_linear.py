@@ -16,7 +16,7 @@ from .blockprune_layout import (
     pack,
     unpack,
 )
-from .blockprune_ops import block_sparse_linear, block_sparse_linears
+from .blockprune_ops import block_sparse_linear, block_sparse_linears, try_quickly
 
 
 class SharedInput:
@@ -251,6 +251,10 @@ class BlockSparseLinear(nn.Module):
 
     def product(self, x: Tensor, activation: str) -> Tensor:
         """The outputs of x [..., in_features] with an activation of the caller's choice."""
+        if not torch.compiler.is_compiling():
+            outputs = try_quickly(x, (self.arguments(activation),))
+            if outputs is not None:
+                return outputs[0]
         return block_sparse_linear(
             x,
             self.weight,
@@ -261,10 +265,15 @@ class BlockSparseLinear(nn.Module):
             activation=activation,
         )
 
-    def arguments(self) -> LayerArguments:
-        """What the op takes beside x."""
+    def arguments(self, activation: str | None = None) -> LayerArguments:
+        """What the op takes beside x, by default with the layer's own activation."""
         return LayerArguments(
-            self.weight, self.crow_indices, self.col_indices, self.bias, self.out_features, self.activation
+            self.weight,
+            self.crow_indices,
+            self.col_indices,
+            self.bias,
+            self.out_features,
+            self.activation if activation is None else activation,
         )
 
     def extra_repr(self) -> str:

@@ -187,8 +187,6 @@ def block_sparse_linear(
     """
     layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
     direct = needs_no_dispatcher(x, (layer,))
-    if direct and backend == "auto" and (outputs := run_quickly(x, (layer,))) is not None:
-        return outputs[0]
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; choose one of {list(ACTIVATIONS)}")
     # float64 stays as it is, as torch's own autocast has it, which knows no meta device.
@@ -228,3 +226,8 @@ def block_sparse_linears(x: Tensor, layers: list[LayerArguments]) -> list[Tensor
     return torch.ops.blockprune.block_sparse_linears(
         x, weights, crow_indices, col_indices, biases, out_features, " ".join(activations)
     )
+
+
+def try_quickly(x: Tensor, layers: Sequence[LayerArguments]) -> list[Tensor] | None:
+    """`block_sparse_linears` where that takes few steps; None where somebody watches, or kernels do not pay."""
+    return run_quickly(x, layers) if needs_no_dispatcher(x, layers) else None
