@@ -65,8 +65,9 @@ class CpuLibrary:
         Raises:
             MemoryError: no room for working copies of inputs and weights.
         """
-        count = len(layers) // LAYER_FIELDS
-        return _done(self._linear(self._isa, x, stride, tokens, in_features, dtype, _array(layers), count, threads))
+        fields, count = _array(layers), len(layers) // LAYER_FIELDS
+        status = self._linear(self._isa, x, stride, tokens, in_features, dtype, fields, count, threads)
+        return status == 0 or _done(status)
 
     def unpack(self, in_features: int, element_bytes: int, layer: list[int], threads: int) -> bool:
         """A layer's dense matrix [out_features, in_features] into its y.

@@ -23,12 +23,15 @@ def needs_no_dispatcher(x: Tensor, layers: Sequence[LayerArguments]) -> bool:
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or x.is_neg() or is_observed():
         return False
-    tensors = [tensor for layer in layers for tensor in (layer[0], layer[3], layer[6]) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+    differentiates = torch.is_grad_enabled()
+    if differentiates and x.requires_grad:
         return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
-            return False
+    for weight, _, _, bias, _, _, residual in layers:
+        for tensor in (weight, bias) if residual is None else (weight, bias, residual):
+            if tensor is not None and (
+                type(tensor) not in _PLAIN or not tensor.is_cpu or (differentiates and tensor.requires_grad)
+            ):
+                return False
     return True
 
 

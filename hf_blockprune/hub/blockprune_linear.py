@@ -1,5 +1,7 @@
 """`BlockSparseLinear`: a drop-in for `torch.nn.Linear` that stores and multiplies kept blocks only."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,25 @@ from .blockprune_layout import (
 from .blockprune_ops import block_sparse_linear, block_sparse_linears, try_quickly
 
 
+class _Waiting(NamedTuple):
+    """An output that its layer has not asked for, and what it was computed from beside the input."""
+
+    y: Tensor
+    layer: LayerArguments
+    weight_version: int
+    bias_version: int
+
+    def is_that_of(self, layer: LayerArguments) -> bool:
+        """Whether neither tensor was replaced or changed in place."""
+        then = self.layer
+        return (
+            layer.weight is then.weight
+            and layer.bias is then.bias
+            and _version(layer.weight) == self.weight_version
+            and _version(layer.bias) == self.bias_version
+        )
+
+
 class SharedInput:
     """Layers that read the same tensor: whichever is called first computes all of them, the others take their outputs.
 
@@ -30,7 +51,7 @@ class SharedInput:
 
     def __init__(self, layers: "list[BlockSparseLinear]") -> None:
         self._layers = list(layers)
-        self._last: tuple[Tensor, int, dict[int, tuple[Tensor, list[object]]]] | None = None
+        self._last: tuple[Tensor, int, dict[int, _Waiting]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and files hold the layers, not what was computed."""
@@ -38,43 +59,44 @@ class SharedInput:
 
     def output(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor | None:
         """The output of one of the layers; None where each layer is to compute its own."""
-        if torch.is_grad_enabled() or x.is_meta or torch.compiler.is_compiling() or is_transformed():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_meta or is_transformed():
             return None
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             return None
         last = self._last
         # Each output is given once, and only for the very tensors that it was computed from.
         if last is None or last[0] is not x or last[1] != _version(x):
             return self._compute(layer, x)
-        waiting = last[2]
-        y, versions = waiting.pop(id(layer), (None, None))
-        if not waiting:
+        found = last[2].pop(id(layer), None)
+        if not last[2]:
             self._last = None
-        return y if versions == _versions(layer) else self._compute(layer, x)
+        if found is None or not found.is_that_of(layer.arguments()):
+            return self._compute(layer, x)
+        return found.y
 
     def _compute(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor | None:
         """The output of one layer; those of the others wait."""
-        layers = self._layers
-        if not any(other is layer for other in layers):  # `DataParallel` calls replicas of the layers
+        layers, arguments, is_one = self._layers, [], False
+        for other in layers:
+            each = other.arguments()
+            # Hooks may change a weight or an input. Offloaded weights are there only while their own layer runs.
+            if is_watched(other) or not (each.weight.is_cpu and x.is_cpu) and each.weight.device != x.device:
+                return None
+            arguments.append(each)
+            is_one = is_one or other is layer
+        if not is_one:  # `DataParallel` calls replicas of the layers
             return None
-        arguments = [other.arguments() for other in layers]
-        # Hooks may change a weight or an input. Offloaded weights are there only while their own layer runs.
-        if any(is_watched(other) or each.weight.device != x.device for other, each in zip(layers, arguments)):
-            return None
-        outputs = dict(zip(map(id, layers), zip(block_sparse_linears(x, arguments), map(_versions, layers))))
-        y, _ = outputs.pop(id(layer))
-        self._last = (x, _version(x), outputs)
+        waiting = {}
+        for other, each, y in zip(layers, arguments, block_sparse_linears(x, arguments), strict=True):
+            waiting[id(other)] = _Waiting(y, each, _version(each.weight), _version(each.bias))
+        y = waiting.pop(id(layer)).y
+        self._last = (x, _version(x), waiting)
         return y
 
 
-def _version(tensor: Tensor) -> int:
+def _version(tensor: Tensor | None) -> int:
     """Grows with each change in place; tensors from inference mode have none."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _versions(layer: "BlockSparseLinear") -> list[object]:
-    """Compares as unequal once a layer's weight or bias was replaced or changed in place."""
-    return [None if t is None else (id(t), _version(t)) for t in (layer.weight, layer.bias)]
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -267,11 +289,14 @@ class BlockSparseLinear(nn.Module):
 
     def arguments(self, activation: str | None = None) -> LayerArguments:
         """What the op takes beside x, by default with the layer's own activation."""
+        # Past `__getattr__`, which takes longer; but parametrizations and torch's own pruning put tensors elsewhere.
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters.get("weight")
         return LayerArguments(
-            self.weight,
-            self.crow_indices,
-            self.col_indices,
-            self.bias,
+            self.weight if weight is None else weight,
+            buffers["crow_indices"],
+            buffers["col_indices"],
+            parameters["bias"] if "bias" in parameters else self.bias,
             self.out_features,
             self.activation if activation is None else activation,
         )
