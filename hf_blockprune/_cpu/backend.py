@@ -83,9 +83,10 @@ class CpuBackend:
     def quick(self, x: Tensor, layers: Sequence[LayerArguments]) -> list[Tensor] | None:
         """See `hub.blockprune_backends.Backend`: the product of a small layer takes no longer than a few lines here."""
         dtype, shape = x.dtype, x.shape
-        in_features = shape[-1]
-        if dtype not in DTYPES or not x.is_contiguous():
+        code, in_features = DTYPES.get(dtype), shape[-1]
+        if code is None or not x.is_contiguous():
             return None
+        leading, limit = shape[:-1], BREAK_EVEN[dtype] * in_features
         outputs, fields = [], []
         for layer in layers:
             weight, crow, col, bias, out_features, activation, residual = layer
@@ -96,22 +97,32 @@ class CpuBackend:
                 and crow.dtype is col.dtype is torch.int32
                 and rows <= out_features
                 and cols <= in_features
-                and crow.shape == (-(-out_features // rows) + 1,)
-                and col.shape == (nnz,)
+                and crow.numel() == -(-out_features // rows) + 1
+                and col.numel() == nnz
                 and weight.is_contiguous()
                 and crow.is_contiguous()
                 and col.is_contiguous()
-                and (bias is None or (bias.dtype is dtype and bias.shape == (out_features,) and bias.is_contiguous()))
-                and self.pays(x, layer)
+                and (bias is None or (bias.dtype is dtype and bias.numel() == out_features and bias.is_contiguous()))
+                and (nnz * rows * cols <= limit * out_features if rows % STRIP == 0 else self.pays(x, layer))
             ):
                 return None
-            y = x.new_empty((*shape[:-1], out_features))
+            y = x.new_empty((*leading, out_features))
             outputs.append(y)
-            bias_address = 0 if bias is None else bias.data_ptr()
-            fields += (weight.data_ptr(), crow.data_ptr(), col.data_ptr(), bias_address, y.data_ptr())
-            fields += (out_features, out_features, nnz, rows, cols, ACTIVATION_CODES[activation])
+            fields += (
+                weight.data_ptr(),
+                crow.data_ptr(),
+                col.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                y.data_ptr(),
+                out_features,
+                out_features,
+                nnz,
+                rows,
+                cols,
+                ACTIVATION_CODES[activation],
+            )
         address, tokens, threads = x.data_ptr(), x.numel() // in_features, torch.get_num_threads()
-        done = self.library.linear(address, in_features, tokens, in_features, DTYPES[dtype], fields, threads)
+        done = self.library.linear(address, in_features, tokens, in_features, code, fields, threads)
         return outputs if done else None
 
     def unpack(self, in_features: int, layer: LayerArguments) -> Tensor:

@@ -65,14 +65,13 @@ class SharedInput:
             return None
         last = self._last
         # Each output is given once, and only for the very tensors that it was computed from.
-        if last is None or last[0] is not x or last[1] != _version(x):
-            return self._compute(layer, x)
-        found = last[2].pop(id(layer), None)
-        if not last[2]:
-            self._last = None
-        if found is None or not found.is_that_of(layer.arguments()):
-            return self._compute(layer, x)
-        return found.y
+        if last is not None and last[0] is x and last[1] == _version(x):
+            waiting = last[2].pop(id(layer), None)
+            if not last[2]:
+                self._last = None
+            if waiting is not None and waiting.is_that_of(layer.arguments()):
+                return waiting.y
+        return self._compute(layer, x)
 
     def _compute(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor | None:
         """The output of one layer; those of the others wait."""
