@@ -93,10 +93,11 @@ class CpuBackend:
             nnz, rows, cols = weight.shape
             if not (
                 residual is None
+                and activation in ACTIVATION_CODES
                 and weight.dtype is dtype
                 and crow.dtype is col.dtype is torch.int32
-                and rows <= out_features
-                and cols <= in_features
+                and 0 < rows <= out_features
+                and 0 < cols <= in_features
                 and crow.numel() == -(-out_features // rows) + 1
                 and col.numel() == nnz
                 and weight.is_contiguous()
@@ -198,7 +199,9 @@ def register() -> str:
     library, description = find_library()
     if library is not None:
         backend = CpuBackend(library)
-        register_backend("cpu", Backend(backend.forward, backend.supports, backend.pays, backend.forward_all, backend.quick))
+        register_backend(
+            "cpu", Backend(backend.forward, backend.supports, backend.pays, backend.forward_all, backend.quick)
+        )
         use_unpacker("cpu", backend.unpack)
     logger.info(f"block-sparse layers on the CPU: {description}")
     return description

@@ -26,8 +26,8 @@ def needs_no_dispatcher(x: Tensor, layers: Sequence[LayerArguments]) -> bool:
     differentiates = torch.is_grad_enabled()
     if differentiates and x.requires_grad:
         return False
-    for weight, _, _, bias, _, _, residual in layers:
-        for tensor in (weight, bias) if residual is None else (weight, bias, residual):
+    for weight, crow_indices, col_indices, bias, _, _, residual in layers:
+        for tensor in (weight, crow_indices, col_indices, bias, residual):
             if tensor is not None and (
                 type(tensor) not in _PLAIN or not tensor.is_cpu or (differentiates and tensor.requires_grad)
             ):

@@ -79,7 +79,7 @@ class SharedInput:
         for other in layers:
             each = other.arguments()
             # Hooks may change a weight or an input. Offloaded weights are there only while their own layer runs.
-            if is_watched(other) or not (each.weight.is_cpu and x.is_cpu) and each.weight.device != x.device:
+            if is_watched(other) or (not (each.weight.is_cpu and x.is_cpu) and each.weight.device != x.device):
                 return None
             arguments.append(each)
             is_one = is_one or other is layer
@@ -289,13 +289,14 @@ class BlockSparseLinear(nn.Module):
     def arguments(self, activation: str | None = None) -> LayerArguments:
         """What the op takes beside x, by default with the layer's own activation."""
         # Past `__getattr__`, which takes longer; but parametrizations and torch's own pruning put tensors elsewhere.
-        parameters, buffers = self._parameters, self._buffers
-        weight = parameters.get("weight")
+        own, buffers = self._parameters, self._buffers
+        weight, bias = own.get("weight"), own.get("bias")
+        crow_indices, col_indices = buffers.get("crow_indices"), buffers.get("col_indices")
         return LayerArguments(
             self.weight if weight is None else weight,
-            buffers["crow_indices"],
-            buffers["col_indices"],
-            parameters["bias"] if "bias" in parameters else self.bias,
+            self.crow_indices if crow_indices is None else crow_indices,
+            self.col_indices if col_indices is None else col_indices,
+            self.bias if bias is None else bias,
             self.out_features,
             self.activation if activation is None else activation,
         )
