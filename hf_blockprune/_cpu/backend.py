@@ -5,6 +5,7 @@ kept from one call to the next.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -38,7 +39,14 @@ class CpuBackend:
 
     def pays(self, x: Tensor, layer: LayerArguments) -> bool:
         """Whether the kernels are expected to beat torch's dense product (see `BREAK_EVEN`)."""
-        return self.work(x.shape[-1], layer) <= BREAK_EVEN[x.dtype] * x.shape[-1] * layer.out_features
+        _, rows, cols = layer.weight.shape
+        in_features, outputs = x.shape[-1], layer.out_features
+        limit = BREAK_EVEN[x.dtype] * in_features * outputs
+        if rows % STRIP:
+            # Counting takes as long as a small product: not where a layer with all its blocks would do.
+            most = -(-outputs // STRIP) * STRIP * -(-in_features // cols) * cols
+            return most <= limit or self.work(in_features, layer) <= limit
+        return layer.weight.numel() <= limit
 
     def work(self, in_features: int, layer: LayerArguments) -> int:
         """Multiplications for each token, padding included.
@@ -62,13 +70,61 @@ class CpuBackend:
         x = x if x.stride(1) == 1 else x.contiguous()
         packed = [_readable(layer, in_features) for layer in layers]
         biases = [checked_bias(layer, x.dtype) for layer in layers]
-        outputs = [x.new_empty(tokens, layer.out_features) for layer in layers]
-        fields = [f for each in zip(packed, layers, biases, outputs, strict=True) for f in _fields(*each)]
+        outputs = [x.new_empty((tokens, layer.out_features)) for layer in layers]
+        fields: list[int] = []
+        for each in zip(packed, layers, biases, outputs, strict=True):
+            fields += _fields(*each)
         if not self.library.linear(
             x.data_ptr(), x.stride(0), tokens, in_features, DTYPES[x.dtype], fields, torch.get_num_threads()
         ):
             _refuse(packed, layers, in_features)
         return outputs
+
+    def quick(self, x: Tensor, layers: Sequence[LayerArguments]) -> list[Tensor] | None:
+        """See `hub.blockprune_backends.Backend`: the product of a small layer takes no longer than a few lines here."""
+        dtype, shape = x.dtype, x.shape
+        code, in_features = DTYPES.get(dtype), shape[-1]
+        if code is None or not x.is_contiguous():
+            return None
+        leading, limit = shape[:-1], BREAK_EVEN[dtype] * in_features
+        outputs, fields = [], []
+        for layer in layers:
+            weight, crow, col, bias, out_features, activation, residual = layer
+            nnz, rows, cols = weight.shape
+            if not (
+                residual is None
+                and activation in ACTIVATION_CODES
+                and weight.dtype is dtype
+                and crow.dtype is col.dtype is torch.int32
+                and 0 < rows <= out_features
+                and 0 < cols <= in_features
+                and crow.numel() == -(-out_features // rows) + 1
+                and col.numel() == nnz
+                and weight.is_contiguous()
+                and crow.is_contiguous()
+                and col.is_contiguous()
+                and (bias is None or (bias.dtype is dtype and bias.numel() == out_features and bias.is_contiguous()))
+                and (nnz * rows * cols <= limit * out_features if rows % STRIP == 0 else self.pays(x, layer))
+            ):
+                return None
+            y = x.new_empty((*leading, out_features))
+            outputs.append(y)
+            fields += (
+                weight.data_ptr(),
+                crow.data_ptr(),
+                col.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                y.data_ptr(),
+                out_features,
+                out_features,
+                nnz,
+                rows,
+                cols,
+                ACTIVATION_CODES[activation],
+            )
+        address, tokens, threads = x.data_ptr(), x.numel() // in_features, torch.get_num_threads()
+        done = self.library.linear(address, in_features, tokens, in_features, code, fields, threads)
+        return outputs if done else None
 
     def unpack(self, in_features: int, layer: LayerArguments) -> Tensor:
         """The layer's dense matrix [out_features, in_features]; see `hub.blockprune_backends.use_unpacker`."""
@@ -86,7 +142,7 @@ def _readable(layer: LayerArguments, in_features: int) -> PackedWeight:
     Raises:
         BlockSparseFormatError: they do not fit.
     """
-    weight, crow_indices, col_indices = layer[:3]
+    weight, crow_indices, col_indices = packed = layer[:3]
     nnz, rows, cols = weight.shape
     if not (
         1 <= rows <= max(layer.out_features, MAX_OVERHANGING_BLOCK)
@@ -95,8 +151,8 @@ def _readable(layer: LayerArguments, in_features: int) -> PackedWeight:
         and crow_indices.shape == (-(-layer.out_features // rows) + 1,)
         and col_indices.shape == (nnz,)
     ):
-        check_packed("block_sparse_linear", PackedWeight(*layer[:3]), layer.out_features, in_features)
-    return PackedWeight(weight.contiguous(), crow_indices.contiguous(), col_indices.contiguous())
+        check_packed("block_sparse_linear", PackedWeight(*packed), layer.out_features, in_features)
+    return PackedWeight(*[tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in packed])
 
 
 def _refuse(packed: list[PackedWeight], layers: list[LayerArguments], in_features: int) -> NoReturn:
@@ -143,7 +199,9 @@ def register() -> str:
     library, description = find_library()
     if library is not None:
         backend = CpuBackend(library)
-        register_backend("cpu", Backend(backend.forward, backend.supports, backend.pays, backend.forward_all))
+        register_backend(
+            "cpu", Backend(backend.forward, backend.supports, backend.pays, backend.forward_all, backend.quick)
+        )
         use_unpacker("cpu", backend.unpack)
     logger.info(f"block-sparse layers on the CPU: {description}")
     return description

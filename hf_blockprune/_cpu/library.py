@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+import struct
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -64,8 +65,9 @@ class CpuLibrary:
         Raises:
             MemoryError: no room for working copies of inputs and weights.
         """
-        count = len(layers) // LAYER_FIELDS
-        return _done(self._linear(self._isa, x, stride, tokens, in_features, dtype, _array(layers), count, threads))
+        fields, count = _array(layers), len(layers) // LAYER_FIELDS
+        status = self._linear(self._isa, x, stride, tokens, in_features, dtype, fields, count, threads)
+        return status == 0 or _done(status)
 
     def unpack(self, in_features: int, element_bytes: int, layer: list[int], threads: int) -> bool:
         """A layer's dense matrix [out_features, in_features] into its y.
@@ -89,8 +91,8 @@ class CpuLibrary:
         return self._work(self._isa, in_features, _array(layer))
 
 
-def _array(fields: list[int]) -> ctypes.Array[c_int64]:
-    return (c_int64 * len(fields))(*fields)
+def _array(fields: list[int]) -> bytes:
+    return struct.pack(f"{len(fields)}q", *fields)
 
 
 def _done(status: int) -> bool:

@@ -5,7 +5,7 @@ unpacked matrix. That expectation counts multiplications and not calls: very sma
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "register_backend",
     "run",
     "run_all",
+    "run_quickly",
     "use_unpacker",
     "wanted_backend",
 ]
@@ -39,12 +40,16 @@ class Backend(NamedTuple):
         pays: (x, layer) -> whether it is expected to be faster than `dense`; asked for "auto" alone.
         forward_all: (x [tokens, in_features], layers that read it, of one block shape) -> their outputs; None where
             one call for several layers is no faster than several.
+        quick: (x [..., in_features], layers that read it) -> their outputs as `forward_all` has them, with no step that
+            small layers would notice; or None for what it does not take, which goes the ordinary way and is computed,
+            or refused, there.
     """
 
     forward: Callable[[Tensor, LayerArguments], Tensor]
     supports: Callable[[Tensor, LayerArguments], bool]
     pays: Callable[[Tensor, LayerArguments], bool] = lambda *_: True
     forward_all: Callable[[Tensor, list[LayerArguments]], list[Tensor]] | None = None
+    quick: Callable[[Tensor, Sequence[LayerArguments]], list[Tensor] | None] | None = None
 
 
 # One registry for all copies of this file in a process, as there is one op: a checkpoint's own copy may define the op
@@ -71,7 +76,7 @@ def choose_backend(x: Tensor, layer: LayerArguments, backend: str = "auto") -> s
     if backend == "auto":
         backend = wanted_backend()
     if backend == "auto":
-        for name in available_backends():
+        for name in reversed(_BACKENDS):
             if _BACKENDS[name].supports(x, layer) and _BACKENDS[name].pays(x, layer):
                 return name
         backend = "reference"
@@ -178,3 +183,15 @@ def run_all(x: Tensor, layers: list[LayerArguments]) -> list[Tensor]:
     if together is not None and len(set(names)) == 1:
         return together(x, layers)
     return [_BACKENDS[name].forward(x, layer) for name, layer in zip(names, layers, strict=True)]
+
+
+def run_quickly(x: Tensor, layers: Sequence[LayerArguments]) -> list[Tensor] | None:
+    """Outputs of layers of one block shape that read the same x [..., in_features], by the most preferred backend.
+
+    None where it does not take that call quickly, or `BLOCKPRUNE_BACKEND` names one.
+    """
+    # A backend of an older version of this file has no such attribute.
+    quick = getattr(next(reversed(_BACKENDS.values())), "quick", None)
+    if quick is None or os.environ.get("BLOCKPRUNE_BACKEND", "auto") != "auto":
+        return None
+    return quick(x, layers)

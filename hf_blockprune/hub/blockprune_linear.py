@@ -1,11 +1,14 @@
 """`BlockSparseLinear`: a drop-in for `torch.nn.Linear` that stores and multiplies kept blocks only."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_hooks
 
 from .blockprune_backends import LayerArguments
+from .blockprune_direct import is_transformed
 from .blockprune_layout import (
     BlockSparseFormatError,
     PackedWeight,
@@ -15,7 +18,26 @@ from .blockprune_layout import (
     pack,
     unpack,
 )
-from .blockprune_ops import block_sparse_linear, block_sparse_linears, is_transformed
+from .blockprune_ops import block_sparse_linear, block_sparse_linears, try_quickly
+
+
+class _Waiting(NamedTuple):
+    """An output that its layer has not asked for, and what it was computed from beside the input."""
+
+    y: Tensor
+    layer: LayerArguments
+    weight_version: int
+    bias_version: int
+
+    def is_that_of(self, layer: LayerArguments) -> bool:
+        """Whether neither tensor was replaced or changed in place."""
+        then = self.layer
+        return (
+            layer.weight is then.weight
+            and layer.bias is then.bias
+            and _version(layer.weight) == self.weight_version
+            and _version(layer.bias) == self.bias_version
+        )
 
 
 class SharedInput:
@@ -29,7 +51,7 @@ class SharedInput:
 
     def __init__(self, layers: "list[BlockSparseLinear]") -> None:
         self._layers = list(layers)
-        self._last: tuple[Tensor, list[object], list[Tensor | None]] | None = None
+        self._last: tuple[Tensor, int, dict[int, _Waiting]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and files hold the layers, not what was computed."""
@@ -37,32 +59,43 @@ class SharedInput:
 
     def output(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor | None:
         """The output of one of the layers; None where each layer is to compute its own."""
-        if x.is_meta or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_meta or is_transformed():
             return None
-        place = next((i for i, other in enumerate(self._layers) if other is layer), None)
-        if place is None or torch.is_autocast_enabled(x.device.type):  # `DataParallel` calls replicas of the layers
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             return None
-        last, versions = self._last, _versions([x, *(t for other in self._layers for t in (other.weight, other.bias))])
+        last = self._last
         # Each output is given once, and only for the very tensors that it was computed from.
-        if last is None or last[0] is not x or last[1] != versions or last[2][place] is None:
-            if not self._can_run_now(x):
+        if last is not None and last[0] is x and last[1] == _version(x):
+            waiting = last[2].pop(id(layer), None)
+            if not last[2]:
+                self._last = None
+            if waiting is not None and waiting.is_that_of(layer.arguments()):
+                return waiting.y
+        return self._compute(layer, x)
+
+    def _compute(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor | None:
+        """The output of one layer; those of the others wait."""
+        layers, arguments, is_one = self._layers, [], False
+        for other in layers:
+            each = other.arguments()
+            # Hooks may change a weight or an input. Offloaded weights are there only while their own layer runs.
+            if is_watched(other) or (not (each.weight.is_cpu and x.is_cpu) and each.weight.device != x.device):
                 return None
-            outputs = block_sparse_linears(x, [other.arguments() for other in self._layers])
-            last = self._last = (x, versions, [*outputs])
-        y, last[2][place] = last[2][place], None
-        if all(other is None for other in last[2]):
-            self._last = None
+            arguments.append(each)
+            is_one = is_one or other is layer
+        if not is_one:  # `DataParallel` calls replicas of the layers
+            return None
+        waiting = {}
+        for other, each, y in zip(layers, arguments, block_sparse_linears(x, arguments), strict=True):
+            waiting[id(other)] = _Waiting(y, each, _version(each.weight), _version(each.bias))
+        y = waiting.pop(id(layer)).y
+        self._last = (x, _version(x), waiting)
         return y
 
-    def _can_run_now(self, x: Tensor) -> bool:
-        """Whether all layers will have these weights and this input when it is their turn."""
-        # Hooks may change either. Offloaded weights are there only while their own layer runs.
-        return not any(is_watched(layer) or layer.weight.device != x.device for layer in self._layers)
 
-
-def _versions(tensors: list[Tensor | None]) -> list[object]:
-    """Compares as unequal once one was replaced or changed in place."""
-    return [None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in tensors]
+def _version(tensor: Tensor | None) -> int:
+    """Grows with each change in place; tensors from inference mode have none."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -239,6 +272,10 @@ class BlockSparseLinear(nn.Module):
 
     def product(self, x: Tensor, activation: str) -> Tensor:
         """The outputs of x [..., in_features] with an activation of the caller's choice."""
+        if not torch.compiler.is_compiling():
+            outputs = try_quickly(x, (self.arguments(activation),))
+            if outputs is not None:
+                return outputs[0]
         return block_sparse_linear(
             x,
             self.weight,
@@ -249,10 +286,19 @@ class BlockSparseLinear(nn.Module):
             activation=activation,
         )
 
-    def arguments(self) -> LayerArguments:
-        """What the op takes beside x."""
+    def arguments(self, activation: str | None = None) -> LayerArguments:
+        """What the op takes beside x, by default with the layer's own activation."""
+        # Past `__getattr__`, which takes longer; but parametrizations and torch's own pruning put tensors elsewhere.
+        own, buffers = self._parameters, self._buffers
+        weight, bias = own.get("weight"), own.get("bias")
+        crow_indices, col_indices = buffers.get("crow_indices"), buffers.get("col_indices")
         return LayerArguments(
-            self.weight, self.crow_indices, self.col_indices, self.bias, self.out_features, self.activation
+            self.weight if weight is None else weight,
+            self.crow_indices if crow_indices is None else crow_indices,
+            self.col_indices if col_indices is None else col_indices,
+            self.bias if bias is None else bias,
+            self.out_features,
+            self.activation if activation is None else activation,
         )
 
     def extra_repr(self) -> str:

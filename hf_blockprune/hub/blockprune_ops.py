@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blockprune_backends import LayerArguments, run, run_all
+from .blockprune_backends import LayerArguments, run, run_all, run_quickly
+from .blockprune_direct import is_transformed, needs_no_dispatcher
 from .blockprune_reference import ACTIVATIONS, composed_forward, dense_backward, reference_backward
 from .blockprune_triton_backend import register as register_triton
 
@@ -35,10 +36,8 @@ def _define_op() -> None:
         backend: str,
         residual: Tensor | None = None,
     ) -> Tensor:
-        flat = None if residual is None else residual.reshape(-1, out_features)
-        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, flat)
-        out = run(x.reshape(-1, x.shape[-1]), layer, backend)
-        return out.view(*x.shape[:-1], out_features)
+        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
+        return _compute(x, layer, backend)
 
     @forward.register_fake
     def _(x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual=None):
@@ -56,8 +55,7 @@ def _define_op() -> None:
         activations: str,
     ) -> list[Tensor]:
         arguments = zip(weights, crow_indices, col_indices, biases, out_features, activations.split(), strict=True)
-        outputs = run_all(x.reshape(-1, x.shape[-1]), [LayerArguments(*each) for each in arguments])
-        return [out.view(*x.shape[:-1], out.shape[-1]) for out in outputs]
+        return _compute_all(x, [LayerArguments(*each) for each in arguments])
 
     @forward_all.register_fake
     def _(x, weights, crow_indices, col_indices, biases, out_features, activations):
@@ -121,6 +119,19 @@ def _define_op() -> None:
     forward.register_autograd(run_backward, setup_context=setup_context)
 
 
+def _compute(x: Tensor, layer: LayerArguments, backend: str) -> Tensor:
+    """The op's outputs [..., out_features] of x [..., in_features]."""
+    if layer.residual is not None:
+        layer = layer._replace(residual=layer.residual.reshape(-1, layer.out_features))
+    return run(x.reshape(-1, x.shape[-1]), layer, backend).view(*x.shape[:-1], layer.out_features)
+
+
+def _compute_all(x: Tensor, layers: list[LayerArguments]) -> list[Tensor]:
+    """The outputs of several layers that read x [..., in_features]."""
+    outputs = run_all(x.reshape(-1, x.shape[-1]), layers)
+    return [out.view(*x.shape[:-1], layer.out_features) for out, layer in zip(outputs, layers, strict=True)]
+
+
 def _check_devices(x: Tensor, weights: Sequence[Tensor]) -> None:
     """Where a tensor has no data torch takes the shapes' kernel, which computes nothing: not for an input that has."""
     for weight in weights:
@@ -134,11 +145,6 @@ if not hasattr(torch.ops.blockprune, "block_sparse_linear"):
 
 
 register_triton()
-
-
-def is_transformed() -> bool:
-    """Whether torch.func transforms what runs, or forward-mode gradients are recorded: the op knows neither."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def block_sparse_linear(
@@ -179,6 +185,8 @@ def block_sparse_linear(
         >>> block_sparse_linear(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), W, crow, col, out_features=4)
         tensor([[3., 3., 0., 0.]])
     """
+    layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
+    direct = needs_no_dispatcher(x, (layer,))
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; choose one of {list(ACTIVATIONS)}")
     # float64 stays as it is, as torch's own autocast has it, which knows no meta device.
@@ -191,10 +199,11 @@ def block_sparse_linear(
         raise ValueError(
             f"residual: expected {x.dtype} {[*x.shape[:-1], out_features]}, got {residual.dtype} {list(residual.shape)}"
         )
+    if direct:
+        return _compute(x, layer, backend)
     if is_transformed():
-        return composed_forward(
-            x, LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
-        )
+        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
+        return composed_forward(x, layer)
     return torch.ops.blockprune.block_sparse_linear(
         x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual
     )
@@ -210,7 +219,15 @@ def block_sparse_linears(x: Tensor, layers: list[LayerArguments]) -> list[Tensor
     Returns:
         The output of each, [..., out_features].
     """
+    if needs_no_dispatcher(x, layers):
+        outputs = run_quickly(x, layers)
+        return _compute_all(x, layers) if outputs is None else outputs
     weights, crow_indices, col_indices, biases, out_features, activations, _ = zip(*layers, strict=True)
     return torch.ops.blockprune.block_sparse_linears(
         x, weights, crow_indices, col_indices, biases, out_features, " ".join(activations)
     )
+
+
+def try_quickly(x: Tensor, layers: Sequence[LayerArguments]) -> list[Tensor] | None:
+    """`block_sparse_linears` where that takes few steps; None where somebody watches, or kernels do not pay."""
+    return run_quickly(x, layers) if needs_no_dispatcher(x, layers) else None
