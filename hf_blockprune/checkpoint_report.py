@@ -14,7 +14,7 @@ from .hardware.device_cost import usual_dtype
 from .hardware.profiles import load_profile
 from .inspection import StoredModel, describe_checkpoint, open_checkpoint
 from .intervals import wilson_interval
-from .measurements import WEIGHTS, drop_stale, files_fingerprint
+from .measurements import drop_stale, files_fingerprint, measured
 from .scores import SCORES, score_text
 from .simulation import CARD_DEVICES, simulate_stored
 from .stored_values import StoredValues, flat, short
@@ -71,7 +71,7 @@ def describe(
     file = folder / REPORT_FILE
     values["has_report"] = file.is_file()
     made = read_json(file) if values["has_report"] else {}
-    if WEIGHTS in made and drop_stale(made, files_fingerprint(folder)):
+    if measured(made) and drop_stale(made, files_fingerprint(folder)):
         values["notes"].append(
             "What the report file says was measured is of other weights than the folder's, and is not shown"
         )
@@ -93,8 +93,8 @@ def _predict(stored: StoredModel, profiles: list[tuple[Any, int]]) -> tuple[list
 def _made(report: StoredValues, values: dict[str, Any]) -> dict[str, Any]:
     """What the report file says; adds to the layers and the notes of `values`."""
     _add_layers(report, values)
-    if measured := _other_scores(report.part("evaluation")):
-        values["notes"].append(measured)
+    if words := _other_scores(report.part("evaluation")):
+        values["notes"].append(words)
     config, calibration = report.part("config"), report.part("calibration")
     recovery, environment = report.part("recovery"), report.part("environment")
     history = report.part("history") or StoredValues({}, "")

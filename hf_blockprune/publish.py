@@ -14,7 +14,7 @@ from .checkpoint import CARD_FILE, CONFIG_FILE, PROCESSOR_FILE, RECIPE_FILE, REP
 from .errors import HubError
 from .fetching import hub_errors
 from .inspection import SHARDS_FILE, open_checkpoint, weight_files
-from .measurements import drop_stale, files_fingerprint
+from .measurements import drop_stale, files_fingerprint, measured
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -134,7 +134,8 @@ def _card(folder: Path, repo_id: str, scratch: Path) -> Path | None:
         return card if card.is_file() else None
     values = read_json(report)
     current = dict(values)
-    drop_stale(current, files_fingerprint(folder))
+    if measured(current):
+        drop_stale(current, files_fingerprint(folder))
     new = scratch / CARD_FILE
     if text is None:
         model_card(current, repo_id).save(new)
