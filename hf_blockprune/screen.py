@@ -20,7 +20,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from .display import Run
 
-REFRESHES = 4  # a second
+REFRESHES = 2  # a second
 FIRST_LINE = 60.0  # seconds into a stage, where there is no terminal; every further line comes after twice the time
 MOST_COLUMNS = 120
 

@@ -14,7 +14,9 @@ import threading
 import time
 from pathlib import Path
 
+import datasets
 import pytest
+import transformers.utils.logging
 
 from hf_blockprune import display, screen
 from hf_blockprune.display import clock, part, planned, stage
@@ -24,13 +26,24 @@ from .conftest import RECIPE, launch, write_images
 PRUNE = ("-m", "hf_blockprune.cli", "prune")
 QUICK = ("--block-shape", "16x16", "--samples", "8", "--budget", "flops=0.75")
 SWITCHES = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+ALONE = {**{k: v for k, v in os.environ.items() if k not in SWITCHES}, "OMP_NUM_THREADS": "1"}  # models are tiny
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 
 
 @pytest.fixture(autouse=True)
 def _bars_are_allowed(monkeypatch):
+    """Whatever the environment says, and a command with --quiet that ran in this process before."""
     for switch in SWITCHES:
         monkeypatch.delenv(switch, raising=False)
+    bars = transformers.utils.logging
+    enabled = bars.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    bars.enable_progress_bar()
+    datasets.enable_progress_bars()
+    yield
+    if not enabled[0]:
+        bars.disable_progress_bar()
+    if not enabled[1]:
+        datasets.disable_progress_bars()
 
 
 def read_all(descriptor, found):
@@ -52,7 +65,7 @@ def in_terminal(*arguments, columns=100, interrupt_at=None, **environment):
     """
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    environment = {**os.environ, "TERM": "xterm", **environment}
+    environment = {**ALONE, "TERM": "xterm", **environment}
     command = [sys.executable, *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end, env=environment)
     os.close(end)
@@ -63,10 +76,13 @@ def in_terminal(*arguments, columns=100, interrupt_at=None, **environment):
     ]
     for reader in readers:
         reader.start()
-    if interrupt_at is not None:
-        until(lambda: re.search(interrupt_at, b"".join(written).decode(errors="ignore")))
-        process.send_signal(signal.SIGINT)
-    status = process.wait(timeout=300)
+    try:
+        if interrupt_at is not None:
+            until(lambda: re.search(interrupt_at, b"".join(written).decode(errors="ignore")))
+            process.send_signal(signal.SIGINT)
+        status = process.wait(timeout=300)
+    finally:
+        process.kill()
     for reader in readers:
         reader.join()
     process.stdout.close()
@@ -104,7 +120,7 @@ def shown(written):
 
 def piped(*arguments, **environment):
     command = [sys.executable, *map(str, arguments)]
-    environment = {**os.environ, **environment}
+    environment = {**ALONE, **environment}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     return done
@@ -320,15 +336,25 @@ with Live("the outer one", console=Console(stderr=True)):
 def test_a_process_that_splits_off_writes_to_the_terminal_itself():
     """It may have been split off while the thread that draws held a lock, which nobody opens there."""
     code = f"""{LOOP}
-import os
-with stage("loop", 3) as bar:
-    live = bar.run.screen._live
+import os, signal, threading
+held, released = threading.Event(), threading.Event()
+
+def hold(live):
     with live._lock, live.console._lock:
-        child = os.fork()
-        if not child:
-            print("from the child", file=sys.stderr, flush=True)
-            os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+        held.set()
+        released.wait()
+
+with stage("loop", 3) as bar:
+    threading.Thread(target=hold, args=(bar.run.screen._live,)).start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        print("from the child", file=sys.stderr, flush=True)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    released.set()
+assert status == 0
 """
     status, _, written = in_terminal("-c", code)
     assert status == 0
