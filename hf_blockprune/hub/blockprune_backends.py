@@ -1,7 +1,7 @@
 """Who multiplies: a registry of backends, and the choice between them at each call.
 
 Every backend must equal `reference`. Where no kernel can run, or none is expected to pay, `dense` multiplies with the
-unpacked matrix. That expectation counts multiplications and not calls: very small layers may still lose a little.
+unpacked matrix. That expectation counts multiplications, not what a call or unpacking takes.
 """
 
 import os

@@ -44,7 +44,7 @@ def is_observed() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or torch.autograd._profiler_enabled()
     )
 
 

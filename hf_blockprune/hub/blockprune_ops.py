@@ -1,7 +1,7 @@
 """The block-sparse linear op: y = act(x W^T + b) + residual, with W stored as kept blocks only.
 
 `torch.ops.blockprune.block_sparse_linear` is opaque to the compiler and so works under `torch.compile(fullgraph=True)`
-and `torch.export`. Which backend runs is decided at each call.
+and `torch.export`. Which backend runs is decided at each call. Calls in which torch has no part go past its dispatcher.
 """
 
 from collections.abc import Sequence
@@ -185,8 +185,6 @@ def block_sparse_linear(
         >>> block_sparse_linear(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), W, crow, col, out_features=4)
         tensor([[3., 3., 0., 0.]])
     """
-    layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
-    direct = needs_no_dispatcher(x, (layer,))
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; choose one of {list(ACTIVATIONS)}")
     # float64 stays as it is, as torch's own autocast has it, which knows no meta device.
@@ -199,11 +197,11 @@ def block_sparse_linear(
         raise ValueError(
             f"residual: expected {x.dtype} {[*x.shape[:-1], out_features]}, got {residual.dtype} {list(residual.shape)}"
         )
-    if direct:
-        return _compute(x, layer, backend)
+    layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
     if is_transformed():
-        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
         return composed_forward(x, layer)
+    if needs_no_dispatcher(x, (layer,)):
+        return _compute(x, layer, backend)
     return torch.ops.blockprune.block_sparse_linear(
         x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual
     )
