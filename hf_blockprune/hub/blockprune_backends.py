@@ -192,6 +192,6 @@ def run_quickly(x: Tensor, layers: Sequence[LayerArguments]) -> list[Tensor] | N
     """
     # A backend of an older version of this file has no such attribute.
     quick = getattr(next(reversed(_BACKENDS.values())), "quick", None)
-    if quick is None or os.environ.get("BLOCKPRUNE_BACKEND", "auto") != "auto":
+    if quick is None or (os.environ.get("BLOCKPRUNE_BACKEND") or "auto") != "auto":
         return None
     return quick(x, layers)
