@@ -25,9 +25,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The errors of the format's files, without importing torch for the others."""
     if name in ("BackendError", "BlockSparseFormatError"):
-        from .hub import blockprune_layout
+        from .hub.blockprune_layout import BackendError, BlockSparseFormatError
 
-        return getattr(blockprune_layout, name)
+        return {"BackendError": BackendError, "BlockSparseFormatError": BlockSparseFormatError}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

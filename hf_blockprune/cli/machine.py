@@ -1,10 +1,9 @@
 """Commands about this machine: calibrate, env and demo."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from ..errors import ConfigError
 from .options import BudgetOption, Overwrite, Shown
@@ -38,16 +37,9 @@ def env(shown: Shown) -> None:
     """Show the machine, the versions, and what multiplies with block-sparse weights here."""
     shown.begin()
     from ..environment import backends, environment
+    from ..tables import environment_table
 
-    shown.result({**environment(), "backends": backends()}, _environment_table)
-
-
-def _environment_table(values: dict[str, Any]) -> Table:
-    table = Table(show_header=False)
-    for name, value in values.items():
-        for key, part in value.items() if isinstance(value, dict) else [("", value)]:
-            table.add_row(f"{name} {key}".strip(), "-" if part is None else str(part))
-    return table
+    shown.result({**environment(), "backends": backends()}, environment_table)
 
 
 @command

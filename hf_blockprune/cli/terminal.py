@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from inspect import Parameter, signature
@@ -70,6 +71,7 @@ def set_quiet(quiet: bool) -> None:
     import huggingface_hub.utils
     import transformers
 
+    logging.getLogger("hf_blockprune").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.disable_progress_bar()
