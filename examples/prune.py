@@ -10,12 +10,12 @@ model_name, images, output = sys.argv[1:4]
 # accuracy, with 128 calibration images (benchmarks/results/sweep-deit-tiny.json).
 config = BlockPruneConfig(
     block_shape=(16, 16),  # with few images more accurate than 32x32, and hardly slower
-    method="obs",  # solves for the weights that stay; "taylor" and "magnitude" lose most of the accuracy here
+    method="obs",  # at 75 % it keeps 72.9 % top-1 of DeiT-Ti where "taylor" keeps 16.5 % (accuracy-deit-tiny.json)
     budget=Budget("flops", 0.8),  # keep 80 % of the whole model's FLOPs
 )
 pruner = BlockPruner.from_pretrained(model_name, config)
 pruner.prune(images)
-# At this budget pruner.recover(images) takes longer than the pruning and brings little; from 60 % down it is worth it.
+# Here one could call pruner.recover(images): on DeiT-Ti it brought nothing at 75 and 90 %, and 4 points at 60 %.
 pruner.save_pretrained(output)
 
 report = pruner.report()

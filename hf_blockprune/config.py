@@ -20,10 +20,11 @@ FORMAT_VERSION = 1
 METHODS = ("magnitude", "taylor", "obs")
 BUDGET_METRICS = ("flops", "params", "density", "latency", "energy")
 OLD_DENSITY = "sparsity"  # its name in older files, though sparsity is what is removed
+OLD_RATIO = 0.5  # what such a budget kept without a ratio
 DEVICE_METRICS = {"latency": "ms", "energy": "mJ"}  # and the units of their absolute values
 MAX_SEED = 2**32
-# What a user would keep of a small model, pruned with these and no other settings; a larger one has more to spare.
-# docs/prune.md has the measurements.
+# What leaves DeiT-Ti, which is small and has little to spare, worth keeping; of larger models it was not measured.
+# The numbers are in docs/prune.md.
 DEFAULT_BLOCK_SHAPE = (16, 16)
 DEFAULT_RATIO = 0.8
 
@@ -370,9 +371,9 @@ def with_todays_budgets(values: Mapping[str, Any], *, saved: bool) -> dict[str, 
     for key in ("budget", "second_budget"):
         budget = new.get(key)
         if isinstance(budget, Mapping) and budget.get("metric") == OLD_DENSITY:
-            new[key] = {**budget, "metric": "density"}
+            new[key] = {"ratio": OLD_RATIO, **budget, "metric": "density"}
             if not saved:
-                kept = f"keeps {budget.get('ratio', 0.5)} of the blocks"
+                kept = f"keeps {new[key]['ratio']} of the blocks"
                 warnings.warn(f"{key}: sparsity {kept}, as ever; write density", FutureWarning, stacklevel=3)
     return new
 

@@ -299,6 +299,12 @@ def test_older_files_that_say_sparsity_are_read_as_before(key, tmp_path):
     assert getattr(own, key) == Budget("density", 0.9)
 
 
+def test_older_files_that_say_sparsity_alone_keep_half_as_before():
+    with pytest.warns(FutureWarning, match=r"sparsity keeps 0\.5 of the blocks, as ever; write density"):
+        config = BlockPruneConfig.from_dict({"budget": {"metric": "sparsity"}})
+    assert config.budget == Budget("density", 0.5)
+
+
 def test_older_training_recipes_that_say_sparsity_are_read_as_before():
     with pytest.warns(FutureWarning, match="write density"):
         config = FinetuneConfig.from_dict({"gradual": {"budget": {"metric": "sparsity", "ratio": 0.6}}})

@@ -131,7 +131,7 @@ def test_the_app_in_a_browser(dense, pruned, images, tmp_path):
     """A picture named in the page's file dialog: both models' classes and the times come up, and no error."""
     picture = images / "picture_000.png"
     with served(pruned[0], dense, tmp_path) as address:
-        command = [sys.executable, str(ROOT / "tests/app_in_browser.py"), address, str(picture)]
+        command = [sys.executable, str(ROOT / "scripts/app_in_browser.py"), address, str(picture)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
@@ -149,7 +149,7 @@ def test_the_browser_tells_of_an_error(dense, pruned, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("no picture")
     with served(pruned[0], dense, tmp_path) as address:
-        command = [sys.executable, str(ROOT / "tests/app_in_browser.py"), address, str(text)]
+        command = [sys.executable, str(ROOT / "scripts/app_in_browser.py"), address, str(text)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert "Invalid file type" in json.loads(done.stdout.splitlines()[-1])["errors"][0], done.stderr
 

@@ -1,6 +1,6 @@
 """A reader of `examples/app.py` in a real browser: names a picture in the page's file dialog, and tells what it shows.
 
-    python tests/app_in_browser.py http://127.0.0.1:7860 picture.png --screenshot page.png
+    python scripts/app_in_browser.py http://127.0.0.1:7860 picture.png --screenshot page.png
 
 Prints JSON: the title and text of the page, the rows of its tables, the errors that popped up, and how many file
 dialogs it opened.
@@ -11,8 +11,6 @@ import json
 import os
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import screenshot  # first, as it says how Qt is to start
 from PySide6.QtCore import QPoint, QSize, Qt, QUrl
