@@ -42,7 +42,6 @@ from hf_blockprune.blocks import grid_shape
 from hf_blockprune.data import load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 
-
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes/prune.py"
 # Beginning of a script that is to run as where the package is not installed.
