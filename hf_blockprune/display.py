@@ -162,7 +162,8 @@ class Run:
         start = perf_counter()
         try:
             yield
-            self._parts_took[part.kind] = perf_counter() - start
+            if not self.ahead:  # one that failed midway is no sign of how long others take
+                self._parts_took[part.kind] = perf_counter() - start
         finally:
             self.plan, self.at, self.part = before
 
