@@ -122,6 +122,7 @@ class Run:
         self.screen: Screen = open_screen()
         self._took: dict[tuple[str, str], float] = {}
         self._parts_took: dict[str, float] = {}
+        self._stopped = False  # whether a stage of the part has ended by an error
 
     @contextmanager
     def showing(self, stage: Stage) -> Iterator[None]:
@@ -140,6 +141,7 @@ class Run:
             if outermost:
                 self.screen.end()
             self.stages.remove(stage)
+            self._stopped |= not whole
             if whole and not stage.resumed:
                 self._took[self._kind, stage.name] = stage.elapsed
             if outermost:
@@ -159,10 +161,12 @@ class Run:
         """The stages of a part, which have a plan of their own."""
         before = self.plan, self.at, self.part
         self.plan, self.at, self.part = list(stages), 0, part
+        self._stopped = False
         start = perf_counter()
         try:
             yield
-            self._parts_took[part.kind] = perf_counter() - start
+            if not self._stopped:  # one that failed is no sign of how long others take
+                self._parts_took[part.kind] = perf_counter() - start
         finally:
             self.plan, self.at, self.part = before
 

@@ -135,7 +135,7 @@ def _picture(run: "Run", width: int) -> Group:
     grid.add_column(no_wrap=True, justify="right")
     below = []
     for depth, stage in enumerate(list(run.stages)):
-        bar = ProgressBar(stage.total, min(stage.done, stage.total or 0), pulse=stage.total is None)
+        bar = ProgressBar(stage.total or None, min(stage.done, stage.total or 0), pulse=not stage.total)
         grid.add_row(Text("  " * depth + run.title(stage)), bar, Text(listed([amount(stage), *times(stage)])))
         below += figures(stage)
     later = []

@@ -1,5 +1,6 @@
 """What a run shows of itself: in a terminal, in the log of a job, and nowhere."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -474,6 +475,22 @@ def test_parts_of_one_kind_tell_how_long_others_take(capsys):
     assert (left[0], left[2]) == (None, None)
     assert left[1] == pytest.approx(0.04, abs=0.03)  # b
     assert lines_of(capsys)[2].startswith("point-1 (2 of 3), stage 1 of 2: a, 2/2 steps")
+
+
+def test_a_part_that_failed_tells_nothing_of_others():
+    with planned([]):
+        with (
+            part("failed", ["a", "b"], number=1, of=3, kind="obs", ahead=["obs", "obs"]),
+            contextlib.suppress(ValueError),
+        ):
+            work("a", 2)
+            with stage("b"):
+                raise ValueError
+        with part("next", ["a"], number=2, of=3, kind="obs", ahead=["obs"]), stage("a", 3) as bar:
+            for _ in range(2):
+                bar.advance()
+            assert bar.left is not None
+            assert bar.run.left is None
 
 
 def test_threads_have_displays_of_their_own(capsys):
