@@ -164,7 +164,7 @@ def test_importing_the_package_leaves_heavy_and_optional_dependencies_alone():
     assert f"{NAME}.hub.blockprune_triton" not in loaded  # torch may import triton itself, wherever it is installed
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["prune", "--help"], ["finetune", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["finetune", "--help"]])
 def test_help_imports_none_of_what_commands_need(arguments):
     code = f"from {NAME}.cli import app\napp({arguments}, standalone_mode=False)"
     assert modules_after(code) & {"torch", "transformers", "accelerate", "datasets", "numpy"} == set()
@@ -198,8 +198,6 @@ def test_public_names_are_those_of_the_modules_they_are_said_to_come_from():
     "order",
     [
         "import hf_blockprune, torch, transformers",
-        "import torch, hf_blockprune, transformers",
-        "import torch, transformers, hf_blockprune",
         "import torch, transformers.modeling_utils, hf_blockprune",
     ],
 )
@@ -218,7 +216,7 @@ assert not any(type(finder).__name__ == "AfterImport" and finder.name != "peft" 
 
 @pytest.mark.parametrize(
     "first",
-    ["errors.BlockSparseFormatError", "hub.blockprune_linear", "_cpu.backend", "saliency", "hub.modeling_blockprune"],
+    ["errors.BlockSparseFormatError", "_cpu.backend", "hub.modeling_blockprune"],
 )
 def test_whatever_is_imported_first_the_op_is_defined(first):
     module, _, name = f"{NAME}.{first}".rpartition(".")
