@@ -19,7 +19,7 @@ BRIEF = ("saving",)  # next to nothing beside the other stages, so no estimate w
 _thread = threading.local()  # a run of another thread has a display of its own
 
 
-@dataclass
+@dataclass(eq=False)
 class Stage:
     """A loop that is under way; made by `stage`.
 
@@ -165,7 +165,7 @@ class Run:
         start = perf_counter()
         try:
             yield
-            if not self._stopped:  # one that failed is no sign of how long others take
+            if not (self._stopped or self.ahead):  # one that failed is no sign of how long others take
                 self._parts_took[part.kind] = perf_counter() - start
         finally:
             self.plan, self.at, self.part = before
