@@ -21,8 +21,9 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when GPU kernels are imported
 
-for _size in ("COLUMNS", "LINES"):  # of xdist's own, through readline: tables of tests go to files, not to a terminal
-    os.environ.pop(_size, None)
+# xdist sets these, through readline; but tables of tests go to no terminal.
+os.environ.pop("COLUMNS", None)
+os.environ.pop("LINES", None)
 
 from accelerate import Accelerator
 from PIL import Image
