@@ -202,6 +202,23 @@ def end_to_end_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def small_table(results: dict[str, Any]) -> str:
+    """Where small models stop being faster than their dense ones."""
+    rows = results["end_to_end"]
+    batches = sorted({row["batch"] for row in rows})
+    found = {(row["arch"], shape_text(row["block_shape"]), row["sparsity"], row["batch"]): row for row in rows}
+    lines = [
+        f"Times as fast as the dense model, with quartiles. {machine(results)}.",
+        "",
+        f"| model | blocks | removed | {' | '.join(f'batch {batch}' for batch in batches)} |",
+        "|---|---|---|" + "---|" * len(batches),
+    ]
+    for arch, shape, sparsity in dict.fromkeys(key[:3] for key in found):
+        cells = [ratio_text(found[arch, shape, sparsity, batch], "ratio_to_dense", "ratio_spread") for batch in batches]
+        lines.append(f"| {arch} | {shape} | {sparsity:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def ratio_text(row: dict[str, Any], key: str, spread: str) -> str:
     return f"{row[key]:.2f} ({row[spread][0]:.2f} to {row[spread][1]:.2f})" if key in row else "-"
 
@@ -253,6 +270,7 @@ TABLES = {
     "kernels": kernels_table,
     "cases": cases_table,
     "end_to_end": end_to_end_table,
+    "small": small_table,
     "families": families_table,
     "systolic": systolic_table,
     "promise": promise_table,
