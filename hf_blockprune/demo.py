@@ -185,7 +185,7 @@ def _train(train: Any) -> tuple[ViTForImageClassification, Any]:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-                    bar.advance(loss=float(loss), lr=optimizer.param_groups[0]["lr"])
+                    bar.advance(loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
                     schedule.step()
     return model.eval(), processor
 

@@ -26,7 +26,7 @@ REPORT, CARD, WEIGHTS = "blockprune_report.json", "README.md", "model.safetensor
 @pytest.fixture(scope="module")
 def saved(vit_folder, tmp_path_factory):
     """A pruned model that nobody measured."""
-    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "sparsity", "ratio": 0.5})
+    config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "density", "ratio": 0.5})
     pruner = BlockPruner.from_pretrained(vit_folder, config)
     pruner.prune()
     folder = tmp_path_factory.mktemp("measured") / "pruned"
