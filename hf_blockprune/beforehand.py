@@ -20,21 +20,26 @@ def check_inputs(
     model: str,
     *,
     evaluation: Any = None,
-    teacher: str | None = None,
+    other: str | None = None,
     budgets: tuple[Budget | None, ...] = (),
-) -> None:
+    compared: bool = True,
+) -> tuple[Any, ImageSet | None]:
     """Refuse a job that would fail at its end.
 
     Args:
         model: Hub name or folder of the model that the job begins with.
         evaluation: labelled images that the result is measured on, or None.
-        teacher: of the dense model, where another one is needed.
+        other: the same of another model, a teacher or one to compare with.
         budgets: whose devices have to be known.
+        compared: whether the result is compared with another model's.
+
+    Returns:
+        (the model's config, the labelled images, opened).
 
     Raises:
         BackendError: `BLOCKPRUNE_BACKEND` names none.
         ConfigError: a device is not known.
-        ModelError: there is no such model or teacher.
+        ModelError: there is no such model, or an encoder is measured alone.
         DataError: the labelled images cannot be used.
     """
     wanted_backend()
@@ -42,13 +47,12 @@ def check_inputs(
         if budget is not None and budget.device is not None:
             load_profile(budget.device)
     config = load_config(model, {})
-    if teacher is not None:
-        load_config(teacher, {})
-    if evaluation is not None:
-        evaluation_images(model, config, evaluation, compared=True)
+    if other is not None:
+        load_config(other, {})
+    return config, None if evaluation is None else _evaluation_images(model, config, evaluation, compared=compared)
 
 
-def evaluation_images(model: str, config: Any, dataset: Any, *, compared: bool) -> ImageSet:
+def _evaluation_images(model: str, config: Any, dataset: Any, *, compared: bool) -> ImageSet:
     """A data set to measure a model on, opened, with labels that fit a classifier; of an encoder without.
 
     Args:

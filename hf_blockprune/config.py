@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +101,18 @@ class Budget:
             ) from None
         key = "value" if absolute else "ratio"
         return cls(metric, **{key: number}, device=device.strip() or None)  # type: ignore[arg-type]
+
+
+def budget_text(budget: Mapping[str, Any]) -> str:
+    """A budget's values as the command line writes them."""
+    unit = DEVICE_METRICS.get(budget["metric"])
+    amount = f"{budget['ratio']:g}" if budget["value"] is None else f"{budget['value']:g}{unit}"
+    return f"{budget['metric']}={amount}" + (f"@{budget['device']}" if budget["device"] else "")
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """ROWSxCOLS."""
+    return "x".join(map(str, shape))
 
 
 @dataclass(frozen=True)
@@ -318,6 +330,11 @@ class BlockPruneConfig:
     def refits(self) -> bool:
         """Whether surviving weights are solved for."""
         return self.method == "obs" if self.refit is None else self.refit
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether there is anything to learn from images."""
+        return self.method != "magnitude" or self.refits
 
     @property
     def permutes(self) -> bool:

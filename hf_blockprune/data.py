@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from .columns import label_of
-from .errors import DataError
+from .errors import DataError, first_names
 from .image_set import ImageSet
 from .labels import Labels
 from .model_input import ModelInput, preprocess, stacked
@@ -93,7 +93,7 @@ class CorruptImages:
         if len(self.files) > MAX_CORRUPT_SHARE * self.seen:
             raise DataError(
                 f"{self.name}: {len(self.files)} of {self.seen} images cannot be decoded, more than "
-                f"{MAX_CORRUPT_SHARE:.0%}: {', '.join(self.files[:5])}{', ...' if len(self.files) > 5 else ''}; "
+                f"{MAX_CORRUPT_SHARE:.0%}: {first_names(self.files, 5)}; "
                 f"mend or remove them{f' ({self.reason})' if self.reason else ''}"
             )
 

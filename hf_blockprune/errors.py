@@ -4,6 +4,7 @@
 `hf_blockprune.hub.blockprune_layout` because that file travels alone with every saved model.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ def __getattr__(name: str) -> Any:
 def first_line(error: BaseException | None) -> str:
     """The first line of an error of others that says something, or its kind."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def first_names(names: Sequence[str], most: int) -> str:
+    """The first of many names, and a sign that there are more."""
+    return f"{', '.join(names[:most])}{', ...' if len(names) > most else ''}"
 
 
 class BlockPruneError(Exception):

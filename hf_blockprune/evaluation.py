@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import CorruptImages, ImageSet, batches, num_batches
-from .display import stage
+from .asking import ask
+from .data import ImageSet
 from .errors import DataError
-from .modes import evaluating
 from .paired import PairedChange, mean_change, paired_change
 from .scores import SCORES, main_score
 from .tasks import MULTI, SINGLE, missing, task_of
@@ -166,28 +165,22 @@ def predict(
         DataError: images without labels, labels that do not fit the model, or more than 1 % corrupt images.
         ModelError: the model's `problem_type` does not fit it.
     """
-    from accelerate.utils import gather_object
-
     config: Any = model.config
     problem = task_of(config, several=images.labelled is not None and images.labelled.listed).problem
     need_labels(images)
-    model.to(accelerator.device)
-    rows: list[tuple[int, Any, list[Any]]] = []
-    corrupt = CorruptImages(images.name)
-    stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=config)
-    total = num_batches(images, batch_size, accelerator.num_processes)
-    with stage(name, total, unit="batches") as bar, evaluating(model):
-        for batch in bar.over(stream):
-            corrupt.count(batch)
-            if "pixel_values" in batch:
-                rows += _answers(model, batch, images.name, problem)
-    corrupt.gather()
-    corrupt.check()
-    rows = sorted(gather_object(rows))
+    rows, skipped = ask(
+        model,
+        images,
+        processor,
+        lambda batch: _answers(model, batch, images.name, problem),
+        accelerator=accelerator,
+        batch_size=batch_size,
+        name=name,
+    )
     index, labels, answers = (np.array(column) for column in zip(*rows, strict=True))
     if problem == SINGLE:
-        return Predictions(index, labels, answers, corrupt.files)
-    return Outputs(index, labels, answers, corrupt.files, problem)
+        return Predictions(index, labels, answers, skipped)
+    return Outputs(index, labels, answers, skipped, problem)
 
 
 def need_labels(images: ImageSet) -> None:

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .data import CorruptImages, ImageSet, batches, num_batches
-from .display import stage
+from .asking import ask
+from .data import ImageSet
 from .errors import DataError, ModelError
-from .modes import evaluating
 from .outputs import answers
 
 if TYPE_CHECKING:
@@ -74,24 +73,23 @@ def embed(
     Raises:
         DataError: more than 1 % corrupt images.
     """
-    from accelerate.utils import gather_object
-
-    model.to(accelerator.device)
-    rows: list[tuple[int, np.ndarray]] = []
-    corrupt = CorruptImages(images.name)
-    stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config)
-    total = num_batches(images, batch_size, accelerator.num_processes)
-    with stage(name, total, unit="batches") as bar, evaluating(model), torch.inference_mode():
-        for batch in bar.over(stream):
-            corrupt.count(batch)
-            if "pixel_values" in batch:
-                found = answers(model, batch["pixel_values"]).float().cpu().numpy()
-                rows += zip(batch["index"].tolist(), found, strict=True)
-    corrupt.gather()
-    corrupt.check()
-    rows = sorted(gather_object(rows), key=lambda row: row[0])
+    rows, skipped = ask(
+        model,
+        images,
+        processor,
+        lambda batch: _embeddings(model, batch),
+        accelerator=accelerator,
+        batch_size=batch_size,
+        name=name,
+    )
     index, values = zip(*rows, strict=True)
-    return Embeddings(np.array(index), np.stack(values), corrupt.files, images.public_name, images.split)
+    return Embeddings(np.array(index), np.stack(values), skipped, images.public_name, images.split)
+
+
+@torch.inference_mode()
+def _embeddings(model: nn.Module, batch: dict[str, Any]) -> list[tuple[int, np.ndarray]]:
+    found = answers(model, batch["pixel_values"]).float().cpu().numpy()
+    return list(zip(batch["index"].tolist(), found, strict=True))
 
 
 def compare(have: Embeddings, wanted: Embeddings) -> Fidelity:

@@ -1,13 +1,14 @@
 """The work behind `recipes/finetune.py`: one training from a recipe file and overrides."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .beforehand import check_inputs
 from .checkpoint import check_output
 from .config import read_settings
+from .data import ImageSet
 from .display import planned, stage
 from .errors import ConfigError
 from .finetune_config import FinetuneConfig
@@ -42,7 +43,7 @@ class FinetuneJob:
     dataset: DataSource | str
     teacher: str | None = None
     split: str | None = None
-    evaluation: DataSource | str | None = None
+    evaluation: DataSource | ImageSet | str | None = None
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     @classmethod
@@ -123,12 +124,9 @@ def run_finetune(
     """
     check_output(job.output, overwrite=overwrite)
     gradual = job.config.gradual
-    check_inputs(
-        job.model,
-        evaluation=job.evaluation,
-        teacher=job.teacher,
-        budgets=() if gradual is None else (gradual.budget,),
-    )
+    budgets = () if gradual is None else (gradual.budget,)
+    _, evaluation = check_inputs(job.model, evaluation=job.evaluation, other=job.teacher, budgets=budgets)
+    job = replace(job, evaluation=evaluation)
     evaluation = evaluation_stages(job.teacher) if job.evaluation is not None else []
     with planned(["loading", "training", *evaluation, "saving"]):
         return _run_finetune(job, overwrite=overwrite, resume=resume, restart=restart)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .checkpoint import CONFIG_FILE, check_output_file, read_json, write_text
 from .checkpoint_report import CheckpointReport, describe
-from .config import DEVICE_METRICS
+from .config import budget_text
 from .drawings import Bar, Mark, bar_chart, mask_picture, scatter
 from .errors import CheckpointError
 from .intervals import wilson_interval
@@ -235,10 +235,3 @@ def _point(point: dict[str, Any]) -> dict[str, Any]:
         "top1_interval": wilson_interval(evaluation["top1"], evaluation["num_images"]),
         "budget_text": budget_text(budget),
     }
-
-
-def budget_text(budget: dict[str, Any]) -> str:
-    """A budget as the command line writes it."""
-    unit = DEVICE_METRICS.get(budget["metric"])
-    amount = f"{budget['ratio']:g}" if budget["value"] is None else f"{budget['value']:g}{unit}"
-    return f"{budget['metric']}={amount}" + (f"@{budget['device']}" if budget["device"] else "")

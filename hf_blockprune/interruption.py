@@ -1,11 +1,12 @@
 """Ctrl-C and SIGTERM: a command ends with one line that says what is kept, and the exit code that a shell expects."""
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from .processes import is_first_process
 
 SIGNAL_BASE = 128  # a shell's exit code of a process that a signal ended is this and the signal's number
 
@@ -55,7 +56,7 @@ def interruptible(say: Callable[[str], None]) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         # Whoever launched several processes may send both, one after the other; the first is answered.
         ignored = {number: _handle(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             say(": ".join(["interrupted", *([str(stop)] if str(stop) else [])]))
         _handle(signal.SIGINT, ignored[signal.SIGINT])
         raise SystemExit(exit_code(stop)) from None

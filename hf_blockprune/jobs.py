@@ -8,6 +8,7 @@ from typing import Any
 from .beforehand import check_inputs
 from .checkpoint import check_output
 from .config import BlockPruneConfig, read_settings
+from .data import ImageSet
 from .display import planned, stage
 from .errors import ConfigError
 from .evaluation import Outputs, Predictions
@@ -36,7 +37,7 @@ class PruneJob:
     output: str
     dataset: DataSource | str | None = None
     split: str | None = None
-    evaluation: DataSource | str | None = None
+    evaluation: DataSource | ImageSet | str | None = None
     config: BlockPruneConfig = field(default_factory=BlockPruneConfig)
 
     @classmethod
@@ -107,7 +108,8 @@ def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False, r
     """
     check_output(job.output, overwrite=overwrite)
     budgets = (job.config.budget, job.config.second_budget)
-    check_inputs(job.model, evaluation=job.evaluation, budgets=budgets)
+    _, evaluation = check_inputs(job.model, evaluation=job.evaluation, budgets=budgets)
+    job = dataclasses.replace(job, evaluation=evaluation)
     with (
         planned(["loading", *job_stages(job, job.model), "saving"]),
         unfinished_run(job.output, resume=resume, restart=restart) as work_dir,

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from .beforehand import evaluation_images
+from .beforehand import check_inputs
 from .errors import CheckpointError, ConfigError, ModelError
-from .hub.blockprune_backends import wanted_backend
 from .hub.blockprune_config import describes
 from .hub.blockprune_quantizer import block_sparse_layers
-from .loading import load_config
 from .pruner import BlockPruner
 
 
@@ -37,11 +35,7 @@ def run_evaluate(
         ModelError: there is no such model, or an encoder is compared with none.
         DataError: the images cannot be used.
     """
-    wanted_backend()
-    config = load_config(model, {})
-    if against is not None:
-        load_config(against, {})
-    images = evaluation_images(model, config, dataset, compared=against is not None)
+    _, images = check_inputs(model, evaluation=dataset, other=against, compared=against is not None)
     pruner = BlockPruner.from_pretrained(model)
     result = pruner.evaluate(images, against=against, batch_size=batch_size)
     return result, _keep(pruner, model) if save else None
@@ -74,13 +68,11 @@ def run_benchmark(
         ConfigError: no batch size was given, or one below 1.
         ModelError: there is no such model, or it is not pruned.
     """
-    wanted_backend()
     if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"batch sizes: expected whole numbers from 1, got {list(batch_sizes)}")
-    if not describes(load_config(model, {})):
+    config, _ = check_inputs(model, other=against)
+    if not describes(config):
         raise ModelError(f"{model} has no block-sparse layers to measure; name a pruned model")
-    if against is not None:
-        load_config(against, {})
     if threads is not None:
         torch.set_num_threads(threads)
     pruner = BlockPruner.from_pretrained(model)

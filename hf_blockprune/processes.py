@@ -1,9 +1,21 @@
 """The processes that a launcher started, known before there is an Accelerator."""
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all, without setting up what the caller may want to set up otherwise."""
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def processes() -> "PartialState":

@@ -45,9 +45,8 @@ TRUE_LOSS_IMAGES = 64
 
 def pruning_stages(config: BlockPruneConfig) -> list[str]:
     """The stages of a pruning run that are shown."""
-    calibrates = config.method != "magnitude" or config.refits
     return [
-        *(["calibration"] if calibrates else []),
+        *(["calibration"] if config.needs_images else []),
         *selection_stages(config),
         *(["refit"] if config.refits else []),
     ]
@@ -126,7 +125,7 @@ class Pruning:
     def _calibration_images(self, dataset: Any, split: str | None) -> tuple[ImageSet | None, int | None]:
         """(the images that were drawn, how many there are), both None where the method needs none."""
         model_input = find_input(self.model, self.processor)
-        if self.config.method == "magnitude" and not self.config.refits:
+        if not self.config.needs_images:
             return None, None
         if dataset is None:
             what = "refit" if self.config.method == "magnitude" else f"method {self.config.method!r}"

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .card import model_card, updated_card
 from .checkpoint import CARD_FILE, CONFIG_FILE, PROCESSOR_FILE, RECIPE_FILE, REPORT_FILE, read_json
-from .errors import HubError
+from .errors import HubError, first_names
 from .fetching import hub_errors
 from .inspection import SHARDS_FILE, open_checkpoint, weight_files
 from .measurements import drop_stale, files_fingerprint, measured
@@ -71,8 +71,7 @@ def upload_checkpoint(
         open_checkpoint(folder)
         own, others = checkpoint_files(folder)
         if others:
-            named = f"{', '.join(others[:20])}{', ...' if len(others) > 20 else ''}"
-            logger.warning(f"{folder}: not uploaded, as no part of the checkpoint: {named}")
+            logger.warning(f"{folder}: not uploaded, as no part of the checkpoint: {first_names(others, 20)}")
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -7,6 +7,7 @@ from typing import Any
 from .beforehand import check_inputs
 from .checkpoint import check_output
 from .config import RecoveryConfig, read_settings
+from .data import ImageSet
 from .errors import ConfigError
 from .jobs import PruneJob
 from .pruner import BlockPruner
@@ -34,7 +35,7 @@ class RecoverJob:
     output: str
     dataset: DataSource | str | None
     split: str | None = None
-    evaluation: DataSource | str | None = None
+    evaluation: DataSource | ImageSet | str | None = None
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     seed: int = 0
 
@@ -92,13 +93,13 @@ def run_recover(
     Arguments, what is kept, and errors as for `run_prune`.
     """
     check_output(job.output, overwrite=overwrite)
-    check_inputs(job.model, evaluation=job.evaluation, teacher=job.teacher)
+    _, evaluation = check_inputs(job.model, evaluation=job.evaluation, other=job.teacher)
     with unfinished_run(job.output, resume=resume, restart=restart) as work_dir:
         pruner = BlockPruner.from_pretrained(job.model)
         calibration = {**pruner.config.to_dict()["calibration"], "seed": job.seed}
         pruner.config = pruner.config.replace(recovery=job.recovery, calibration=calibration)
         pruner.recover(job.dataset, teacher=job.teacher, split=job.split, work_dir=work_dir)
-        if job.evaluation is not None:
-            pruner.evaluate(job.evaluation, against=job.teacher)
+        if evaluation is not None:
+            pruner.evaluate(evaluation, against=job.teacher)
         pruner.save_pretrained(job.output, overwrite=overwrite)
     return {"output": job.output, **pruner.report()}

@@ -103,14 +103,13 @@ def recover(
     pixels, index = load_pixels(images, processor, accelerator=accelerator, model_config=model.config)
     run = _Run(model, teacher, pixels, held_back(index), settings, accelerator, seed, progress)
     steps = {"reconstruction": run.reconstruct, "distillation": run.distil}
-    epochs = {"reconstruction": settings.reconstruction_epochs, "distillation": settings.epochs}
     best, divergence, kept, seconds = run.begin()
-    for name, step in steps.items():
-        if not epochs[name] or name in divergence:
+    for name, epochs in _epochs(settings).items():
+        if name in divergence:
             continue
         seconds[name] = run.state.begin(name)
         with timed(seconds, name):
-            step(epochs[name])
+            steps[name](epochs)
         divergence[name] = run.divergence()
         if divergence[name] < divergence[kept]:
             best, kept = copy.deepcopy(run.student.state_dict()), name
@@ -123,8 +122,13 @@ def recover(
 
 def recovery_stages(settings: RecoveryConfig) -> list[str]:
     """The stages of a recovery that are shown."""
+    return list(_epochs(settings))
+
+
+def _epochs(settings: RecoveryConfig) -> dict[str, int]:
+    """Passes over the images by step, of the steps that there are."""
     steps = {"reconstruction": settings.reconstruction_epochs, "distillation": settings.epochs}
-    return [name for name, epochs in steps.items() if epochs]
+    return {name: epochs for name, epochs in steps.items() if epochs}
 
 
 class _Scaled(nn.Module):

@@ -17,6 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .processes import is_first_process
+
 if TYPE_CHECKING:
     from .display import Run
 
@@ -225,7 +227,7 @@ def _stream_handlers() -> list["logging.StreamHandler[Any]"]:
 
 def open_screen() -> Screen:
     """What there is to show a run on."""
-    if not _is_first_process() or _bars_are_disabled():
+    if not is_first_process() or _bars_are_disabled():
         return Nowhere()
     # Another live display holds the terminal, and prints lines above itself.
     if isinstance(sys.stderr, FileProxy) or sys.stderr is None:
@@ -239,15 +241,6 @@ def open_screen() -> Screen:
 def _is_terminal(stream: Any) -> bool:
     # Not what rich says, which takes FORCE_COLOR in the log of a job for a terminal.
     return cast(bool, stream is not None and stream.isatty())
-
-
-def _is_first_process() -> bool:
-    """Without setting up what the caller may want to set up otherwise."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _bars_are_disabled() -> bool:

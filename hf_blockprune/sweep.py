@@ -113,7 +113,8 @@ def run_sweep(
     folder = SweepFolder(Path(job.output).expanduser().resolve(), list(configs))
     folder.check()
     budgets = [budget for config in configs.values() for budget in (config.budget, config.second_budget)]
-    check_inputs(job.model, evaluation=job.evaluation, budgets=tuple(budgets))
+    _, evaluation = check_inputs(job.model, evaluation=job.evaluation, budgets=tuple(budgets))
+    job = replace(job, evaluation=evaluation)
     if restart:
         folder.discard_unfinished()
     with planned(["loading", EVALUATION]):

@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from .checkpoint import stream_reordered
+from .config import shape_text
 from .console import folding_table
 from .scores import SCORES, change_text, main_score, score_text
 
@@ -87,11 +88,6 @@ def _total(report: dict[str, Any], key: str) -> float:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
-
-
-def shape_text(shape: list[int]) -> str:
-    """ROWSxCOLS."""
-    return "x".join(map(str, shape))
 
 
 def bytes_text(values: dict[str, Any]) -> str:

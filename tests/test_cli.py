@@ -7,31 +7,16 @@ import sys
 import datasets
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from hf_blockprune._cpu.library import find_library
-from hf_blockprune.cli import app
 from hf_blockprune.data import load_images
 from hf_blockprune.hardware.systolic import dense_cycles
 from hf_blockprune.hub.blockprune_backends import available_backends
 
+from .commands import refused, run
 from .conftest import write_images
 
 QUICK = ["--block-shape", "16x16", "--budget", "flops=0.75", "--samples", "8", "--quiet"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(*arguments):
-    """The one line on standard error of a command that must end with exit code 1."""
-    result = run(*arguments)
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -7,24 +7,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, CalibrationConfig, FinetuneConfig, RecoveryConfig, __version__
 from hf_blockprune.cli import app, checkpoints, options, pruning, training
 from hf_blockprune.config import METHODS
 from hf_blockprune.finetune_config import PRECISIONS
-from hf_blockprune.hardware.profiles import profile_names
+from hf_blockprune.hardware.profile_names import profile_names
 from hf_blockprune.hub.blockprune_systolic import DATAFLOWS
 from hf_blockprune.sources import LABELS_BY
 from hf_blockprune.sweep import KEEP
 
+from .commands import run
+
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 # Without these something is not done, or the recipe says it: there is nothing that holds instead.
 NO_DEFAULT = {"config", "dataset", "dataset_config", "output", "evaluate_on", "teacher", "model_option"}
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def options_of(command):

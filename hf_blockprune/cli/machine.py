@@ -51,7 +51,7 @@ def demo(
     budget: BudgetOption = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a small vision transformer on scikit-learn's digits, prune it, load it back. No network, about a minute."""
+    """Train a small vision transformer on scikit-learn's digits, prune it, load it back. No network."""
     shown.begin()
     from ..demo import demo_table, run_demo
 

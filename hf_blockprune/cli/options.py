@@ -4,16 +4,17 @@ Options that are left out are None, which leaves the recipe's value; their help 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.resources import files
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
-from ..config import BlockPruneConfig, Budget, RecoveryConfig
+from ..config import BlockPruneConfig, Budget, RecoveryConfig, budget_text, shape_text
 from ..errors import ConfigError
+from ..hardware.profile_names import profile_names
+from ..processes import is_first_process
 from .terminal import emit, set_quiet
 
 DEFAULTS, RECOVERY = BlockPruneConfig(), RecoveryConfig()
@@ -53,17 +54,7 @@ def parse_flops_or_budget(text: str) -> Budget:
 
 def complete_profile(incomplete: str) -> list[str]:
     """Names of device profiles that come with the package."""
-    names = sorted(Path(entry.name).stem for entry in files("hf_blockprune.hardware").joinpath("profiles").iterdir())
-    return [name for name in names if name.startswith(incomplete)]
-
-
-def budget_text(budget: Budget) -> str:
-    """As the command line writes it."""
-    return f"{budget.metric}={budget.ratio}"
-
-
-def shape_text(shape: tuple[int, int]) -> str:
-    return "x".join(map(str, shape))
+    return [name for name in profile_names() if name.startswith(incomplete)]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
@@ -87,8 +78,10 @@ Profile = Annotated[
     str,
     typer.Option("--device", help="Device profile: its name or a YAML file.", autocompletion=complete_profile),
 ]
-
-
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, help="Seed of the draw of images.", show_default=str(DEFAULTS.calibration.seed)),
+]
 Ignore = Annotated[
     list[str] | None,
     typer.Option("--ignore", help="Leave layers that match dense; may be repeated.", show_default="none"),
@@ -103,7 +96,7 @@ BudgetOption = Annotated[
         metavar="METRIC=RATIO",
         help="Share kept: flops=0.75, params=0.6, density=0.5, latency=0.6@DEVICE or energy=0.6@DEVICE; or an "
         "amount: latency=8ms@DEVICE, energy=5mJ@DEVICE.",
-        show_default=budget_text(DEFAULTS.budget),
+        show_default=budget_text(asdict(DEFAULTS.budget)),
     ),
 ]
 
@@ -209,10 +202,7 @@ class Calibration:
             "--batch-size", min=1, help="Images in one pass.", show_default=str(DEFAULTS.calibration.batch_size)
         ),
     ] = None
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", min=0, help="Seed of the draw of images.", show_default=str(DEFAULTS.calibration.seed)),
-    ] = None
+    seed: Seed = None
 
     def settings(self) -> dict[str, Any]:
         """Overrides of a job."""
@@ -294,10 +284,7 @@ class Recovering:
         int | None,
         typer.Option("--batch-size", min=2, help="Images of a step, on all.", show_default=str(RECOVERY.batch_size)),
     ] = None
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", min=0, help="Seed of the draw of images.", show_default=str(DEFAULTS.calibration.seed)),
-    ] = None
+    seed: Seed = None
 
     def settings(self) -> dict[str, Any]:
         """Overrides of a job."""
@@ -329,15 +316,13 @@ class Shown:
 
     def begin(self) -> None:
         """Be quiet where that was asked for, or where another process speaks."""
-        from ..processes import processes
-
-        set_quiet(self.quiet or not processes().is_main_process)
+        set_quiet(self.quiet or not is_first_process())
 
     def result(self, values: dict[str, Any], table: Callable[[dict[str, Any]], Table]) -> None:
         """Print JSON and nothing else, or a table, on the first process; the others end here."""
-        from ..processes import processes
+        from torch import distributed
 
-        state = processes()
-        if state.is_main_process:
+        if is_first_process():
             emit(values, table(values), as_json=self.json_)
-        state.destroy_process_group()  # else torch warns of it
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # else torch warns of it

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..config import METHODS
+from ..config import METHODS, shape_text
 from .options import (
     DEFAULTS,
     Calibration,
@@ -23,7 +23,6 @@ from .options import (
     parse_block_shape,
     parse_each,
     parse_flops_or_budget,
-    shape_text,
 )
 from .terminal import command, say, say_error, say_skipped
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..console import table_console
+from ..errors import first_names
 from ..interruption import interruptible
 
 err = Console(stderr=True)
@@ -100,5 +101,4 @@ def say_skipped(files: list[str], left_out: list[str] | None = None) -> None:
     if files:
         say(f"skipped {len(files)} corrupt image(s): {', '.join(files)}")
     if left_out:
-        named = f"{', '.join(left_out[:20])}{', ...' if len(left_out) > 20 else ''}"
-        say(f"left out {len(left_out)} file(s) that are not read as pictures: {named}")
+        say(f"left out {len(left_out)} file(s) that are not read as pictures: {first_names(left_out, 20)}")

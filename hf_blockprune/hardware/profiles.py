@@ -1,7 +1,6 @@
 """Device profiles: those that come with the package, and files of one's own."""
 
 from dataclasses import asdict, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,7 @@ from ..environment import environment
 from ..errors import ConfigError
 from ..files import partial_file
 from ..hub.blockprune_profiles import profile_from_dict
-
-FOLDER = files("hf_blockprune.hardware") / "profiles"
-
-
-def profile_names() -> list[str]:
-    """Names of the profiles that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in FOLDER.iterdir() if entry.name.endswith(".yaml"))
+from .profile_names import FOLDER, profile_names
 
 
 def load_profile(name_or_path: str | Path) -> Any:

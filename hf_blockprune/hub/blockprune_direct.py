@@ -38,13 +38,12 @@ def needs_no_dispatcher(x: Tensor, layers: Sequence[LayerArguments]) -> bool:
 def is_observed() -> bool:
     """Whether autocast, a transform, a tracer, a profiler or a mode of torch sees each call of an operator."""
     return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        is_transformed()
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
     )
 
 

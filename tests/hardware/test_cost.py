@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_blockprune.errors import ConfigError
-from hf_blockprune.hardware.profiles import load_profile, profile_names
+from hf_blockprune.hardware.profile_names import profile_names
+from hf_blockprune.hardware.profiles import load_profile
 from hf_blockprune.hub.blockprune_cost import Cost, Linear, VisionTransformer, layer_cost, model_cost, other_cost
 from hf_blockprune.hub.blockprune_profiles import CpuProfile, GpuProfile, SystolicProfile
 from hf_blockprune.hub.blockprune_systolic import block_sparse_cycles, dense_cycles
