@@ -84,7 +84,7 @@ def models(options: argparse.Namespace):
             m.dense_shape[0] * m.dense_shape[1] if m.dense_shape else m.in_features * m.out_features
             for _, m in block_sparse_layers(sparse)
         )
-        kept = sum(m.weight.numel() for _, m in block_sparse_layers(sparse))
+        kept = sum(m.packed().weight.numel() for _, m in block_sparse_layers(sparse))
         details = {"block_shape": list(shape), "sparsity": round(1 - kept / weights, 3), "dtype": options.dtype}
         yield options.model.name, dense.eval(), sparse.eval(), details
         return

@@ -13,6 +13,7 @@ from .errors import ModelError
 from .evaluation import EVALUATION_SPLITS, need_labels
 from .hardware.profiles import load_profile
 from .hub.blockprune_backends import wanted_backend
+from .hub.blockprune_storage import wanted_storage
 from .loading import load_config, model_class_of
 
 
@@ -37,12 +38,13 @@ def check_inputs(
         (the model's config, the labelled images, opened).
 
     Raises:
-        BackendError: `BLOCKPRUNE_BACKEND` names none.
+        BackendError: `BLOCKPRUNE_BACKEND` or `BLOCKPRUNE_STORAGE` names none.
         ConfigError: a device is not known.
         ModelError: there is no such model, or an encoder is measured alone.
         DataError: the labelled images cannot be used.
     """
     wanted_backend()
+    wanted_storage()
     for budget in budgets:
         if budget is not None and budget.device is not None:
             load_profile(budget.device)

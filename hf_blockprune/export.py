@@ -18,7 +18,7 @@ from .checkpoint import check_output, check_output_file, staged_directory
 from .display import planned, stage
 from .errors import CheckpointError, ConfigError, ModelError
 from .hub.blockprune_fusion import unfuse
-from .hub.blockprune_quantizer import block_sparse_layers
+from .hub.blockprune_quantizer import block_sparse_layers, pack_weights
 from .inner_width import cut_units, leave_units_out, narrow
 from .loading import load_model, model_class_of
 from .model_input import picture_size
@@ -150,6 +150,7 @@ def _write_onnx(model: Any, processor: Any, file: Path, pixels: Callable[[int], 
 
 def _write_program(model: Any, processor: Any, file: Path, pixels: Callable[[int], Tensor]) -> Run:
     unfuse(model)  # layers that hand each other results in Python are no part of a graph
+    pack_weights(model)  # machines that the program runs on may differ from this one
     shapes = ({0: torch.export.Dim("batch")},)
     content = io.BytesIO()  # torch's own writer ends the process where the disk is full
     with _explained("torch.export"), torch.no_grad():

@@ -27,7 +27,7 @@ from .finetune_pruning import GradualPruning, make_sparse, shrink
 from .finetune_schedule import LearningRates, PruningSteps
 from .finetune_state import weights_of
 from .finetune_student import Student, is_sharded, stored_masks
-from .hub.blockprune_quantizer import block_sparse_layers
+from .hub.blockprune_quantizer import block_sparse_layers, choose_storage, pack_weights
 from .model_input import picture_size
 from .progress import Progress, weights_fingerprint
 from .skeleton import channels_of
@@ -110,6 +110,7 @@ class Finetuning:
         if not self.settings.distillation.needs_teacher:
             self.teacher = None
         self._check()
+        pack_weights(self.model)  # kept blocks alone are trained, kept and taken out
         settings, device = self.settings, self.accelerator.device
         size = picture_size(self.model, self.processor)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -212,6 +213,7 @@ class Finetuning:
         self.model.requires_grad_(True)
         if self.dtype != torch.float32:
             self.model.to(self.dtype)
+        choose_storage(self.model)
         return self.history
 
     def pruning_config(self, config: BlockPruneConfig) -> BlockPruneConfig:

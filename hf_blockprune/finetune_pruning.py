@@ -19,7 +19,7 @@ from .finetune_config import GradualConfig
 from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_fusion import fuse, unfuse
 from .hub.blockprune_linear import BlockSparseLinear
-from .hub.blockprune_quantizer import block_sparse_layers, sparsify, update_config
+from .hub.blockprune_quantizer import block_sparse_layers, pack_weights, sparsify, update_config
 from .model_input import picture_size
 from .selection import Selection
 from .structure import find_transformer_layers
@@ -50,6 +50,7 @@ def make_sparse(model: Any, settings: GradualConfig) -> None:
             for name, linear in targets.items()
         }
         sparsify(model, {n: torch.ones(g, dtype=torch.bool) for n, g in grids.items()}, settings.block_shape)
+        pack_weights(model)
     elif settings.block_shape not in (None, *shapes):
         raise ConfigError(f"gradual.block_shape: the model has blocks of {shapes.pop()} already; leave it out")
     else:

@@ -31,7 +31,9 @@ from .hub.blockprune_quantizer import (
     QUANT_METHOD,
     BlockPruneQuantizationConfig,
     match_layers,
+    tokens_of_layers,
 )
+from .hub.blockprune_storage import is_best_packed
 from .loading import build, model_class_of
 
 LAYER_COUNTS = ("num_hidden_layers", "depths")
@@ -87,7 +89,8 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> di
         would be dense), `stream_reordered` (whether features of hidden states, and so of embeddings, come in another
         order than the dense model's, None where no sound report lies beside the weights), and `layers`, a list of
         {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes, cpu_backend}, the
-        last being what would multiply with it on this machine's CPU ("dense" where kernels would not pay).
+        last being what would multiply with it on this machine's CPU ("unpacked" where torch's own product with the
+        whole matrix is expected to be faster).
 
     Raises:
         CheckpointError: there is no block-sparse checkpoint, or it is damaged.
@@ -158,10 +161,12 @@ def open_checkpoint(directory: str | Path, architecture: Any = None) -> StoredMo
     flops = _flops(folder, architecture)
     stored_names = {module: name for name, module in modules.items()}
     layers, indices = [], _read_indices(config, headers)
+    tokens = tokens_of_layers(architecture, stored_names)
     for module, linear in architecture.named_modules():
         if module in stored_names:
             name = stored_names[module]
-            layers.append(StoredLayer(name, module, *_inspect_layer(name, linear, config, headers, indices)))
+            values, mask = _inspect_layer(name, linear, config, headers, indices, tokens[module])
+            layers.append(StoredLayer(name, module, values, mask))
     return StoredModel(architecture, flops, layers, sum(file.stat().st_size for file in files))
 
 
@@ -268,6 +273,7 @@ def _inspect_layer(
     config: BlockPruneQuantizationConfig,
     headers: dict[str, StoredTensor],
     indices: dict[str, Tensor],
+    tokens: int,
 ) -> tuple[dict[str, Any], Tensor]:
     nnz_blocks, block_shape = config.layers[name], _pair(config.block_shape)
     dense = (linear.out_features, linear.in_features)
@@ -287,7 +293,7 @@ def _inspect_layer(
         "density": nnz_blocks / blocks,
         "size_bytes": sum(headers[key].size_bytes for key in keys.values()),
         "dense_size_bytes": dense[0] * dense[1] * ELEMENT_BYTES[dtype],
-        "cpu_backend": _cpu_backend(DTYPES[dtype], shape, block_shape, crow, col),
+        "cpu_backend": _cpu_backend(DTYPES[dtype], shape, block_shape, crow, col, tokens),
     }
     empty = torch.empty(nnz_blocks, 0, 0)
     return layer, block_mask(PackedWeight(empty, crow, col), block_cols)
@@ -308,11 +314,13 @@ def _read_indices(config: BlockPruneQuantizationConfig, headers: dict[str, Store
 
 
 def _cpu_backend(
-    dtype: torch.dtype, shape: tuple[int, int], block_shape: tuple[int, int], crow: Tensor, col: Tensor
+    dtype: torch.dtype, shape: tuple[int, int], block_shape: tuple[int, int], crow: Tensor, col: Tensor, tokens: int
 ) -> str:
-    """Name of the backend that would multiply with a layer on this machine's CPU."""
+    """Name of the backend that would multiply with a layer on this machine's CPU, or "unpacked"."""
     zero = torch.zeros((), dtype=dtype)  # which blocks there are decides, not what is in them
     layer = LayerArguments(zero.expand(len(col), *block_shape), crow, col, None, shape[0])
+    if not is_best_packed(layer, shape[1], tokens):
+        return "unpacked"
     return choose_backend(zero.expand(1, shape[1]), layer)
 
 

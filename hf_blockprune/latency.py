@@ -77,7 +77,8 @@ def _backends(model: nn.Module, pixels: torch.Tensor) -> dict[str, int]:
     found: Counter[str] = Counter()
 
     def note(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        found[choose_backend(inputs[0], module.arguments())] += 1
+        unpacked = module.is_unpacked
+        found["unpacked" if unpacked else choose_backend(inputs[0], module.arguments())] += 1
 
     handles = [module.register_forward_hook(note) for _, module in block_sparse_layers(model)]
     try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .files import partial_file
+from .hub.blockprune_saving import packed_states
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -137,8 +138,9 @@ def fingerprint(values: dict[str, Any]) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """The same for equal weights."""
-    return tensors_fingerprint(sorted(model.state_dict().items()))
+    """The same for equal weights, whichever form layers have them in."""
+    with packed_states(model):
+        return tensors_fingerprint(sorted(model.state_dict().items()))
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:

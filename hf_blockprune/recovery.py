@@ -29,7 +29,6 @@ from .data import ImageSet, load_pixels
 from .display import Stage, stage
 from .errors import ModelError
 from .hub.blockprune_fusion import unfuse
-from .hub.blockprune_layout import pack
 from .hub.blockprune_quantizer import block_sparse_layers
 from .outputs import answers, output_of, task_for
 from .progress import Progress
@@ -161,7 +160,7 @@ def _write_back(student: nn.Module, model: nn.Module) -> None:
     sparse = dict(block_sparse_layers(model))
     for name, module in sparse.items():
         linear: Any = student.get_submodule(name)
-        module.weight.copy_(pack(linear.weight, module.mask(), module.block_shape).weight)
+        module.weight.copy_(linear.weight if module.is_unpacked else module.packed_like(linear.weight))
         if module.bias is not None:
             module.bias.copy_(linear.bias)
     for name, parameter in model.named_parameters():

@@ -21,6 +21,9 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when GPU kernels are imported
 
+# Models of the tests are so small that torch's own products would be faster; what is tested is the block-sparse ones.
+os.environ.setdefault("BLOCKPRUNE_STORAGE", "packed")
+
 # xdist sets these, through readline; but tables of tests go to no terminal.
 os.environ.pop("COLUMNS", None)
 os.environ.pop("LINES", None)

@@ -4,7 +4,9 @@ The kernels read weights and indices where they are, at each call, and check ind
 kept from one call to the next.
 """
 
+import functools
 import logging
+import platform
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -47,6 +49,14 @@ class CpuBackend:
             most = -(-outputs // STRIP) * STRIP * -(-in_features // cols) * cols
             return most <= limit or self.work(in_features, layer) <= limit
         return layer.weight.numel() <= limit
+
+    def beats_dense(self, layer: LayerArguments, in_features: int, tokens: int) -> bool:
+        """See `hub.blockprune_backends.Backend`: a call counts as much as the multiplications of its time."""
+        strips = layer.weight.shape[1] % STRIP == 0
+        cost = max(multiplication_cost(self.library.isa, strips), 1 / BREAK_EVEN[layer.weight.dtype])
+        reading = READ_STRIPS if strips else READ_BLOCKS
+        ours = CALL * torch.get_num_threads() + self.work(in_features, layer) * (tokens * cost + reading)
+        return ours <= in_features * layer.out_features * (tokens + READ_MATRIX)
 
     def work(self, in_features: int, layer: LayerArguments) -> int:
         """Multiplications for each token, padding included.
@@ -194,13 +204,53 @@ FLOAT32_BREAK_EVEN = 1.0
 BREAK_EVEN = {torch.float32: FLOAT32_BREAK_EVEN, torch.bfloat16: _bfloat16_break_even()}
 
 
+# What `beats_dense` weighs, in multiplications of torch's product on one thread, from benchmarks/small_models.py.
+CALL = 280_000  # what calling the kernels takes longer than calling torch: 6 us
+READ_MATRIX, READ_STRIPS, READ_BLOCKS = 4.4, 7, 11  # for each weight, whatever the tokens
+
+
+@functools.cache
+def multiplication_cost(isa: str, strips: bool) -> float:
+    """How long the kernels take for a multiplication, torch taking 1, with tokens enough.
+
+    Args:
+        isa: of the kernels.
+        strips: whether each strip of outputs lies in one row of blocks.
+    """
+    if isa == "baseline":
+        return 1.5  # measured on x86 alone
+    if isa == "avx512" and not _torch_has_avx512():
+        return 0.7 if strips else 0.75
+    return 1.1 if strips else 1.2
+
+
+def _torch_has_avx512() -> bool:
+    """Whether torch's float32 products may use AVX-512: oneMKL's do not on processors of other makers than its own."""
+    if not torch.backends.mkl.is_available():
+        return True
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            vendor = next(line for line in lines if line.startswith("vendor_id"))
+    except (OSError, StopIteration):
+        vendor = platform.processor()
+    return "AuthenticAMD" not in vendor
+
+
 def register() -> str:
     """Make the compiled kernels the op's preferred backend on CPUs; what runs there, in words."""
     library, description = find_library()
     if library is not None:
         backend = CpuBackend(library)
         register_backend(
-            "cpu", Backend(backend.forward, backend.supports, backend.pays, backend.forward_all, backend.quick)
+            "cpu",
+            Backend(
+                backend.forward,
+                backend.supports,
+                backend.pays,
+                backend.forward_all,
+                backend.quick,
+                backend.beats_dense,
+            ),
         )
         use_unpacker("cpu", backend.unpack)
     logger.info(f"block-sparse layers on the CPU: {description}")

@@ -20,6 +20,7 @@ __all__ = [
     "Backend",
     "LayerArguments",
     "available_backends",
+    "beats_dense",
     "checked_bias",
     "choose_backend",
     "register_backend",
@@ -43,6 +44,8 @@ class Backend(NamedTuple):
         quick: (x [..., in_features], layers that read it) -> their outputs as `forward_all` has them, with no step that
             small layers would notice; or None for what it does not take, which goes the ordinary way and is computed,
             or refused, there.
+        beats_dense: (layer, in_features, tokens) -> whether calls with so many tokens are expected to be faster than
+            torch's product with a whole matrix that is there already; of two that support them, the preferred is asked.
     """
 
     forward: Callable[[Tensor, LayerArguments], Tensor]
@@ -50,6 +53,7 @@ class Backend(NamedTuple):
     pays: Callable[[Tensor, LayerArguments], bool] = lambda *_: True
     forward_all: Callable[[Tensor, list[LayerArguments]], list[Tensor]] | None = None
     quick: Callable[[Tensor, Sequence[LayerArguments]], list[Tensor] | None] | None = None
+    beats_dense: Callable[[LayerArguments, int, int], bool] = lambda *_: True
 
 
 # One registry for all copies of this file in a process, as there is one op: a checkpoint's own copy may define the op
@@ -89,6 +93,23 @@ def choose_backend(x: Tensor, layer: LayerArguments, backend: str = "auto") -> s
             f"{rows}x{cols} blocks on {x.device}; convert one of them, or leave the backend at 'auto'"
         )
     return backend
+
+
+def beats_dense(layer: LayerArguments, in_features: int, tokens: int) -> bool:
+    """Whether what would run a layer's calls is expected to be faster than torch's product with the whole matrix.
+
+    Args:
+        layer: with its weight packed.
+        in_features: its inputs.
+        tokens: of a call.
+    """
+    x = layer.weight.new_empty(0, in_features)
+    for name in reversed(_BACKENDS):
+        if _BACKENDS[name].supports(x, layer):
+            # A backend of an older version of this file has no such attribute.
+            asked = getattr(_BACKENDS[name], "beats_dense", None)
+            return name not in ("reference", "dense") if asked is None else asked(layer, in_features, tokens)
+    return False
 
 
 def wanted_backend() -> str:
@@ -167,8 +188,8 @@ def _same_dtype(x: Tensor, layer: LayerArguments) -> bool:
     return x.dtype == layer.weight.dtype
 
 
-register_backend("reference", Backend(reference_forward, _same_dtype))
-register_backend("dense", Backend(dense_forward, _same_dtype))
+register_backend("reference", Backend(reference_forward, _same_dtype, beats_dense=lambda *_: False))
+register_backend("dense", Backend(dense_forward, _same_dtype, beats_dense=lambda *_: False))
 
 
 def run(x: Tensor, layer: LayerArguments, backend: str = "auto") -> Tensor:

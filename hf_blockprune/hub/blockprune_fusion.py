@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .blockprune_linear import BlockSparseLinear, SharedInput, is_watched
+from .blockprune_linear import BlockSparseLinear
 from .blockprune_reference import ACTIVATIONS
+from .blockprune_shared import SharedInput, is_watched
 
 # Attributes of the MLPs of transformers' vision models.
 LINEAR, ACTIVATION, SECOND_LINEAR = "fc1", "activation_fn", "fc2"

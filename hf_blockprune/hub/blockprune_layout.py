@@ -10,6 +10,7 @@ blocks are stored, row by row as in torch's BSR layout:
 Where the block does not divide the matrix, the last block row or column is filled with zeros when packing.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def block_rows_of(crow_indices: Tensor, nnz_blocks: int) -> Tensor:
     """Block row of each stored block, int64 [nnz_blocks]."""
     # By search, which writes nowhere outside of its result, whatever the indices are.
     blocks = torch.arange(nnz_blocks, dtype=crow_indices.dtype, device=crow_indices.device)
-    return torch.searchsorted(crow_indices[1:], blocks, right=True)
+    return torch.searchsorted(crow_indices[1:].contiguous(), blocks, right=True)
 
 
 def block_mask(packed: PackedWeight, block_cols: int) -> Tensor:
@@ -84,6 +85,12 @@ def block_mask(packed: PackedWeight, block_cols: int) -> Tensor:
     mask = torch.zeros(len(packed.crow_indices) - 1, block_cols, dtype=torch.bool, device=packed.col_indices.device)
     mask[block_rows_of(packed.crow_indices, len(packed.col_indices)), packed.col_indices.long()] = True
     return mask
+
+
+def expand_mask(mask: Tensor, shape: Sequence[int], block_shape: tuple[int, int]) -> Tensor:
+    """A block mask [block_rows, block_cols] as an entry mask [out_features, in_features]."""
+    full = mask.repeat_interleave(block_shape[0], dim=0).repeat_interleave(block_shape[1], dim=1)
+    return full[: shape[0], : shape[1]]
 
 
 def unpack(packed: PackedWeight, out_features: int, in_features: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""`BlockSparseLinear`: a drop-in for `torch.nn.Linear` that stores and multiplies kept blocks only."""
+"""`BlockSparseLinear`: a drop-in for `torch.nn.Linear` that keeps a pattern of blocks."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_hooks
 
 from .blockprune_backends import LayerArguments
 from .blockprune_direct import is_transformed
@@ -14,104 +14,31 @@ from .blockprune_layout import (
     PackedWeight,
     block_mask,
     check_indices,
+    check_packed,
+    expand_mask,
     grid_shape,
     pack,
     unpack,
 )
-from .blockprune_ops import block_sparse_linear, block_sparse_linears, try_quickly
+from .blockprune_ops import block_sparse_linear, try_quickly
+from .blockprune_reference import ACTIVATIONS
+from .blockprune_shared import SharedInput
+from .blockprune_storage import is_best_packed, unpack_in_pieces
 
 
-class _Waiting(NamedTuple):
-    """An output that its layer has not asked for, and what it was computed from beside the input."""
+def _packed(weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
+    """The kept blocks of a whole matrix.
 
-    y: Tensor
-    layer: LayerArguments
-    weight_version: int
-    bias_version: int
-
-    def is_that_of(self, layer: LayerArguments) -> bool:
-        """Whether neither tensor was replaced or changed in place."""
-        then = self.layer
-        return (
-            layer.weight is then.weight
-            and layer.bias is then.bias
-            and _version(layer.weight) == self.weight_version
-            and _version(layer.bias) == self.bias_version
-        )
-
-
-class SharedInput:
-    """Layers that read the same tensor: whichever is called first computes all of them, the others take their outputs.
-
-    Only in eager inference: a compiled graph keeps nothing from call to call, and training needs each layer's gradient.
-
-    Args:
-        layers: block-sparse layers of one block shape and as many inputs.
+    Raises:
+        BlockSparseFormatError: they are not all that it holds.
     """
-
-    def __init__(self, layers: "list[BlockSparseLinear]") -> None:
-        self._layers = list(layers)
-        self._last: tuple[Tensor, int, dict[int, _Waiting]] | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        """Copies and files hold the layers, not what was computed."""
-        return {"_layers": self._layers, "_last": None}
-
-    def output(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor | None:
-        """The output of one of the layers; None where each layer is to compute its own."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_meta or is_transformed():
-            return None
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-            return None
-        last = self._last
-        # Each output is given once, and only for the very tensors that it was computed from.
-        if last is not None and last[0] is x and last[1] == _version(x):
-            waiting = last[2].pop(id(layer), None)
-            if not last[2]:
-                self._last = None
-            if waiting is not None and waiting.is_that_of(layer.arguments()):
-                return waiting.y
-        return self._compute(layer, x)
-
-    def _compute(self, layer: "BlockSparseLinear", x: Tensor) -> Tensor | None:
-        """The output of one layer; those of the others wait."""
-        layers, arguments, is_one = self._layers, [], False
-        for other in layers:
-            each = other.arguments()
-            # Hooks may change a weight or an input. Offloaded weights are there only while their own layer runs.
-            if is_watched(other) or (not (each.weight.is_cpu and x.is_cpu) and each.weight.device != x.device):
-                return None
-            arguments.append(each)
-            is_one = is_one or other is layer
-        if not is_one:  # `DataParallel` calls replicas of the layers
-            return None
-        waiting = {}
-        for other, each, y in zip(layers, arguments, block_sparse_linears(x, arguments), strict=True):
-            waiting[id(other)] = _Waiting(y, each, _version(each.weight), _version(each.bias))
-        y = waiting.pop(id(layer)).y
-        self._last = (x, _version(x), waiting)
-        return y
-
-
-def _version(tensor: Tensor | None) -> int:
-    """Grows with each change in place; tensors from inference mode have none."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether anyone gets or changes what goes in or out of a module: by a hook, or with a `forward` of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        # Of all modules; torch 2.6 has no function that says so.
-        or torch_hooks._global_forward_hooks
-        or torch_hooks._global_forward_pre_hooks
-        or torch_hooks._global_backward_hooks
-        or torch_hooks._global_backward_pre_hooks
-    )
+    blocks = pack(weight, mask, block_shape).weight
+    if blocks.count_nonzero() != weight.count_nonzero():
+        raise BlockSparseFormatError(
+            "weight: has values other than zero where there is no block, which block-sparse storage cannot hold; "
+            "layer.weight.data.mul_(layer.entry_mask()) takes them out"
+        )
+    return blocks
 
 
 def _check_loaded(module: nn.Module, _incompatible_keys: object) -> None:
@@ -119,8 +46,28 @@ def _check_loaded(module: nn.Module, _incompatible_keys: object) -> None:
     module.check()
 
 
+class _KeptBlocksLearn(torch.autograd.Function):
+    """A weight as it is, the gradient of which is zero outside of the kept blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.block_shape = block_shape
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return grads[0] * expand_mask(mask, grads[0].shape, ctx.block_shape), None, None
+
+
 class BlockSparseLinear(nn.Module):
     """y = x W^T + b with a block-sparse W; trainable, its pattern fixed.
+
+    `weight` holds either the kept blocks [nnz_blocks, rows, cols], for block-sparse kernels (packed), or the whole
+    matrix [out_features, in_features] with zeros elsewhere, for torch's own product (unpacked). A new layer is packed;
+    one of a loaded model is what its calls are expected to be faster with (`blockprune_storage`). Both load the same
+    states, train the same blocks and are saved the same.
 
     Args:
         in_features: K.
@@ -133,6 +80,7 @@ class BlockSparseLinear(nn.Module):
         dense_shape: (out_features, in_features) of the dense Linear that this was cut from, None for one not cut.
         activation: what is applied to the outputs, a name that the op knows; "none" at first.
         shared_input: the layers that read the same tensor as this one and are computed with it, None for one by itself.
+        tokens: of the smallest input that is expected; None where nothing is, and the weight stays packed or not.
 
     The pattern starts out invalid; fill the module with `from_dense`, or with `load_state_dict`, which checks what it
     loads and raises `BlockSparseFormatError` where the indices break the format's rules.
@@ -161,6 +109,7 @@ class BlockSparseLinear(nn.Module):
         self.dense_shape: tuple[int, int] | None = None
         self.activation = "none"
         self.shared_input: SharedInput | None = None
+        self.tokens: int | None = None
         self.block_shape = (int(block_shape[0]), int(block_shape[1]))
         self.grid_shape = grid_shape(out_features, in_features, self.block_shape)
         if not 0 <= nnz_blocks <= self.grid_shape[0] * self.grid_shape[1]:
@@ -197,19 +146,111 @@ class BlockSparseLinear(nn.Module):
     @property
     def nnz_blocks(self) -> int:
         """Number of kept blocks."""
-        return len(self.weight)
+        return len(self.col_indices)
 
     @property
     def density(self) -> float:
         """Kept blocks / all blocks."""
         return self.nnz_blocks / (self.grid_shape[0] * self.grid_shape[1])
 
-    def _packed(self) -> PackedWeight:
-        return PackedWeight(self.weight.detach(), self.crow_indices, self.col_indices)
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether `weight` is the whole matrix."""
+        return self.weight.dim() == 2
 
     def mask(self) -> Tensor:
         """Bool [block_rows, block_cols], True where a block is kept."""
-        return block_mask(self._packed(), self.grid_shape[1])
+        return block_mask(PackedWeight(self.weight, self.crow_indices, self.col_indices), self.grid_shape[1])
+
+    def entry_mask(self) -> Tensor:
+        """Bool [out_features, in_features], True inside of kept blocks."""
+        return expand_mask(self.mask(), (self.out_features, self.in_features), self.block_shape)
+
+    def packed(self) -> PackedWeight:
+        """The kept blocks as they are now, and where they lie.
+
+        Raises:
+            BlockSparseFormatError: the whole matrix has other values than zero where there is no block.
+        """
+        weight = self.packed_like(self.weight.detach()) if self.is_unpacked else self.weight.detach()
+        return PackedWeight(weight, self.crow_indices, self.col_indices)
+
+    def packed_like(self, matrix: Tensor) -> Tensor:
+        """The blocks [nnz_blocks, rows, cols] of another matrix [out_features, in_features] with this one's pattern.
+
+        Raises:
+            BlockSparseFormatError: as for `packed`.
+        """
+        return _packed(matrix, self.mask().to(matrix.device), self.block_shape)
+
+    def pack_weight(self) -> None:
+        """Hold the kept blocks alone, in the same `Parameter`, and its gradient with it.
+
+        Raises:
+            BlockSparseFormatError: as for `packed`.
+        """
+        if self.is_unpacked:
+            packed = self.packed().weight
+            self._hold(packed, lambda grad: pack(grad, self.mask(), self.block_shape).weight)
+
+    def unpack_weight(self) -> None:
+        """Hold the whole matrix, in the same `Parameter`, and its gradient with it."""
+        if not self.is_unpacked:
+            self.check()
+            self._hold(self._whole(self.weight.detach()), self._whole)
+
+    def _whole(self, blocks: Tensor) -> Tensor:
+        packed = PackedWeight(blocks, self.crow_indices, self.col_indices)
+        return unpack_in_pieces(packed, self.out_features, self.in_features)
+
+    def _hold(self, weight: Tensor, other_form: Callable[[Tensor], Tensor]) -> None:
+        parameter = self.weight
+        gradient, parameter.grad = parameter.grad, None
+        parameter.data = weight
+        parameter.grad = None if gradient is None else other_form(gradient)
+
+    def choose_storage(self) -> None:
+        """Pack the weight or unpack it, whichever is expected to be faster with `tokens`; see `is_best_packed`."""
+        weight = self._parameters.get("weight")  # None where torch's parametrizations or pruning hold it
+        if self.tokens is None or weight is None or weight.is_meta or type(weight.data) is not Tensor:
+            return
+        layer = LayerArguments(*self.packed(), None, self.out_features)
+        if is_best_packed(layer, self.in_features, self.tokens):
+            self.pack_weight()
+        else:
+            self.unpack_weight()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to`, `cuda`, `half` and their like go through: elsewhere the other storage may be the better one."""
+        before = self.weight.device, self.weight.dtype
+        super()._apply(fn, recurse)
+        if before[0].type != "meta" and before != (self.weight.device, self.weight.dtype):
+            self.choose_storage()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if "saves_packed" in vars(self):  # see `blockprune_saving`
+            destination[f"{prefix}weight"] = self.packed().weight
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Takes either form; `state_dict` is a copy that torch made for this."""
+        weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, Tensor) and weight.dim() != self.weight.dim():
+            crow, col = (state_dict.get(f"{prefix}{n}", getattr(self, n)) for n in ("crow_indices", "col_indices"))
+            state_dict[f"{prefix}weight"] = self._other_form(f"{prefix}weight", PackedWeight(weight, crow, col))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _other_form(self, name: str, found: PackedWeight) -> Tensor:
+        """A stored weight in the form that this layer has, where it is one of the right size."""
+        size = self.out_features, self.in_features
+        if found.weight.dim() == 3:
+            check_packed(name, found, *size)
+            return unpack(found, *size)
+        if found.weight.shape != size:
+            return found.weight  # torch says what is wrong with it
+        check_indices(name, *found[1:], self.grid_shape[1])
+        return _packed(found.weight, block_mask(found, self.grid_shape[1]), self.block_shape)
 
     def to_dense(self, shape: tuple[int, int] | None = None) -> nn.Linear:
         """A Linear with the same output but for the activation: zeros where blocks were removed.
@@ -220,7 +261,7 @@ class BlockSparseLinear(nn.Module):
         out_features, in_features = shape or (self.out_features, self.in_features)
         more = out_features - self.out_features
         dense = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
-        weight = unpack(self._packed(), self.out_features, self.in_features)
+        weight = unpack(self.packed(), self.out_features, self.in_features)
         dense.weight = nn.Parameter(F.pad(weight, (0, in_features - self.in_features, 0, more)))
         if self.bias is not None:
             dense.bias = nn.Parameter(F.pad(self.bias.detach(), (0, more)))
@@ -255,7 +296,8 @@ class BlockSparseLinear(nn.Module):
         dense.out_features, dense.in_features = dense.weight.shape
         small = type(self).from_dense(dense, mask[rows][:, cols], self.block_shape)
         small.dense_shape = self.dense_shape or (self.out_features, self.in_features)
-        small.activation = self.activation
+        small.activation, small.tokens = self.activation, self.tokens
+        small.choose_storage()
         return small
 
     def check(self, name: str = "BlockSparseLinear") -> None:
@@ -267,11 +309,19 @@ class BlockSparseLinear(nn.Module):
         """x [..., in_features] -> [..., out_features]."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs with {self.in_features} features, got {tuple(x.shape)}")
+        # Past `__getattr__`, which takes longer; but parametrizations and torch's own pruning put tensors elsewhere.
+        weight = self._parameters.get("weight")
+        weight = self.weight if weight is None else weight
+        if weight.dim() == 2:
+            y = F.linear(x, self._used(weight), self.bias)
+            return y if self.activation == "none" else ACTIVATIONS[self.activation](y)
         shared = None if self.shared_input is None else self.shared_input.output(self, x)
         return self.product(x, self.activation) if shared is None else shared
 
     def product(self, x: Tensor, activation: str) -> Tensor:
         """The outputs of x [..., in_features] with an activation of the caller's choice."""
+        if self.is_unpacked:
+            return ACTIVATIONS[activation](F.linear(x, self._used(self.weight), self.bias))
         if not torch.compiler.is_compiling():
             outputs = try_quickly(x, (self.arguments(activation),))
             if outputs is not None:
@@ -286,9 +336,18 @@ class BlockSparseLinear(nn.Module):
             activation=activation,
         )
 
+    def _used(self, weight: Tensor) -> Tensor:
+        """A whole matrix as products take it: nothing may change where there is no block."""
+        if is_transformed() or (torch.compiler.is_compiling() and torch.is_grad_enabled() and weight.requires_grad):
+            return weight * self.entry_mask()
+        if torch.is_grad_enabled() and weight.requires_grad:
+            used = _KeptBlocksLearn.apply(weight, self.mask(), self.block_shape)
+            assert isinstance(used, Tensor)
+            return used
+        return weight
+
     def arguments(self, activation: str | None = None) -> LayerArguments:
-        """What the op takes beside x, by default with the layer's own activation."""
-        # Past `__getattr__`, which takes longer; but parametrizations and torch's own pruning put tensors elsewhere.
+        """What the op takes beside x, by default with the layer's own activation; for packed weights."""
         own, buffers = self._parameters, self._buffers
         weight, bias = own.get("weight"), own.get("bias")
         crow_indices, col_indices = buffers.get("crow_indices"), buffers.get("col_indices")
@@ -303,6 +362,7 @@ class BlockSparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         activation = "" if self.activation == "none" else f", activation={self.activation}"
+        activation += ", unpacked" if self.is_unpacked else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"block_shape={self.block_shape}, density={self.density:.3f}{activation}"

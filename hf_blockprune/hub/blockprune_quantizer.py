@@ -6,12 +6,14 @@ before its tensors are read. Nothing is quantized: the interface only carries th
 """
 
 import reprlib
+from collections.abc import Iterable
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -35,6 +37,7 @@ from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
 from .blockprune_names import by_module, find_linears
 from .blockprune_saving import block_sparse_layers, forget, install, native_class, stored_config
+from .blockprune_storage import DEFAULT_TOKENS, least_tokens
 
 
 class BlockPruneHfQuantizer(HfQuantizer):
@@ -68,6 +71,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
         self._hold_to_expected(model)
         for name, module in block_sparse_layers(model):
             module.check(name)
+        choose_storage(model)
         fuse(model)
         model.is_quantized = False  # no weight is: with it, transformers refuses half() and float()
         if next(block_sparse_layers(model), None):
@@ -146,6 +150,7 @@ def sparsify(model: Any, masks: dict[str, Tensor], block_shape: tuple[int, int])
     """
     for name, mask in masks.items():
         model.set_submodule(name, BlockSparseLinear.from_dense(model.get_submodule(name), mask, block_shape))
+    choose_storage(model)
     fuse(model)
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](stored_config(model), pre_quantized=True)
     update_config(model)
@@ -153,6 +158,43 @@ def sparsify(model: Any, masks: dict[str, Tensor], block_shape: tuple[int, int])
     model.config._is_quantized = True  # attention kernels then ask the config for the dtype, not a Linear
     model.quantization_method = QUANT_METHOD
     return model
+
+
+def choose_storage(model: nn.Module) -> None:
+    """Let each block-sparse layer of a model hold its weight as its calls are expected to be faster, in place.
+
+    Raises:
+        BackendError: as for `blockprune_storage.is_best_packed`.
+    """
+    layers = dict(block_sparse_layers(model))
+    for name, tokens in tokens_of_layers(model, layers).items():
+        if isinstance(layers[name], BlockSparseLinear):  # those of older code know one form
+            layers[name].tokens = tokens
+            layers[name].choose_storage()
+
+
+def tokens_of_layers(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """The smallest input that each layer of a transformers model expects, by name, from the config of its part."""
+    parts = {f"{name}." if name else "": part for name, part in model.named_modules()}
+    tokens = {start: least_tokens(part.config) for start, part in parts.items() if isinstance(part, PreTrainedModel)}
+    innermost_first = sorted(tokens, key=len, reverse=True)
+    return {
+        name: next((tokens[start] for start in innermost_first if tokens[start] and name.startswith(start)), None)
+        or DEFAULT_TOKENS
+        for name in names
+    }
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Let each block-sparse layer of a model hold its kept blocks alone, in place, also once it is moved.
+
+    Raises:
+        BlockSparseFormatError: a weight has values where there is no block.
+    """
+    for _, layer in block_sparse_layers(model):
+        if isinstance(layer, BlockSparseLinear):
+            layer.tokens = None
+            layer.pack_weight()
 
 
 def update_config(model: Any) -> None:

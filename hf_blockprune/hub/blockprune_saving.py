@@ -7,10 +7,11 @@ configs that name none, are handed on as they came.
 
 import copy
 import functools
+import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,18 +122,45 @@ def _is_ours(reference: Any) -> bool:
 
 
 def _saving(original: Callable[..., None]) -> Any:
+    parameters = inspect.signature(original)
+
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         # Beside adapters no config is written, and no weights of the model's own.
         if getattr(self, "_hf_peft_config_loaded", False):
             return original(self, save_directory, *args, **kwargs)
-        if next(block_sparse_layers(self), None):
-            with _described(self, original_names=kwargs.get("save_original_format", True)):
-                return original(self, save_directory, *args, **kwargs)
+        if layers := dict(block_sparse_layers(self)):
+            call = parameters.bind(self, save_directory, *args, **kwargs)
+            if (state := call.arguments.get("state_dict")) is not None:
+                call.arguments["state_dict"] = _packed_state(layers, state)
+            with _described(self, original_names=kwargs.get("save_original_format", True)), packed_states(self):
+                return original(*call.args, **call.kwargs)
         with _undescribed(self.config):
             return original(self, save_directory, *args, **kwargs)
 
     return save_pretrained
+
+
+def _packed_state(layers: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of a model as it is stored."""
+    packed = {**state}
+    for name, layer in layers.items():
+        if (weight := state.get(f"{name}.weight")) is not None and weight.dim() == 2:
+            packed[f"{name}.weight"] = layer.packed_like(weight)
+    return packed
+
+
+@contextmanager
+def packed_states(model: nn.Module) -> Iterator[None]:
+    """While it lasts, a model's `state_dict()` has blocks alone, whichever form the weights of its layers have."""
+    layers = [layer for _, layer in block_sparse_layers(model)]
+    for layer in layers:
+        layer.saves_packed = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("saves_packed", None)
 
 
 def _building(original: Callable[..., Any]) -> Any:

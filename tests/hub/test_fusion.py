@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from hf_blockprune.hub import blockprune_linear as linear
+from hf_blockprune.hub import blockprune_shared as shared
 from hf_blockprune.hub.blockprune_fusion import fuse, fuse_activations, is_fused, share_inputs, unfuse
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, sparsify
@@ -132,9 +132,9 @@ def attention_of(model):
 def calls(monkeypatch):
     """How many layers each call of the op computed together."""
     seen = []
-    together = linear.block_sparse_linears
+    together = shared.block_sparse_linears
     monkeypatch.setattr(
-        linear, "block_sparse_linears", lambda x, layers: seen.append(len(layers)) or together(x, layers)
+        shared, "block_sparse_linears", lambda x, layers: seen.append(len(layers)) or together(x, layers)
     )
     return seen
 

@@ -1,0 +1,94 @@
+"""Which form of a block-sparse layer's weight is faster: the kept blocks for kernels, or the whole matrix for torch.
+
+Few blocks removed, small layers and processors without kernels leave torch's own product ahead. A layer then holds the
+whole matrix as its parameter, with zeros where there is no block. That is decided when a model is loaded or pruned and
+when it is moved, without measuring: processes of one machine shall not differ, nor start threads before they fork.
+`BLOCKPRUNE_STORAGE` decides instead where it says "packed", for the least memory, or "unpacked".
+"""
+
+import os
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from .blockprune_backends import beats_dense, wanted_backend
+from .blockprune_layout import BackendError, PackedWeight, block_rows_of, grid_shape, unpack
+from .blockprune_reference import LayerArguments
+
+VARIABLE, CHOICES = "BLOCKPRUNE_STORAGE", ("auto", "packed", "unpacked")
+DEFAULT_TOKENS = 64  # of configs that do not say how large images are
+PIECE = 16384  # elements, too few for torch to start threads
+
+
+def wanted_storage() -> str:
+    """What `BLOCKPRUNE_STORAGE` says, "auto" where it is unset or empty.
+
+    Raises:
+        BackendError: it is none of `CHOICES`.
+    """
+    name = os.environ.get(VARIABLE) or "auto"
+    if name not in CHOICES:
+        raise BackendError(f"{VARIABLE}: unknown storage {name!r}; choose one of {list(CHOICES)}")
+    return name
+
+
+def is_best_packed(layer: LayerArguments, in_features: int, tokens: int) -> bool:
+    """Whether a layer is to hold its kept blocks alone.
+
+    Args:
+        layer: with its weight packed.
+        in_features: its inputs.
+        tokens: of the smallest input that is expected.
+
+    Raises:
+        BackendError: a variable of the environment names no storage, or no backend.
+    """
+    storage = wanted_storage()
+    if storage != "auto":
+        return storage == "packed"
+    return wanted_backend() != "auto" or beats_dense(layer, in_features, tokens)  # a backend that is named shall run
+
+
+def least_tokens(config: Any) -> int | None:
+    """Tokens of one image in the layer of a model that sees fewest; None where its config does not say.
+
+    Args:
+        config: of a transformers vision model.
+
+    Example:
+        >>> from transformers import SwinConfig, ViTConfig
+        >>> least_tokens(ViTConfig()), least_tokens(SwinConfig())
+        (196, 49)
+    """
+    sides = []
+    for value in (getattr(config, "image_size", None), getattr(config, "patch_size", None)):
+        pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+        if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
+            return None
+        sides.append(pair)
+    patches = prod(pixels // patch for pixels, patch in zip(*sides, strict=True))
+    stages = getattr(config, "depths", None)  # each takes four neighbours of the one before together
+    return max(1, patches // 4 ** (len(stages) - 1 if isinstance(stages, (list, tuple)) and stages else 0))
+
+
+def unpack_in_pieces(packed: PackedWeight, out_features: int, in_features: int) -> Tensor:
+    """`unpack` without threads on a CPU: the process may fork next."""
+    nnz, rows, cols = packed.weight.shape
+    if packed.weight.device.type != "cpu":
+        return unpack(packed, out_features, in_features)
+    grid = grid_shape(out_features, in_features, (rows, cols))
+    dense = packed.weight.new_empty(grid[0] * rows, grid[1] * cols)
+    for piece in dense.view(-1).split(PIECE):
+        piece.zero_()
+    blocks = dense.view(grid[0], rows, grid[1], cols).transpose(1, 2)
+    places = block_rows_of(packed.crow_indices, nnz), packed.col_indices.long()
+    size = max(1, PIECE // (rows * cols))
+    for *place, weight in zip(*[t.split(size) for t in (*places, packed.weight)], strict=True):
+        blocks[tuple(place)] = weight
+    if dense.shape == (out_features, in_features):
+        return dense
+    whole = dense.new_empty(out_features, in_features)
+    for to, row in zip(whole, dense, strict=False):
+        to.copy_(row[:in_features])
+    return whole
