@@ -53,7 +53,9 @@ class CpuBackend:
     def beats_dense(self, layer: LayerArguments, in_features: int, tokens: int) -> bool:
         """See `hub.blockprune_backends.Backend`: a call counts as much as the multiplications of its time."""
         strips = layer.weight.shape[1] % STRIP == 0
-        cost = max(multiplication_cost(self.library.isa, strips), 1 / BREAK_EVEN[layer.weight.dtype])
+        cost = multiplication_cost(self.library.isa, strips)
+        if (break_even := BREAK_EVEN[layer.weight.dtype]) < FLOAT32_BREAK_EVEN:  # torch has instructions for it
+            cost = max(cost, BFLOAT16_MARGIN / break_even)
         reading = READ_STRIPS if strips else READ_BLOCKS
         ours = CALL * torch.get_num_threads() + self.work(in_features, layer) * (tokens * cost + reading)
         return ours <= in_features * layer.out_features * (tokens + READ_MATRIX)
@@ -206,6 +208,7 @@ BREAK_EVEN = {torch.float32: FLOAT32_BREAK_EVEN, torch.bfloat16: _bfloat16_break
 
 # What `beats_dense` weighs, in multiplications of torch's product on one thread, from benchmarks/small_models.py.
 CALL = 280_000  # what calling the kernels takes longer than calling torch: 6 us
+BFLOAT16_MARGIN = 1.4  # the layers of a DeiT-Ti break even with that much fewer blocks than those of a DeiT-B
 READ_MATRIX, READ_STRIPS, READ_BLOCKS = 4.4, 7, 11  # for each weight, whatever the tokens
 
 

@@ -154,6 +154,7 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         linear: Any = getattr(self, LINEAR, None)
         if (
             getattr(type(linear), "forward", None) is not _LINEAR_FORWARD
+            or linear.is_unpacked  # torch applies the activation apart
             or is_watched(linear)
             or linear.activation != "none"
             or args[0].shape[-1] != linear.in_features

@@ -23,42 +23,12 @@ from .blockprune_layout import (
 from .blockprune_ops import block_sparse_linear, try_quickly
 from .blockprune_reference import ACTIVATIONS
 from .blockprune_shared import SharedInput
-from .blockprune_storage import is_best_packed, unpack_in_pieces
-
-
-def _packed(weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
-    """The kept blocks of a whole matrix.
-
-    Raises:
-        BlockSparseFormatError: they are not all that it holds.
-    """
-    blocks = pack(weight, mask, block_shape).weight
-    if blocks.count_nonzero() != weight.count_nonzero():
-        raise BlockSparseFormatError(
-            "weight: has values other than zero where there is no block, which block-sparse storage cannot hold; "
-            "layer.weight.data.mul_(layer.entry_mask()) takes them out"
-        )
-    return blocks
+from .blockprune_storage import KeptBlocksLearn, is_best_packed, kept_blocks, unpack_in_pieces
 
 
 def _check_loaded(module: nn.Module, _incompatible_keys: object) -> None:
     assert isinstance(module, BlockSparseLinear)
     module.check()
-
-
-class _KeptBlocksLearn(torch.autograd.Function):
-    """A weight as it is, the gradient of which is zero outside of the kept blocks."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.block_shape = block_shape
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (mask,) = ctx.saved_tensors
-        return grads[0] * expand_mask(mask, grads[0].shape, ctx.block_shape), None, None
 
 
 class BlockSparseLinear(nn.Module):
@@ -156,7 +126,7 @@ class BlockSparseLinear(nn.Module):
     @property
     def is_unpacked(self) -> bool:
         """Whether `weight` is the whole matrix."""
-        return self.weight.dim() == 2
+        return self._held_weight().dim() == 2
 
     def mask(self) -> Tensor:
         """Bool [block_rows, block_cols], True where a block is kept."""
@@ -181,7 +151,7 @@ class BlockSparseLinear(nn.Module):
         Raises:
             BlockSparseFormatError: as for `packed`.
         """
-        return _packed(matrix, self.mask().to(matrix.device), self.block_shape)
+        return kept_blocks(matrix, self.mask().to(matrix.device), self.block_shape)
 
     def pack_weight(self) -> None:
         """Hold the kept blocks alone, in the same `Parameter`, and its gradient with it.
@@ -250,7 +220,7 @@ class BlockSparseLinear(nn.Module):
         if found.weight.shape != size:
             return found.weight  # torch says what is wrong with it
         check_indices(name, *found[1:], self.grid_shape[1])
-        return _packed(found.weight, block_mask(found, self.grid_shape[1]), self.block_shape)
+        return kept_blocks(found.weight, block_mask(found, self.grid_shape[1]), self.block_shape)
 
     def to_dense(self, shape: tuple[int, int] | None = None) -> nn.Linear:
         """A Linear with the same output but for the activation: zeros where blocks were removed.
@@ -309,14 +279,17 @@ class BlockSparseLinear(nn.Module):
         """x [..., in_features] -> [..., out_features]."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs with {self.in_features} features, got {tuple(x.shape)}")
-        # Past `__getattr__`, which takes longer; but parametrizations and torch's own pruning put tensors elsewhere.
-        weight = self._parameters.get("weight")
-        weight = self.weight if weight is None else weight
+        weight = self._held_weight()
         if weight.dim() == 2:
             y = F.linear(x, self._used(weight), self.bias)
             return y if self.activation == "none" else ACTIVATIONS[self.activation](y)
         shared = None if self.shared_input is None else self.shared_input.output(self, x)
         return self.product(x, self.activation) if shared is None else shared
+
+    def _held_weight(self) -> Tensor:
+        """`weight`, past `__getattr__`, which takes longer; parametrizations and torch's pruning put it elsewhere."""
+        weight = self._parameters.get("weight")
+        return self.weight if weight is None else weight
 
     def product(self, x: Tensor, activation: str) -> Tensor:
         """The outputs of x [..., in_features] with an activation of the caller's choice."""
@@ -341,7 +314,7 @@ class BlockSparseLinear(nn.Module):
         if is_transformed() or (torch.compiler.is_compiling() and torch.is_grad_enabled() and weight.requires_grad):
             return weight * self.entry_mask()
         if torch.is_grad_enabled() and weight.requires_grad:
-            used = _KeptBlocksLearn.apply(weight, self.mask(), self.block_shape)
+            used = KeptBlocksLearn.apply(weight, self.mask(), self.block_shape)
             assert isinstance(used, Tensor)
             return used
         return weight

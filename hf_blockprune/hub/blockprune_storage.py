@@ -10,10 +10,20 @@ import os
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .blockprune_backends import beats_dense, wanted_backend
-from .blockprune_layout import BackendError, PackedWeight, block_rows_of, grid_shape, unpack
+from .blockprune_layout import (
+    BackendError,
+    BlockSparseFormatError,
+    PackedWeight,
+    block_rows_of,
+    expand_mask,
+    grid_shape,
+    pack,
+    unpack,
+)
 from .blockprune_reference import LayerArguments
 
 VARIABLE, CHOICES = "BLOCKPRUNE_STORAGE", ("auto", "packed", "unpacked")
@@ -92,3 +102,33 @@ def unpack_in_pieces(packed: PackedWeight, out_features: int, in_features: int) 
     for to, row in zip(whole, dense, strict=False):
         to.copy_(row[:in_features])
     return whole
+
+
+def kept_blocks(weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
+    """The kept blocks [nnz_blocks, rows, cols] of a whole matrix.
+
+    Raises:
+        BlockSparseFormatError: they are not all that it holds.
+    """
+    blocks = pack(weight, mask, block_shape).weight
+    if blocks.count_nonzero() != weight.count_nonzero():
+        raise BlockSparseFormatError(
+            "weight: has values other than zero where there is no block, which block-sparse storage cannot hold; "
+            "layer.weight.data.mul_(layer.entry_mask()) takes them out"
+        )
+    return blocks
+
+
+class KeptBlocksLearn(torch.autograd.Function):
+    """A weight as it is, the gradient of which is zero outside of the kept blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.block_shape = block_shape
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return grads[0] * expand_mask(mask, grads[0].shape, ctx.block_shape), None, None
