@@ -1,4 +1,4 @@
-"""Small models of which little was removed, beside their dense ones: where pruning stops to be worth its calls.
+"""Small models of which little was removed, beside their dense ones: none of them may be slower.
 
     python benchmarks/small_models.py               # about five minutes; writes benchmarks/results/small-<name>.json
 
@@ -18,6 +18,7 @@ from benchmarks.end_to_end import random_pair
 from benchmarks.timing import device_file, store
 from hf_blockprune._cpu.library import find_library
 from hf_blockprune.hardware.stopwatch import by_turns, median, ratio
+from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 
 # The model of `blockprune demo`, and DeiT-Ti: changes of the latter, and the pixels of a side.
 MODELS: dict[str, tuple[dict[str, int], int]] = {
@@ -50,7 +51,8 @@ def main() -> None:
     library, _ = find_library()
     isa = "no-kernels" if library is None else library.isa
     path = path.with_name(f"{path.stem.replace('cpu-', 'small-', 1)}-{isa}.json")
-    rows = [measure(*case, seconds=options.seconds) for case in product(MODELS, BLOCK_SHAPES, SPARSITIES, BATCHES)]
+    cases = product(MODELS, BLOCK_SHAPES, SPARSITIES, BATCHES)
+    rows = [{**measure(*case, seconds=options.seconds), "kernels": isa} for case in cases]
     store(path, "end_to_end", rows)
 
 
@@ -66,6 +68,7 @@ def measure(name: str, shape: tuple[int, int], sparsity: float, batch: int, *, s
     row |= {"block_shape": list(shape), "sparsity": sparsity, "dtype": "float32"}
     row["ratio_to_dense"], row["ratio_spread"] = ratio(times, "dense", "sparse")
     row |= {f"{key}_ms": median(values) for key, values in times.items()}
+    row["unpacked"] = sum(layer.is_unpacked for _, layer in block_sparse_layers(sparse))
     print(name, batch, shape, sparsity, row["ratio_to_dense"], row["ratio_spread"], flush=True)
     return row
 

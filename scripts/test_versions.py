@@ -34,6 +34,7 @@ TESTS = (
     "tests/hub/test_converters.py",
     "tests/hub/test_model_configs.py",
     "tests/hub/test_parts.py",
+    "tests/hub/test_storage.py",
     "tests/hub/test_fusion.py",
     "tests/test_format.py",
     "tests/test_safety.py",

@@ -7,6 +7,7 @@ when it is moved, without measuring: processes of one machine shall not differ, 
 """
 
 import os
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -18,7 +19,6 @@ from .blockprune_layout import (
     BackendError,
     BlockSparseFormatError,
     PackedWeight,
-    block_rows_of,
     expand_mask,
     grid_shape,
     pack,
@@ -28,7 +28,8 @@ from .blockprune_reference import LayerArguments
 
 VARIABLE, CHOICES = "BLOCKPRUNE_STORAGE", ("auto", "packed", "unpacked")
 DEFAULT_TOKENS = 64  # of configs that do not say how large images are
-PIECE = 16384  # elements, too few for torch to start threads
+# Elements, too few for torch to start threads: when it fills or copies, and when it looks places up.
+PIECE, INDEXED_PIECE = 16384, 2048
 
 
 def wanted_storage() -> str:
@@ -84,7 +85,7 @@ def least_tokens(config: Any) -> int | None:
 
 def unpack_in_pieces(packed: PackedWeight, out_features: int, in_features: int) -> Tensor:
     """`unpack` without threads on a CPU: the process may fork next."""
-    nnz, rows, cols = packed.weight.shape
+    _, rows, cols = packed.weight.shape
     if packed.weight.device.type != "cpu":
         return unpack(packed, out_features, in_features)
     grid = grid_shape(out_features, in_features, (rows, cols))
@@ -92,16 +93,28 @@ def unpack_in_pieces(packed: PackedWeight, out_features: int, in_features: int) 
     for piece in dense.view(-1).split(PIECE):
         piece.zero_()
     blocks = dense.view(grid[0], rows, grid[1], cols).transpose(1, 2)
-    places = block_rows_of(packed.crow_indices, nnz), packed.col_indices.long()
-    size = max(1, PIECE // (rows * cols))
-    for *place, weight in zip(*[t.split(size) for t in (*places, packed.weight)], strict=True):
-        blocks[tuple(place)] = weight
+    for block_row, (start, end) in enumerate(pairwise(packed.crow_indices.tolist())):
+        _fill(blocks[block_row], packed.col_indices[start:end], packed.weight[start:end])
     if dense.shape == (out_features, in_features):
         return dense
     whole = dense.new_empty(out_features, in_features)
     for to, row in zip(whole, dense, strict=False):
         to.copy_(row[:in_features])
     return whole
+
+
+def _fill(row: Tensor, columns: Tensor, kept: Tensor) -> None:
+    """Write kept blocks [n, rows, cols] into a block row [block_cols, rows, cols]."""
+    rows, cols = kept.shape[1:]
+    if rows * cols <= INDEXED_PIECE:
+        size = INDEXED_PIECE // (rows * cols)
+        for places, blocks in zip(columns.split(size), kept.split(size), strict=True):
+            row[places.long()] = blocks
+    else:
+        size = max(1, PIECE // cols)
+        for place, block in zip(columns.tolist(), kept, strict=True):
+            for to, part in zip(row[place].split(size), block.split(size), strict=True):
+                to.copy_(part)
 
 
 def kept_blocks(weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> Tensor:

@@ -101,6 +101,12 @@ def test_a_worker_answers(checkpoints, name, threads):
     assert serve(checkpoints[name], threads=threads) == "True"
 
 
+@pytest.mark.parametrize("name", ["blocks", "long indices"])
+def test_a_worker_answers_where_weights_are_unpacked(checkpoints, name, monkeypatch):
+    monkeypatch.setenv("BLOCKPRUNE_STORAGE", "unpacked")
+    assert serve(checkpoints[name]) == "True"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_a_worker_answers_in_another_dtype(checkpoints, dtype):
     assert serve(checkpoints["long indices"], dtype=dtype) == "True"

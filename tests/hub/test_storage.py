@@ -23,7 +23,7 @@ from hf_blockprune.hub.blockprune_storage import is_best_packed, least_tokens, u
 from hf_blockprune.progress import weights_fingerprint
 from tests.conftest import ALL_FAMILIES, tiny_model
 
-from .saved_models import answer, assert_same, sparse_model
+from .saved_models import PIXELS, answer, assert_same, run, sparse_model
 from .test_ops import assert_matches
 
 OUT, IN = 52, 40
@@ -103,10 +103,12 @@ def test_storage_changes_back_and_forth(shape, block_shape, density, seed):
     assert torch.equal(layer.weight, before)
 
 
-def test_matrices_that_are_larger_than_a_piece_are_unpacked_right():
-    mask = torch.rand(13, 7, generator=torch.Generator().manual_seed(0)) < 0.5
-    packed = pack(torch.randn(13 * 40 - 9, 7 * 100 - 50), mask, (40, 100))
-    assert torch.equal(unpack_in_pieces(packed, 511, 650), unpack(packed, 511, 650))
+@pytest.mark.parametrize(("grid", "block_shape"), [((40, 50), (16, 8)), ((13, 7), (40, 100)), ((2, 3), (300, 70))])
+def test_matrices_that_are_larger_than_a_piece_are_unpacked_right(grid, block_shape):
+    mask = torch.rand(grid, generator=torch.Generator().manual_seed(0)) < 0.5
+    size = grid[0] * block_shape[0] - 5, grid[1] * block_shape[1] - 3
+    packed = pack(torch.randn(size), mask, block_shape)
+    assert torch.equal(unpack_in_pieces(packed, *size), unpack(packed, *size))
 
 
 CHANGES = {
@@ -316,6 +318,34 @@ def test_compiled_and_exported_models_answer_and_learn(form):
     program = torch.export.export(model, (), {"pixel_values": pixels})
     with torch.no_grad():
         assert_same(program.module()(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
+
+
+WITHOUT = """
+import sys
+import torch, transformers
+
+model = transformers.AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+layers = [module for module in model.modules() if type(module).__name__ == "BlockSparseLinear"]
+with torch.no_grad():
+    logits = model(pixel_values=torch.load("pixels.pt")).logits
+model.save_pretrained("again")
+torch.save([len(layers), sum(layer.is_unpacked for layer in layers), logits], "answer.pt")
+"""
+
+
+@pytest.mark.slow
+def test_without_the_package_and_its_kernels_layers_are_unpacked(tmp_path, monkeypatch):
+    model = sparse_model(tiny_model(hidden_size=192, intermediate_size=768), shape=(16, 16))
+    model.save_pretrained(tmp_path / "saved")
+    torch.save(PIXELS, tmp_path / "pixels.pt")
+    monkeypatch.setenv("BLOCKPRUNE_STORAGE", "auto")
+    done = run(WITHOUT, tmp_path, "saved", package=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    count, unpacked, logits = torch.load(tmp_path / "answer.pt")
+    assert count == unpacked == 12
+    assert_same(logits, answer(model))
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("saved", "again")]
+    assert files[0] == files[1]
 
 
 def test_fingerprints_do_not_depend_on_the_form():
