@@ -22,7 +22,7 @@ import transformers.utils.logging
 from hf_blockprune import display, screen
 from hf_blockprune.display import clock, part, planned, stage
 
-from .conftest import RECIPE, launch, write_images
+from .conftest import RECIPE, write_images
 
 PRUNE = ("-m", "hf_blockprune.cli", "prune")
 QUICK = ("--block-shape", "16x16", "--samples", "8", "--budget", "flops=0.75")
@@ -216,7 +216,7 @@ def test_quiet_shows_nothing(vit_folder, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_has_a_display(job, tmp_path):
+def test_of_two_processes_one_has_a_display(launch, job, tmp_path):
     done = launch([RECIPE, *job, "--output", tmp_path / "out", "--json"], processes=2)
     assert stages_of(done.stderr.splitlines()) == ALL
     assert sum("stage " in line for line in done.stderr.splitlines()) == len(ALL)

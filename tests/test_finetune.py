@@ -31,7 +31,7 @@ from hf_blockprune.finetune_pruning import masks_of
 from hf_blockprune.finetune_state import Average
 from hf_blockprune.progress import Progress
 
-from .conftest import ALL_FAMILIES, NUM_LABELS, ROOT, launch, tiny_model, write_images
+from .conftest import ALL_FAMILIES, NUM_LABELS, ROOT, tiny_model, write_images
 from .finetuning import check_masks, train
 
 RECIPE = ROOT / "recipes/finetune.py"
@@ -103,7 +103,7 @@ def test_every_family_trains_with_its_masks(family, processor, some, accelerator
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(models, some, accelerator, tmp_path):
+def test_two_processes_take_the_steps_of_one(launch, models, some, accelerator, tmp_path):
     """With DDP and with FSDP2, with micro-batches of which one process has none in the ragged last batch.
 
     Blocks leave in the second run; in the others the script watches the masks, in the third for a hundred steps.

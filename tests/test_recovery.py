@@ -21,7 +21,7 @@ from hf_blockprune.data import decode_image, load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.recovery import _dense_copy, _Run, recover
 
-from .conftest import RECIPE, launch, tiny_model, write_images
+from .conftest import RECIPE, tiny_model, write_images
 from .test_layerwise import random_masks
 
 QUICK = {"samples": 24, "batch_size": 8, "reconstruction_epochs": 1, "epochs": 2}
@@ -247,7 +247,7 @@ def test_a_dense_model_has_nothing_to_recover(vit_folder, images):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(vit_folder, images, tmp_path):
+def test_two_processes_learn_what_one_does(launch, vit_folder, images, tmp_path):
     recipe = tmp_path / "recipe.json"
     gentle = quick_config(lr=1e-4, batch_size=7)
     values = {**gentle.to_dict(), "model": str(vit_folder), "dataset": str(images)}
