@@ -82,9 +82,10 @@ class Forks:
     """
 
     def __init__(self, imports=LIBRARIES + PACKAGE, env=ENVIRONMENT):
+        self.folder = tempfile.TemporaryDirectory()
         # A pool of threads that an import starts would not be in what splits off.
         self.env = {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.folder = tempfile.TemporaryDirectory()
+        self.env["HF_DATASETS_CACHE"] = f"{self.folder.name}/datasets"
         self.count = 0
         command = [sys.executable, str(ROOT / "tests/fork_server.py"), imports]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

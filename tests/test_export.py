@@ -225,7 +225,7 @@ def test_a_bias_that_the_architecture_never_has_is_named(processor, tmp_path):
     assert not (tmp_path / "dense").exists()
 
 
-def test_a_full_disk_leaves_nothing(pruned, tmp_path):
+def test_a_full_disk_leaves_nothing(forks, pruned, tmp_path):
     script = f"""
 import resource, signal, sys
 from hf_blockprune import CheckpointError
@@ -237,8 +237,7 @@ try:
 except CheckpointError as error:
     print(error)
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    done = forks.run("-c", script)
     assert done.returncode == 0, done.stderr
     assert "could not be written" in done.stdout
     assert not list(tmp_path.iterdir())

@@ -289,16 +289,15 @@ def test_the_state_of_another_run_is_refused(models, some, accelerator, tmp_path
 
 
 @pytest.mark.slow
-def test_a_killed_recipe_is_resumed_bit_for_bit(models, some, tmp_path):
+def test_a_killed_recipe_is_resumed_bit_for_bit(forks, models, some, tmp_path):
     """In mixed precision, which leaves the weights themselves in single precision."""
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(settings_of(epochs=10, save_every=2, precision="bf16").to_dict()))
-    command = [sys.executable, str(RECIPE), "--config", str(recipe), "--model", str(models[0]), "--quiet", "--json"]
-    command += ["--teacher", str(models[1]), "--dataset", str(some), "--output"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    options = {"capture_output": True, "text": True, "env": env}
+    command = [RECIPE, "--config", recipe, "--model", models[0], "--quiet", "--json"]
+    command += ["--teacher", models[1], "--dataset", some, "--output"]
+    env = {**forks.env, "ACCELERATE_USE_CPU": "true"}
     state = tmp_path / ".out.unfinished/state.safetensors"
-    process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.DEVNULL, env=env)
+    process = forks.start(*command, tmp_path / "out", env=env)
     deadline = time.monotonic() + 120
     while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -307,9 +306,9 @@ def test_a_killed_recipe_is_resumed_bit_for_bit(models, some, tmp_path):
     process.wait()
     assert state.exists()
     assert not (tmp_path / "out").exists()
-    resumed = subprocess.run([*command, str(tmp_path / "out"), "--resume"], **options)
+    resumed = forks.run(*command, tmp_path / "out", "--resume", env=env)
     assert resumed.returncode == 0, resumed.stderr
-    whole = subprocess.run([*command, str(tmp_path / "whole")], **options)
+    whole = forks.run(*command, tmp_path / "whole", env=env)
     assert whole.returncode == 0, whole.stderr
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
     same(*weights)
