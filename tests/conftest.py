@@ -51,7 +51,7 @@ from hf_blockprune.blocks import grid_shape
 from hf_blockprune.data import load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 
-from .forking import LIBRARIES, Forks
+from .forking import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes/prune.py"
@@ -189,15 +189,8 @@ def found(images):
 
 @pytest.fixture(scope="session")
 def forks():
-    """Starts processes in which the package is imported already."""
+    """Starts processes in which libraries are imported already."""
     with Forks() as forks:
-        yield forks
-
-
-@pytest.fixture(scope="session")
-def bare_forks():
-    """Starts processes in which libraries are imported already, and the package is not."""
-    with Forks(LIBRARIES) as forks:
         yield forks
 
 

@@ -2,7 +2,7 @@
 
 Most of what a small run takes is the import of torch and transformers: seconds, for every process. `Forks` imports them
 once, in a process that does nothing else, and what is run splits off it. Each run is a process of its own still, with
-its own arguments, environment, folder and streams, and is killed and interrupted as any other.
+its own arguments, environment, folder and streams, is killed and interrupted as any other, and imports the package.
 
 Not for tests of imports, nor of what libraries read from the environment while they are imported (HF_HOME and the
 like), which is the same in all that splits off one process.
@@ -23,11 +23,6 @@ LIBRARIES = """
 import accelerate, datasets, torch, transformers
 from transformers import AutoModelForImageClassification, Trainer, ViTForImageClassification, pipeline
 from transformers.models.vit import image_processing_vit
-"""
-PACKAGE = """
-import importlib, hf_blockprune
-for name in ("cli", "export", "finetune_jobs", "inspection", "jobs", "pruner", "recovery", "sweep"):
-    importlib.import_module(f"hf_blockprune.{name}")
 """
 ENVIRONMENT = dict(os.environ)  # before tests change it
 
@@ -81,7 +76,7 @@ class Forks:
         env: its environment, and that of what is run where no other is given.
     """
 
-    def __init__(self, imports=LIBRARIES + PACKAGE, env=ENVIRONMENT):
+    def __init__(self, imports=LIBRARIES, env=ENVIRONMENT):
         self.folder = tempfile.TemporaryDirectory()
         # A pool of threads that an import starts would not be in what splits off.
         self.env = {**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -232,9 +232,9 @@ with planned(["first", "second"]):
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_the_switches_of_the_libraries_silence_it(bare_forks, switch):
+def test_the_switches_of_the_libraries_silence_it(forks, switch):
     """Read when they are imported, so in processes that import them."""
-    assert "stage 1 of 2: first, 10/10 layers" in piped(bare_forks, "-c", SHORT).stderr
+    assert "stage 1 of 2: first, 10/10 layers" in piped(forks, "-c", SHORT).stderr
     with Forks("", env={**ALONE, switch: "1"}) as silent:
         assert piped(silent, "-c", SHORT, **{switch: "1"}).stderr == ""
         assert in_terminal(silent, "-c", SHORT, **{switch: "1"}) == (0, "", "")
@@ -248,15 +248,15 @@ def test_the_switches_of_the_libraries_silence_it(bare_forks, switch):
         "import huggingface_hub.utils; huggingface_hub.utils.disable_progress_bars()",
     ],
 )
-def test_so_do_their_functions(bare_forks, statement):
-    assert piped(bare_forks, "-c", SHORT.replace("with planned", f"{statement}\nwith planned", 1)).stderr == ""
+def test_so_do_their_functions(forks, statement):
+    assert piped(forks, "-c", SHORT.replace("with planned", f"{statement}\nwith planned", 1)).stderr == ""
 
 
-def test_other_ranks_show_nothing(bare_forks):
-    assert piped(bare_forks, "-c", SHORT, RANK="1").stderr == ""
+def test_other_ranks_show_nothing(forks):
+    assert piped(forks, "-c", SHORT, RANK="1").stderr == ""
 
 
-def test_what_others_print_meanwhile_stays_whole_above_the_bar(bare_forks):
+def test_what_others_print_meanwhile_stays_whole_above_the_bar(forks):
     code = f"""{LOOP}
 logger = transformers.utils.logging.get_logger("transformers.models")  # its handler keeps the stream it was made with
 with stage("loop", 30) as bar:
@@ -269,7 +269,7 @@ with stage("loop", 30) as bar:
             print("in", "pieces", file=sys.stderr)
             print("a result")
 """
-    status, output, written = in_terminal(bare_forks, "-c", code, columns=80)
+    status, output, written = in_terminal(forks, "-c", code, columns=80)
     assert (status, output) == (0, "a result\n")
     lines = shown(written)
     assert lines[0] == "[transformers] a warning " + (30 * "that is long ").rstrip()
@@ -279,7 +279,7 @@ with stage("loop", 30) as bar:
     assert not any("━" in line for line in lines)
 
 
-def test_streams_and_handlers_are_afterwards_what_they_were(bare_forks):
+def test_streams_and_handlers_are_afterwards_what_they_were(forks):
     code = f"""{LOOP}
 handler = logging.StreamHandler()
 logging.getLogger().addHandler(handler)
@@ -288,11 +288,11 @@ with stage("loop", 3) as bar:
     assert sys.stderr is not before[1] and handler.stream is sys.stderr
 assert (sys.stdout, sys.stderr, handler.stream) == before
 """
-    assert in_terminal(bare_forks, "-c", code)[0] == 0
+    assert in_terminal(forks, "-c", code)[0] == 0
 
 
 @pytest.mark.parametrize("error", ["raise RuntimeError('it broke')", "interrupt"])
-def test_an_error_and_an_interrupt_leave_the_terminal_clean(bare_forks, error):
+def test_an_error_and_an_interrupt_leave_the_terminal_clean(forks, error):
     code = f"""{LOOP}
 with planned(["first", "second"]), stage("first", 100) as bar:
     for number in bar.over(range(100)):
@@ -301,7 +301,7 @@ with planned(["first", "second"]), stage("first", 100) as bar:
             {error if error != "interrupt" else "pass"}
 """
     at = r"\d\d/100 steps" if error == "interrupt" else None
-    status, _, written = in_terminal(bare_forks, "-c", code, interrupt_at=at)
+    status, _, written = in_terminal(forks, "-c", code, interrupt_at=at)
     assert status != 0
     assert written.rindex(SHOW_CURSOR) > written.rindex(HIDE_CURSOR)
     lines = shown(written)
@@ -310,7 +310,7 @@ with planned(["first", "second"]), stage("first", 100) as bar:
     assert not any("━" in line for line in lines)
 
 
-def test_another_live_display_goes_on_around_it(bare_forks):
+def test_another_live_display_goes_on_around_it(forks):
     code = f"""{LOOP}
 from rich.console import Console
 from rich.live import Live
@@ -319,14 +319,14 @@ with Live("the outer one", console=Console(stderr=True)):
         for number in bar.over(range(5)):
             time.sleep(0.1)
 """
-    status, _, written = in_terminal(bare_forks, "-c", code)
+    status, _, written = in_terminal(forks, "-c", code)
     assert status == 0
     lines = shown(written)
     assert re.fullmatch(r"inner, 5/5 steps, [\d.]+ s", lines[0])
     assert lines[1:] == ["the outer one"]
 
 
-def test_a_process_that_splits_off_writes_to_the_terminal_itself(bare_forks):
+def test_a_process_that_splits_off_writes_to_the_terminal_itself(forks):
     """It may have been split off while the thread that draws held a lock, which nobody opens there."""
     code = f"""{LOOP}
 import os, signal, threading
@@ -349,13 +349,13 @@ with stage("loop", 3) as bar:
     released.set()
 assert status == 0
 """
-    status, _, written = in_terminal(bare_forks, "-c", code)
+    status, _, written = in_terminal(forks, "-c", code)
     assert status == 0
     assert "from the child" in written
 
 
-def test_a_narrow_terminal_gets_lines_that_fit(bare_forks):
-    _, _, written = in_terminal(bare_forks, "-c", SHORT, columns=40)
+def test_a_narrow_terminal_gets_lines_that_fit(forks):
+    _, _, written = in_terminal(forks, "-c", SHORT, columns=40)
     drawn = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", written)
     assert all(len(line) <= 40 for line in re.split(r"[\r\n]+", drawn) if "━" in line)
 
@@ -498,7 +498,7 @@ def test_threads_have_displays_of_their_own(capsys):
     assert sorted(line.rpartition(",")[0] for line in lines_of(capsys)) == ["stage 1 of 2: one", "stage 1 of 2: two"]
 
 
-def test_reporting_costs_next_to_nothing(bare_forks):
+def test_reporting_costs_next_to_nothing(forks):
     """A step of the smallest of models takes a thousand times as long."""
     code = f"""{LOOP}
 with stage("loop", 200_000) as bar:
@@ -507,7 +507,7 @@ with stage("loop", 200_000) as bar:
         bar.advance(loss=0.5, lr=0.1)
     print((time.process_time() - start) / 200_000)
 """
-    status, output, _ = in_terminal(bare_forks, "-c", code)
+    status, output, _ = in_terminal(forks, "-c", code)
     assert status == 0
     assert float(output) < 20e-6
 
