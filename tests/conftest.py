@@ -51,7 +51,7 @@ from hf_blockprune.blocks import grid_shape
 from hf_blockprune.data import load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 
-from .forking import Forks
+from .forking import plain_forks
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes/prune.py"
@@ -187,11 +187,17 @@ def found(images):
     return load_images(images)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _forks_end():
+    yield
+    if plain_forks.cache_info().currsize:
+        plain_forks().close()
+
+
 @pytest.fixture(scope="session")
 def forks():
     """Starts processes in which libraries are imported already."""
-    with Forks() as forks:
-        yield forks
+    return plain_forks()
 
 
 def free_port():

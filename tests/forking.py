@@ -8,6 +8,7 @@ Not for tests of imports, nor of what libraries read from the environment while 
 like), which is the same in all that splits off one process.
 """
 
+import functools
 import json
 import os
 import signal
@@ -92,6 +93,9 @@ class Forks:
         return self
 
     def __exit__(self, *_):
+        self.close()
+
+    def close(self):
         self.server.stdin.close()
         self.server.wait()
         self.server.stdout.close()
@@ -119,3 +123,9 @@ class Forks:
 
     def run(self, *arguments, timeout=300, **options):
         return self.start(*arguments, **options).completed(timeout)
+
+
+@functools.cache
+def plain_forks():
+    """One for all tests of a process that need no environment of their own; `conftest.py` ends it."""
+    return Forks()

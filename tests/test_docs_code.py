@@ -122,7 +122,7 @@ def world(tmp_path, processor):
     model = tiny_model("deit", hidden_size=128, intermediate_size=512, num_attention_heads=4)
     for saved in (model, processor):
         saved.save_pretrained(tmp_path / MODEL)
-    write_images(tmp_path / "IMAGES", 24)
+    write_images(tmp_path / "IMAGES", 12)
     for split in ("train", "validation"):  # in folders proper, since `datasets` sees one split in two links
         for folder in ("photos", "images"):
             shutil.copytree(tmp_path / "IMAGES", tmp_path / folder / split)
