@@ -1,14 +1,10 @@
 """What a run shows of itself: in a terminal, in the log of a job, and nowhere."""
 
 import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
-import struct
-import termios
 import threading
 import time
 from pathlib import Path
@@ -23,6 +19,7 @@ from hf_blockprune.hub.blockprune_backends import available_backends
 
 from .conftest import RECIPE, write_images
 from .forking import Forks
+from .terminals import terminal
 
 PRUNE = ("-m", "hf_blockprune.cli", "prune")
 QUICK = ("--block-shape", "16x16", "--samples", "8", "--budget", "flops=0.75")
@@ -47,39 +44,21 @@ def _bars_are_allowed(monkeypatch):
         datasets.disable_progress_bars()
 
 
-def read_all(descriptor, found):
-    while True:
-        try:
-            data = os.read(descriptor, 1 << 16)
-        except OSError:  # the process has ended
-            return
-        if not data:
-            return
-        found.append(data)
-
-
 def in_terminal(forks, *arguments, columns=100, interrupt_at=None, **environment):
     """Run Python with standard error in a terminal, and standard output in a file.
 
     Returns:
         (exit status, standard output, all that was written to the terminal).
     """
-    terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    process = forks.start(*arguments, env={**ALONE, "TERM": "xterm", **environment}, stderr=os.ttyname(end))
-    written = []
-    reader = threading.Thread(target=read_all, args=(terminal, written), daemon=True)
-    reader.start()
-    try:
-        if interrupt_at is not None:
-            until(lambda: re.search(interrupt_at, b"".join(written).decode(errors="ignore")))
-            process.send_signal(signal.SIGINT)
-        status = process.wait()
-    finally:
-        process.kill()
-        os.close(end)
-    reader.join()
-    os.close(terminal)
+    with terminal(columns, rows=40) as (name, written):
+        process = forks.start(*arguments, env={**ALONE, "TERM": "xterm", **environment}, stderr=name)
+        try:
+            if interrupt_at is not None:
+                until(lambda: re.search(interrupt_at, b"".join(written).decode(errors="ignore")))
+                process.send_signal(signal.SIGINT)
+            status = process.wait()
+        finally:
+            process.kill()
     return status, process.stdout.read_text(), b"".join(written).decode()
 
 

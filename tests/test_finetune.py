@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -446,12 +444,11 @@ def test_a_tracker_that_is_missing_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_precision_that_the_device_lacks_is_one_line(models, some, tmp_path):
+def test_a_precision_that_the_device_lacks_is_one_line(forks, models, some, tmp_path):
     (tmp_path / "recipe.yaml").write_text("precision: fp16\n")
-    command = [sys.executable, str(RECIPE), "--config", str(tmp_path / "recipe.yaml"), "--model", str(models[0])]
-    command += ["--teacher", str(models[1]), "--dataset", str(some), "--output", str(tmp_path / "out")]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    command = [RECIPE, "--config", tmp_path / "recipe.yaml", "--model", models[0]]
+    command += ["--teacher", models[1], "--dataset", some, "--output", tmp_path / "out"]
+    done = forks.run(*command, env={**forks.env, "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: precision: 'fp16' does not work on this device (cpu)")
 
