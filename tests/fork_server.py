@@ -1,6 +1,7 @@
 """Runs Python in processes that split off this one, which has imported everything before; `forking.py` talks to it."""
 
 import atexit
+import faulthandler
 import gc
 import json
 import os
@@ -59,6 +60,7 @@ def split_off(order):
     if process := os.fork():
         return process
     become(order)
+    faulthandler.enable()  # whoever aborts it is told where it was
     status = status_of(order["arguments"])
     threading._shutdown()
     atexit._run_exitfuncs()

@@ -46,13 +46,20 @@ class Fork:
         return self.returncode
 
     def wait(self, timeout=300):
-        end = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > end:
-                self.kill()
-                raise subprocess.TimeoutExpired(self.arguments, timeout)
-            time.sleep(0.005)
+        if not self.ended(timeout):
+            self.send_signal(signal.SIGABRT)
+            self.ended(10)
+            self.kill()
+            said = self.stderr.read_text().partition("\nExtension modules")[0]
+            raise AssertionError(f"still ran after {timeout} s:\n{said[-5000:]}")
         return self.returncode
+
+    def ended(self, timeout):
+        """Whether it ends within so many seconds."""
+        end = time.monotonic() + timeout
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        return self.poll() is not None
 
     def send_signal(self, number):
         if self.poll() is None:  # else the number may be another process's by now
@@ -60,8 +67,7 @@ class Fork:
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
-        while self.poll() is None:
-            time.sleep(0.005)
+        self.ended(60)
 
     def completed(self, timeout=300):
         """As `subprocess.run` returns it."""
