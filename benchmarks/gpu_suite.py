@@ -85,7 +85,13 @@ def parse_options() -> argparse.Namespace:
 
 
 FULL = Size("cuda", LINEARS, (64, 16, 1, 256), ("deit-base", "deit-small"), {}, TOKENS, 0.15, (5.0, 3.0))
-TINY_MODEL = {"image_size": 32, "num_hidden_layers": 1}
+TINY_MODEL = {
+    "image_size": 32,
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+}
 TINY = Size("cpu", {"fc1": (256, 64)}, (3, 1), ("deit-tiny",), TINY_MODEL, 5, 0.0, (0.2, 0.2))
 Work = Callable[[], list[dict[str, Any]]]
 

@@ -27,8 +27,9 @@ from .hardware.profiles import load_profile
 from .pruner import BlockPruner, evaluation_stages
 from .pruning import pruning_stages
 
-EPOCHS = 40
-BATCH_SIZE = 64
+EPOCHS = 16
+BATCH_SIZE = 16  # many small steps teach it as much as larger ones in half the time
+LEARNING_RATE = 4e-4
 TRAIN_IMAGES = 1347  # three quarters; the rest measures accuracy
 
 # Runs in a new process that sees the saved folders alone.
@@ -174,9 +175,9 @@ def _train(train: Any) -> tuple[ViTForImageClassification, Any]:
         processor = _processor()
         pixels = processor(images=list(train["image"]), return_tensors="pt")["pixel_values"]
         labels = torch.tensor(train["label"])
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05, fused=True)
         steps = EPOCHS * -(-len(labels) // BATCH_SIZE)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
         model.train()
         with stage("training", steps) as bar:
             for _ in range(EPOCHS):

@@ -2,12 +2,17 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As it is in what a script's shell runs in the background; processes that tests interrupt would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
@@ -48,6 +53,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from hf_blockprune.blocks import grid_shape
 from hf_blockprune.data import load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+
+from .forking import plain_forks
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes/prune.py"
@@ -183,19 +190,69 @@ def found(images):
     return load_images(images)
 
 
-def launch(arguments, *, processes, succeeds=True):
-    """Run a script with its arguments, in so many processes of Accelerate's on the CPU."""
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-        command += ["--num_processes", str(processes), "--main_process_port", port]
+@pytest.fixture(scope="session", autouse=True)
+def _forks_end():
+    yield
+    if plain_forks.cache_info().currsize:
+        plain_forks().close()
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Starts processes in which libraries are imported already."""
+    return plain_forks()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def ended(ranks):
+    """What processes that work together ended with; where one fails, the others have some seconds, as with torchrun."""
+    deadline = time.monotonic() + 300
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        if any(rank.poll() for rank in ranks):
+            deadline = min(deadline, time.monotonic() + 5)
+        time.sleep(0.005)
+    for rank in ranks:
+        rank.kill()
+    done = [rank.completed() for rank in ranks]
+    streams = ("".join(getattr(rank, name) for rank in done) for name in ("stdout", "stderr"))
+    status = next((rank.returncode for rank in done if rank.returncode), 0)
+    return subprocess.CompletedProcess(ranks[0].arguments, status, *streams)
+
+
+@pytest.fixture
+def launch(forks):
+    """Run a script with its arguments in so many processes on the CPU, as `accelerate launch` does."""
+
+    def run(arguments, *, processes, succeeds=True):
+        environment = {**forks.env, "ACCELERATE_USE_CPU": "true"}
+        if processes > 1:
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        ranks = [
+            forks.start(*arguments, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            if processes > 1
+            else forks.start(*arguments, env=environment)
+            for rank in range(processes)
+        ]
+        done = ended(ranks)
+        assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+def accelerate_launch(arguments, *, processes):
+    """Run a script with its arguments under `accelerate launch` itself, on the CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+    command += ["--num_processes", str(processes), "--main_process_port", free_port(), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command += map(str, arguments)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own: `accelerate launch tests/finetuning.py JOBS.json`."""
+"""Training runs in processes of their own: `python tests/finetuning.py JOBS.json`."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Runs that end at a given point: `python tests/interrupting.py JOB.json`, by itself or under `accelerate launch`.
+"""Runs that end at a given point: `python tests/interrupting.py JOB.json`, by itself or with others.
 
 A job's file holds `settings` of a `PruneJob`, `options` of `run_prune`, and perhaps `stop`: the beginning of a part's
 name, how often a part that begins so is written before the run ends, and the signal that ends it.

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -129,10 +127,10 @@ def test_push_looks_at_the_name_first(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [["report"], ["export", "--dense"]])
-def test_no_traceback_in_a_process_of_its_own(hollow, tmp_path, command):
+def test_no_traceback_in_a_process_of_its_own(forks, hollow, tmp_path, command):
     (tmp_path / "file").write_text("")
     arguments = [command[0], str(hollow[0]), *command[1:], "-o", str(tmp_path / "file/page.html")]
-    done = subprocess.run([sys.executable, "-c", CLI, *arguments], capture_output=True, text=True, timeout=280)
+    done = forks.run("-c", CLI, *arguments)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

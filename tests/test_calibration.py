@@ -10,7 +10,7 @@ from hf_blockprune.calibration import collect
 from hf_blockprune.data import decode_image, load_images
 from hf_blockprune.tasks import SingleLabel
 
-from .conftest import launch, tiny_model, write_images
+from .conftest import tiny_model, write_images
 
 BLOCK_SHAPE = (16, 32)  # does not divide the 48 and 96 wide matrices evenly
 NUM_TOKENS = 17
@@ -354,7 +354,7 @@ accelerator.end_training()
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "num_batches"), [(8, 3), (5, 5)])
-def test_two_processes_give_what_one_gives(vit_folder, images, tmp_path, batch_size, num_batches):
+def test_two_processes_give_what_one_gives(launch, vit_folder, images, tmp_path, batch_size, num_batches):
     """An odd number of batches: one process has one more, and no image may be repeated to even them out."""
     assert -(-24 // batch_size) == num_batches
     assert num_batches % 2 == 1

@@ -1,14 +1,8 @@
 """Tables show every name and figure, in files and on terminals too narrow for them."""
 
-import fcntl
 import json
 import os
-import pty
 import re
-import struct
-import subprocess
-import sys
-import termios
 
 import pytest
 
@@ -16,7 +10,9 @@ from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.inspection import inspect_checkpoint
 from hf_blockprune.simulation import simulate_checkpoint
 
-from .conftest import ROOT, tiny_model
+from .conftest import tiny_model
+from .forking import plain_forks
+from .terminals import terminal
 
 PRINT = """
 import json, sys
@@ -77,38 +73,29 @@ def printed(processor, tmp_path_factory):
 
 def environment(**changes):
     kept = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "FORCE_COLOR")}
-    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "TERM": "xterm", **changes}
+    return {**kept, "TERM": "xterm", **changes}
 
 
 def piped(file, **changes):
-    """What a process that prints the tables gives to a pipe."""
-    command = [sys.executable, "-c", PRINT, str(file)]
-    done = subprocess.run(command, env=environment(**changes), capture_output=True, encoding="utf-8", timeout=120)
+    """What a process that prints the tables gives to a file."""
+    done = plain_forks().run("-c", PRINT, file, env=environment(**changes))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def whole(printed):
-    """What a pipe gets."""
+    """What a file gets."""
     return piped(printed)
 
 
 def on_terminal(file, columns):
     """What it shows on a terminal so many columns wide."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    command, streams = [sys.executable, "-c", PRINT, str(file)], {"stdin": theirs, "stdout": theirs}
-    with subprocess.Popen(command, env=environment(), **streams, stderr=subprocess.PIPE) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 1 << 16):
-                shown += part
-        except OSError:  # how a terminal whose last process has ended says so
-            pass
-        assert process.wait(timeout=60) == 0, process.stderr.read()
-    os.close(ours)
+    with terminal(columns) as (name, written):
+        process = plain_forks().start("-c", PRINT, file, env=environment(), stdout=name)
+        status = process.wait()
+    assert status == 0, process.stderr.read_text()
+    shown = b"".join(written)
     return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).replace("\r\n", "\n")
 
 
@@ -126,7 +113,7 @@ def columns_of(shown):
     return found
 
 
-def test_a_pipe_gets_a_line_for_every_row(printed, whole):
+def test_a_file_gets_a_line_for_every_row(printed, whole):
     assert "…" not in whole
     lines = whole.splitlines()
     values = dict(json.loads(printed.read_text()))
@@ -147,7 +134,7 @@ def test_a_narrow_terminal_shows_all_that_a_wide_one_does(printed, whole, column
     assert columns_of(shown) == columns_of(whole)
 
 
-def test_who_sets_the_width_gets_it_in_a_pipe_too(printed, whole):
+def test_who_sets_the_width_gets_it_in_a_file_too(printed, whole):
     shown = piped(printed, COLUMNS="60")
     assert max(map(len, shown.splitlines())) <= 60
     assert columns_of(shown) == columns_of(whole)

@@ -1,7 +1,6 @@
 """Numbers in the README come from result files, and its Python is valid."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -53,15 +52,14 @@ def test_command_lines_use_options_that_exist(page):
         assert {word for word in arguments.split() if word.startswith("--")} <= known
 
 
-def test_the_page_on_new_architectures_can_be_followed(tmp_path):
+def test_the_page_on_new_architectures_can_be_followed(forks, tmp_path):
     """In a process of its own, as it registers a family."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/new-architecture.md").read_text(), re.DOTALL))
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = forks.run("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     broken = code.replace('register_family("ijepa", Family())', "")
     assert broken != code
-    done = subprocess.run([sys.executable, "-c", broken], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = forks.run("-c", broken, cwd=tmp_path)
     assert done.returncode != 0
 
 

@@ -1,9 +1,6 @@
 """Exported models answer as the checkpoint does, where they are meant to be used."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +21,7 @@ from hf_blockprune.structure import find_transformer_layers
 from hf_blockprune.targets import find_targets
 
 from .conftest import ROOT, WITHOUT_THE_PACKAGE, tiny_model
+from .forking import plain_forks
 
 LOAD_DENSE = """
 import torch
@@ -76,14 +74,9 @@ def logits_of(model, x):
     return model(pixel_values=x).logits
 
 
-def run(script, tmp_path, source, *, isolated):
+def run(script, tmp_path, source):
     torch.save(pixels(5), tmp_path / "pixels.pt")
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    if not isolated:
-        env["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, *(["-I"] if isolated else []), "-c", script]
-    arguments = [str(source), str(tmp_path / "pixels.pt"), str(tmp_path / "logits.pt")]
-    done = subprocess.run([*command, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = plain_forks().run("-c", script, source, tmp_path / "pixels.pt", tmp_path / "logits.pt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return torch.load(tmp_path / "logits.pt")
 
@@ -99,7 +92,7 @@ def test_a_dense_export_needs_nothing_of_the_package(pruned, tmp_path):
     with safe_open(tmp_path / "dense/model.safetensors", framework="pt") as file:
         zeros = sum(int((file.get_tensor(key) == 0).sum()) for key in file.keys() if key.endswith("weight"))  # noqa: SIM118
         assert zeros > 0.3 * sum(file.get_tensor(key).numel() for key in file.keys() if "layer" in key)  # noqa: SIM118
-    logits = run(WITHOUT_THE_PACKAGE + LOAD_DENSE, tmp_path, tmp_path / "dense", isolated=True)
+    logits = run(WITHOUT_THE_PACKAGE + LOAD_DENSE, tmp_path, tmp_path / "dense")
     torch.testing.assert_close(logits, logits_of(model, pixels(5)), rtol=1e-5, atol=1e-5)
 
 
@@ -184,7 +177,7 @@ def test_a_program_keeps_its_kernels_and_runs_in_another_process(pruned, tmp_pat
     with (tmp_path / "model.pt2").open("rb") as file:
         graph = torch.export.load(file).graph
     assert any("blockprune" in str(node.target) for node in graph.nodes)
-    logits = run(LOAD_PROGRAM, tmp_path, tmp_path / "model.pt2", isolated=False)
+    logits = run(LOAD_PROGRAM, tmp_path, tmp_path / "model.pt2")
     torch.testing.assert_close(logits, logits_of(model, pixels(5)), rtol=1e-5, atol=1e-5)
 
 
@@ -225,7 +218,7 @@ def test_a_bias_that_the_architecture_never_has_is_named(processor, tmp_path):
     assert not (tmp_path / "dense").exists()
 
 
-def test_a_full_disk_leaves_nothing(pruned, tmp_path):
+def test_a_full_disk_leaves_nothing(forks, pruned, tmp_path):
     script = f"""
 import resource, signal, sys
 from hf_blockprune import CheckpointError
@@ -237,8 +230,7 @@ try:
 except CheckpointError as error:
     print(error)
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    done = forks.run("-c", script)
     assert done.returncode == 0, done.stderr
     assert "could not be written" in done.stdout
     assert not list(tmp_path.iterdir())
@@ -276,11 +268,9 @@ def test_one_form_is_asked_for(pruned, tmp_path, forms):
 
 
 @pytest.mark.slow
-def test_missing_packages_are_named(pruned, tmp_path):
-    command = [sys.executable, "-c", HIDE + "from hf_blockprune.cli import app; app(sys.argv[1:])"]
-    arguments = ["export", str(pruned[0]), "--onnx", "-o", str(tmp_path / "model.onnx")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=120)
+def test_missing_packages_are_named(forks, pruned, tmp_path):
+    script = HIDE + "from hf_blockprune.cli import app; app(sys.argv[1:])"
+    done = forks.run("-c", script, "export", pruned[0], "--onnx", "-o", tmp_path / "model.onnx")
     assert done.returncode == 1
     assert "onnxruntime" in done.stderr
     assert "pip install 'hf_blockprune[onnx]'" in done.stderr

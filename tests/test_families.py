@@ -6,9 +6,6 @@ parameter a family.
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import onnxruntime
 import pytest
@@ -20,14 +17,15 @@ from hf_blockprune.export import export_checkpoint
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.inspection import inspect_checkpoint
 
-from .conftest import ALL_FAMILIES, WITHOUT_THE_PACKAGE, tiny_model
+from .conftest import ALL_FAMILIES, tiny_model
+from .hub.saved_models import run
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 CONFIG = BlockPruneConfig(
     block_shape=(8, 8), budget={"metric": "flops", "ratio": 0.75}, calibration={"samples": 24, "batch_size": 8}
 )
 LOAD_ALL = """
-import json
+import json, sys
 import torch
 from transformers import AutoModelForImageClassification
 
@@ -119,9 +117,7 @@ def logits_without_the_package(folders, tmp_path_factory):
     torch.save(PIXELS, work / "pixels.pt")
     paths = {family: str(folder) for family, folder in folders.items()}
     arguments = json.dumps([paths, str(work / "pixels.pt"), str(work / "logits.pt")])
-    env = {**os.environ, "HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE + LOAD_ALL, arguments]
-    done = subprocess.run(command, env=env, cwd=work, capture_output=True, text=True, timeout=180)
+    done = run(LOAD_ALL, work, arguments, package=False)
     assert done.returncode == 0, done.stderr
     return torch.load(work / "logits.pt")
 

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -31,7 +29,7 @@ from hf_blockprune.finetune_pruning import masks_of
 from hf_blockprune.finetune_state import Average
 from hf_blockprune.progress import Progress
 
-from .conftest import ALL_FAMILIES, NUM_LABELS, ROOT, launch, tiny_model, write_images
+from .conftest import ALL_FAMILIES, NUM_LABELS, ROOT, tiny_model, write_images
 from .finetuning import check_masks, train
 
 RECIPE = ROOT / "recipes/finetune.py"
@@ -103,7 +101,7 @@ def test_every_family_trains_with_its_masks(family, processor, some, accelerator
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(models, some, accelerator, tmp_path):
+def test_two_processes_take_the_steps_of_one(launch, models, some, accelerator, tmp_path):
     """With DDP and with FSDP2, with micro-batches of which one process has none in the ragged last batch.
 
     Blocks leave in the second run; in the others the script watches the masks, in the third for a hundred steps.
@@ -289,16 +287,15 @@ def test_the_state_of_another_run_is_refused(models, some, accelerator, tmp_path
 
 
 @pytest.mark.slow
-def test_a_killed_recipe_is_resumed_bit_for_bit(models, some, tmp_path):
+def test_a_killed_recipe_is_resumed_bit_for_bit(forks, models, some, tmp_path):
     """In mixed precision, which leaves the weights themselves in single precision."""
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(settings_of(epochs=10, save_every=2, precision="bf16").to_dict()))
-    command = [sys.executable, str(RECIPE), "--config", str(recipe), "--model", str(models[0]), "--quiet", "--json"]
-    command += ["--teacher", str(models[1]), "--dataset", str(some), "--output"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    options = {"capture_output": True, "text": True, "env": env}
+    command = [RECIPE, "--config", recipe, "--model", models[0], "--quiet", "--json"]
+    command += ["--teacher", models[1], "--dataset", some, "--output"]
+    env = {**forks.env, "ACCELERATE_USE_CPU": "true"}
     state = tmp_path / ".out.unfinished/state.safetensors"
-    process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.DEVNULL, env=env)
+    process = forks.start(*command, tmp_path / "out", env=env)
     deadline = time.monotonic() + 120
     while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -307,9 +304,9 @@ def test_a_killed_recipe_is_resumed_bit_for_bit(models, some, tmp_path):
     process.wait()
     assert state.exists()
     assert not (tmp_path / "out").exists()
-    resumed = subprocess.run([*command, str(tmp_path / "out"), "--resume"], **options)
+    resumed = forks.run(*command, tmp_path / "out", "--resume", env=env)
     assert resumed.returncode == 0, resumed.stderr
-    whole = subprocess.run([*command, str(tmp_path / "whole")], **options)
+    whole = forks.run(*command, tmp_path / "whole", env=env)
     assert whole.returncode == 0, whole.stderr
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
     same(*weights)
@@ -447,12 +444,11 @@ def test_a_tracker_that_is_missing_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_precision_that_the_device_lacks_is_one_line(models, some, tmp_path):
+def test_a_precision_that_the_device_lacks_is_one_line(forks, models, some, tmp_path):
     (tmp_path / "recipe.yaml").write_text("precision: fp16\n")
-    command = [sys.executable, str(RECIPE), "--config", str(tmp_path / "recipe.yaml"), "--model", str(models[0])]
-    command += ["--teacher", str(models[1]), "--dataset", str(some), "--output", str(tmp_path / "out")]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    command = [RECIPE, "--config", tmp_path / "recipe.yaml", "--model", models[0]]
+    command += ["--teacher", models[1], "--dataset", some, "--output", tmp_path / "out"]
+    done = forks.run(*command, env={**forks.env, "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: precision: 'fp16' does not work on this device (cpu)")
 

@@ -305,8 +305,7 @@ def test_command(checkpoints, tmp_path):
 @pytest.mark.slow
 def test_from_the_hub(checkpoints, tmp_path):
     """In a process of its own, as the Hub's address is read once."""
-    with FakeHub({"someone/pruned": checkpoints / "kept-0.7"}) as hub:
-        client = Client(tmp_path, hub.endpoint)
+    with FakeHub({"someone/pruned": checkpoints / "kept-0.7"}) as hub, Client(tmp_path, hub.endpoint) as client:
         script = "import sys; from hf_blockprune import write_report; write_report(*sys.argv[1:])"
         client.run(script, "someone/pruned", tmp_path / "page.html")
         missing = client.start(script, "someone/else", tmp_path / "none.html")

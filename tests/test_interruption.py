@@ -1,12 +1,9 @@
 """Runs that are interrupted at any point: nothing is lost in silence, and what goes on ends as if nothing had been."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,7 @@ from hf_blockprune.jobs import PruneJob, run_prune
 from hf_blockprune.progress import Progress
 from hf_blockprune.unfinished import kept_in, state_folder
 
-from .conftest import ROOT, launch, tiny_model
+from .conftest import ROOT, tiny_model
 
 SCRIPT = ROOT / "tests/interrupting.py"
 RECOVERY = {"samples": 24, "batch_size": 8, "reconstruction_epochs": 1, "epochs": 2}
@@ -237,8 +234,8 @@ def test_work_that_is_not_interrupted_leaves_signals_alone():
 class Runs:
     """Jobs in processes of their own."""
 
-    def __init__(self, folder, settings):
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder, settings, forks):
+        self.folder, self.settings, self.forks = folder, settings, forks
         self.file = folder / "job.json"
 
     def write(self, output, stop=None, **options):
@@ -247,17 +244,15 @@ class Runs:
 
     def run(self, *args, **options):
         self.write(*args, **options)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(SCRIPT), str(self.file)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        return self.forks.run(SCRIPT, self.file)
 
     def weights(self, output):
         return load_file(self.folder / output / "model.safetensors")
 
 
 @pytest.fixture
-def runs(vit_folder, images, tmp_path):
-    return Runs(tmp_path, {**SETTINGS, "model": str(vit_folder), "dataset": str(images)})
+def runs(vit_folder, images, tmp_path, forks):
+    return Runs(tmp_path, {**SETTINGS, "model": str(vit_folder), "dataset": str(images)}, forks)
 
 
 @pytest.mark.slow
@@ -291,7 +286,7 @@ def test_an_interrupted_process_says_what_is_kept(runs, name, code):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_together_and_refuse_together(runs):
+def test_two_processes_go_on_together_and_refuse_together(launch, runs):
     runs.write("whole")
     launch([SCRIPT, runs.file], processes=2)
     for point in (("calibrating-0", 2), ("trace-0", 2), ("recovery-running", 3)):

@@ -14,7 +14,7 @@ from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, sparsify
 from hf_blockprune.layerwise import _stages, refit_layers
 from hf_blockprune.reconstruction import RIDGES
 
-from .conftest import RECIPE, launch, tiny_model, whole_masks, write_images
+from .conftest import RECIPE, tiny_model, whole_masks, write_images
 
 BLOCK_SHAPE = (8, 8)
 HELD_BACK = torch.arange(24) % 8 == 7  # every eighth image
@@ -442,7 +442,7 @@ def recipe_for(vit_folder, images, folder, samples):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_model_of_one(processor, images, tmp_path):
+def test_two_processes_give_the_model_of_one(launch, processor, images, tmp_path):
     """In double precision, since single-precision sums over other batches round otherwise."""
     dense = tmp_path / "dense"
     tiny_model(hidden_size=96, intermediate_size=384).double().save_pretrained(dense)
@@ -461,7 +461,7 @@ def test_two_processes_give_the_model_of_one(processor, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_without_images_does_no_harm(vit_folder, images, tmp_path):
+def test_a_process_without_images_does_no_harm(launch, vit_folder, images, tmp_path):
     """Four images in batches of four: the second process has nothing to do but add up."""
     recipe = recipe_for(vit_folder, images, tmp_path, 4)
     launch([RECIPE, "--config", recipe, "--output", tmp_path / "out", "--quiet", "--json"], processes=2)

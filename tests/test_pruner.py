@@ -2,11 +2,6 @@
 
 import io
 import json
-import os
-import resource
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -272,22 +267,18 @@ class TestSavingIsAllOrNothing:
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     @pytest.mark.slow
-    def test_full_disk_in_a_real_process(self, vit_folder, tmp_path):
+    def test_full_disk_in_a_real_process(self, forks, vit_folder, tmp_path):
         """A file-size limit makes the operating system refuse the weights, as a full disk does."""
 
-        def limit():
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-        arguments = ["prune", str(vit_folder), "--method", "magnitude"]
-        arguments += ["--block-shape", "16x16", "--budget", "flops=0.9"]
-        done = subprocess.run(
-            [sys.executable, "-m", "hf_blockprune.cli", *arguments, "--output", str(tmp_path / "out"), "--quiet"],
-            capture_output=True,
-            text=True,
-            preexec_fn=limit,
-            env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        )
+        script = """
+import resource, signal, sys
+from hf_blockprune.cli import app
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+app(sys.argv[1:])
+"""
+        arguments = ["prune", vit_folder, "--method", "magnitude", "--block-shape", "16x16", "--budget", "flops=0.9"]
+        done = forks.run("-c", script, *arguments, "--output", tmp_path / "out", "--quiet")
         assert done.returncode == 1
         assert done.stderr.startswith("error: ")
         assert "could not be written" in done.stderr

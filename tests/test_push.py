@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from hf_blockprune import BlockPruner
 from hf_blockprune.inspection import inspect_checkpoint
 from hf_blockprune.simulation import simulate_checkpoint
 
-from .conftest import ROOT
 from .fake_hub import FakeHub
+from .forking import Forks
 from .hub.test_loading import Loader
 
 pytestmark = pytest.mark.slow
@@ -65,16 +64,21 @@ CLI = "import sys; from hf_blockprune.cli import app; app(sys.argv[1:])"
 
 
 class Client:
-    """Runs Python against a Hub."""
+    """Runs Python against a Hub, while its `with` block runs."""
 
     def __init__(self, folder, endpoint):
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_test"}
-        self.env = {**kept, **own, "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+        self.forks = Forks(env={**kept, **own, "NO_PROXY": "127.0.0.1"})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.forks.close()
 
     def start(self, script, *arguments):
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=180)
+        return self.forks.run("-c", script, *arguments)
 
     def run(self, script, *arguments):
         done = self.start(script, *arguments)
@@ -86,8 +90,7 @@ class Client:
 def pushed(vit_folder, tmp_path_factory):
     """(Hub, client, folder of the same model) after pushes to main, to a branch and to a pull request."""
     folder = tmp_path_factory.mktemp("push")
-    with FakeHub({}, uploads=folder / "hub") as hub:
-        client = Client(folder, hub.endpoint)
+    with FakeHub({}, uploads=folder / "hub") as hub, Client(folder, hub.endpoint) as client:
         pushes = [
             ("pruned", {}),
             (REPO, {"revision": "fewer-flops", "commit_message": "On a branch"}),
@@ -205,10 +208,11 @@ def test_cards_carry_the_newest_figures_of_these_weights(pushed, tmp_path):
 def test_refusals_are_one_line(pushed, tmp_path):
     _, _, saved = pushed
     with FakeHub({}, uploads=tmp_path, refuse=403) as hub:
-        refused = Client(tmp_path, hub.endpoint).start(CLI, "push", saved, "someone/else", "--quiet")
-        endpoint = hub.endpoint
-    gone = Client(tmp_path, endpoint).start(CLI, "push", saved, "someone/else", "--quiet")
-    bad = Client(tmp_path, endpoint).start(CLI, "push", saved, "no/such/name", "--quiet")
+        client = Client(tmp_path, hub.endpoint)
+        refused = client.start(CLI, "push", saved, "someone/else", "--quiet")
+    with client:
+        gone = client.start(CLI, "push", saved, "someone/else", "--quiet")
+        bad = client.start(CLI, "push", saved, "no/such/name", "--quiet")
     for done in (refused, gone, bad):
         assert done.returncode == 1
         assert len(done.stderr.strip().splitlines()) == 1

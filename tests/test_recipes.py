@@ -14,7 +14,7 @@ from hf_blockprune import AugmentConfig, DistillationConfig, FinetuneConfig, Gra
 from hf_blockprune.finetune_jobs import FinetuneJob
 from hf_blockprune.jobs import PruneJob
 
-from .conftest import RECIPE, ROOT, launch
+from .conftest import RECIPE, ROOT, accelerate_launch
 
 TRAINING = sorted((ROOT / "recipes").glob("finetune-*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - set(TRAINING))
@@ -48,7 +48,7 @@ def test_settings_for_accelerate_are_ones_that_it_reads(name, processes):
 
 
 @pytest.mark.slow
-def test_two_processes_choose_the_masks_of_one(vit_folder, images, tmp_path):
+def test_two_processes_choose_the_masks_of_one(launch, vit_folder, images, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {vit_folder}\ndataset: {images}\noutput: out\nblock_shape: [8, 8]\nmethod: taylor\n"
@@ -57,7 +57,8 @@ def test_two_processes_choose_the_masks_of_one(vit_folder, images, tmp_path):
     for processes in (1, 2):
         output = tmp_path / f"out{processes}"
         arguments = ["--config", recipe, "--output", output, "--evaluate-on", images, "--quiet", "--json"]
-        done = launch([RECIPE, *arguments], processes=processes)
+        start = accelerate_launch if processes > 1 else launch
+        done = start([RECIPE, *arguments], processes=processes)
         assert done.stdout.count('"flops_ratio"') == 1  # the main process alone reports
     one, two = (load_file(tmp_path / f"out{processes}/model.safetensors") for processes in (1, 2))
     assert one.keys() == two.keys()

@@ -1,10 +1,7 @@
 """Recovery: what it may change, what it must not, and that it learns."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -21,7 +18,7 @@ from hf_blockprune.data import decode_image, load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.recovery import _dense_copy, _Run, recover
 
-from .conftest import RECIPE, launch, tiny_model, write_images
+from .conftest import RECIPE, tiny_model, write_images
 from .test_layerwise import random_masks
 
 QUICK = {"samples": 24, "batch_size": 8, "reconstruction_epochs": 1, "epochs": 2}
@@ -247,7 +244,7 @@ def test_a_dense_model_has_nothing_to_recover(vit_folder, images):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(vit_folder, images, tmp_path):
+def test_two_processes_learn_what_one_does(launch, vit_folder, images, tmp_path):
     recipe = tmp_path / "recipe.json"
     gentle = quick_config(lr=1e-4, batch_size=7)
     values = {**gentle.to_dict(), "model": str(vit_folder), "dataset": str(images)}
@@ -260,24 +257,15 @@ def test_two_processes_learn_what_one_does(vit_folder, images, tmp_path):
         assert float((value - two[name]).double().norm()) <= 1e-4 * float(value.double().norm()), name
 
 
-def test_an_interrupted_recovery_leaves_its_state_alone(vit_folder, tmp_path):
+def test_an_interrupted_recovery_leaves_its_state_alone(forks, vit_folder, tmp_path):
     folder = write_images(tmp_path / "many", 24)
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(quick_config(epochs=100_000).to_dict()))
-    command = [sys.executable, "-m", "hf_blockprune.cli", "prune", str(vit_folder), "--config", str(recipe)]
-    command += ["--dataset", str(folder), "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env=os.environ,
-        # Whoever runs the tests in the background may have had it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    command = ["-m", "hf_blockprune.cli", "prune", vit_folder, "--config", recipe]
+    process = forks.start(*command, "--dataset", folder, "--output", tmp_path / "out")
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out.unfinished/*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.wait(60) == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.unfinished", "many", "recipe.json"]

@@ -1,11 +1,8 @@
 """An interrupted run goes on with the layer it was at, and ends with the same weights."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -24,12 +21,18 @@ def pruner_of(processor, config=CONFIG, **changes):
     return BlockPruner(tiny_model(num_hidden_layers=3, **changes), processor, config)
 
 
-@pytest.fixture
-def finished(processor, images, tmp_path):
-    """(weights of an uninterrupted run, its folder of parts)."""
+@pytest.fixture(scope="module")
+def once(processor, images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("once") / "work"
     pruner = pruner_of(processor)
-    model = pruner.prune(images, work_dir=tmp_path / "work")
-    return pruner, model.state_dict(), tmp_path / "work"
+    model = pruner.prune(images, work_dir=folder)
+    return pruner, model.state_dict(), folder
+
+
+@pytest.fixture
+def finished(once, tmp_path):
+    """(pruner of an uninterrupted run, its weights, a folder with its parts)."""
+    return *once[:2], shutil.copytree(once[2], tmp_path / "work")
 
 
 def test_a_work_dir_changes_nothing(processor, images, finished):
@@ -95,17 +98,17 @@ def test_fingerprints_tell_weights_apart():
     assert weights_fingerprint(model) != before
 
 
-def test_a_killed_command_is_resumed_and_one_without_resume_is_refused(vit_folder, images, tmp_path):
+def test_a_killed_command_is_resumed_and_one_without_resume_is_refused(forks, vit_folder, images, tmp_path):
     recipe = tmp_path / "recipe.json"
     # Many images in single batches: the refit takes long enough to be killed in.
     settings = {**CONFIG.to_dict(), "calibration": {"samples": 24, "batch_size": 1}}
     recipe.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "hf_blockprune.cli", "prune", str(vit_folder), "--config", str(recipe)]
-    command += ["--dataset", str(images), "--quiet", "--json", "--output"]
-    whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True, env=os.environ)
+    command = ["-m", "hf_blockprune.cli", "prune", vit_folder, "--config", recipe]
+    command += ["--dataset", images, "--quiet", "--json", "--output"]
+    whole = forks.run(*command, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     state = tmp_path / ".out.unfinished"
-    process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.DEVNULL)
+    process = forks.start(*command, tmp_path / "out")
     deadline = time.monotonic() + 120
     while not (state / "layer-0.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -113,16 +116,15 @@ def test_a_killed_command_is_resumed_and_one_without_resume_is_refused(vit_folde
     process.wait()
     assert not (tmp_path / "out").exists()
     done = (state / "layer-0.safetensors").stat().st_mtime_ns
-    other = [*command, str(tmp_path / "out"), "--resume", "--seed", "5"]
-    refused = subprocess.run(other, capture_output=True, text=True, env=os.environ)
+    refused = forks.run(*command, tmp_path / "out", "--resume", "--seed", "5")
     assert refused.returncode == 1
     assert "another model, data set or settings" in refused.stderr
     assert (state / "layer-0.safetensors").stat().st_mtime_ns == done
-    refused = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, env=os.environ)
+    refused = forks.run(*command, tmp_path / "out")
     assert refused.returncode == 1
     assert "an unfinished run is kept up to refit, layer" in refused.stderr
     assert (state / "layer-0.safetensors").stat().st_mtime_ns == done
-    resumed = subprocess.run([*command, str(tmp_path / "out"), "--resume"], capture_output=True, text=True)
+    resumed = forks.run(*command, tmp_path / "out", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert one.keys() == two.keys()

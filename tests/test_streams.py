@@ -18,7 +18,7 @@ from PIL import Image
 from hf_blockprune import BlockPruneConfig, BlockPruner, ConfigError, DataError, DataSource
 from hf_blockprune.data import CorruptImages, batches, decode_image, load_images, load_pixels
 
-from .conftest import NUM_LABELS, launch, tiny_model
+from .conftest import NUM_LABELS, tiny_model
 
 PER_SHARD = 5
 
@@ -310,7 +310,7 @@ accelerator.end_training()
 
 
 @pytest.mark.slow
-def test_two_processes_make_of_a_stream_what_one_makes(vit_folder, shards, tmp_path):
+def test_two_processes_make_of_a_stream_what_one_makes(launch, vit_folder, shards, tmp_path):
     """Rows and signs of the Fisher's sketch hang on each image's position."""
     script = tmp_path / "collect.py"
     script.write_text(SCRIPT)

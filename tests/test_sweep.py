@@ -1,11 +1,8 @@
 """Sweeps: the points are those of single runs, an interrupted sweep goes on, and errors stay with their point."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -232,14 +229,13 @@ def test_usage(small_folder, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on(small_folder, images, tmp_path):
+def test_a_killed_sweep_goes_on(forks, small_folder, images, tmp_path):
     """Killed after its first point, with what a process that is killed while it writes leaves behind."""
     folder = tmp_path / "out"
     arguments = command(
         small_folder, images, folder, "--methods", "taylor,obs", "--budgets", "0.9,0.6", "--keep", "all"
     )
-    line = [sys.executable, "-m", "hf_blockprune.cli", *arguments]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    process = forks.start("-m", "hf_blockprune.cli", *arguments)
     deadline = time.monotonic() + 120
     while not done_points(folder) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.002)

@@ -1,9 +1,6 @@
 """Small block-sparse models, and processes of their own that load what was saved of them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -11,7 +8,8 @@ from torch import nn
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, sparsify
 from hf_blockprune.hub import modeling_blockprune
-from tests.conftest import ROOT, WITHOUT_THE_PACKAGE
+from tests.conftest import WITHOUT_THE_PACKAGE
+from tests.forking import plain_forks
 
 HUB_FILES = {path.name for path in Path(modeling_blockprune.__file__).parent.glob("*.py")} - {"__init__.py"}
 OWN_KEYS = {"quantization_config", "auto_map", "transformers_weights"}
@@ -37,10 +35,10 @@ torch.save(answers, f"{work}/answers.pt")
 
 def run(script, work, *arguments, package):
     """Run a script in a process of its own that has, or has not, the package."""
-    env = {**os.environ, "HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    first = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hf_blockprune\n" if package else WITHOUT_THE_PACKAGE
-    command = [sys.executable, "-I", "-c", first + script, *arguments]
-    return subprocess.run(command, env=env, cwd=work, capture_output=True, text=True, timeout=240)
+    first = "import hf_blockprune\n" if package else WITHOUT_THE_PACKAGE
+    # As HF_HOME says to a process that has yet to import it: no code of other tests' models is at hand.
+    first += f"import transformers.dynamic_module_utils as code; code.HF_MODULES_CACHE = {str(work / 'home')!r}\n"
+    return plain_forks().run("-c", first + script, *arguments, cwd=work)
 
 
 def answers_of(folders, work, *, package, **kwargs):

@@ -170,8 +170,8 @@ model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="someone/saved")
 
 @pytest.mark.slow
 def test_the_models_own_ways_to_the_hub_upload_the_code(first, tmp_path):
-    with FakeHub({}, uploads=tmp_path / "hub") as hub:
-        Client(tmp_path, hub.endpoint).run(PUSH, first[0], tmp_path / "local")
+    with FakeHub({}, uploads=tmp_path / "hub") as hub, Client(tmp_path, hub.endpoint) as client:
+        client.run(PUSH, first[0], tmp_path / "local")
         for repo in ("someone/pushed", "someone/saved"):
             assert {"config.json", "model.safetensors", *HUB_FILES} <= set(hub.files(repo))
 
