@@ -12,46 +12,47 @@ from yaml import YAMLError
 
 from .checkpoint import REPORT_FILE
 from .errors import CheckpointError
+from .measured import History, MeasuredScores
+from .report import RecoveryReport, Report
 from .scores import SCORES, change_text, main_score, main_text, score_text
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LOADED_AS = re.compile(r'\.from_pretrained\("([^"\n]+)"')
-CARD_DIGEST = "card_sha256"  # the report's key
+NOT_SHOWN = ("config", "layers", "history")  # keys of the report that the template has no word of
 
 
-def model_card(report: dict[str, Any], repo_id: str) -> ModelCard:
+def model_card(report: Report, repo_id: str) -> ModelCard:
     """Fill the card's template.
 
     Args:
-        report: what `BlockPruner.report()` returns.
+        report: of the model, with its sizes on disk.
         repo_id: the name under which the model will be loaded.
     """
-    base = report["base_model"]
-    evaluation = report.get("evaluation")
+    base, evaluation = report.base_model, report.measured.evaluation
     name = repo_id.rpartition("/")[2]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-feature-extraction" if report.get("encoder") else "image-classification",
+        pipeline_tag="image-feature-extraction" if report.encoder else "image-classification",
         tags=["block-sparse", "pruning", "hf_blockprune"],
         base_model=base if HUB_ID.fullmatch(base) else None,
         model_name=name if evaluation else None,
         eval_results=_eval_results(evaluation) if evaluation else None,
     )
-    shape = report["config"]["block_shape"]
+    shape = report.config["block_shape"]
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        **{key: value for key, value in report.items() if key not in ("config", "layers", "history")},
-        method=report["config"]["method"],
+        **{key: value for key, value in report.to_dict().items() if key not in NOT_SHOWN},
+        method=report.config["method"],
         auto_class=_auto_class(report),
         block_shape=f"{shape[0]}x{shape[1]}",
         model_name=name,
         repo_id=repo_id,
         scores=_scores(evaluation, base) if evaluation else None,
-        other_measurements=_others(report.get("history") or {}),
+        other_measurements=_others(report.measured.history or History()),
         dense_model=compared_with(evaluation, base) if evaluation else None,
-        score_before=_score_before(report.get("recovery")),
+        score_before=_score_before(report.recovery),
     )
 
 
@@ -71,9 +72,7 @@ def _name_in(text: str) -> str | None:
     return found and found[1]
 
 
-def updated_card(
-    text: str, before: dict[str, Any], after: dict[str, Any], repo_id: str | None = None
-) -> tuple[str, str] | None:
+def updated_card(text: str, before: Report, after: Report, repo_id: str | None = None) -> tuple[str, str] | None:
     """A card's file for another report, and its digest; None where somebody edited its text or its results.
 
     Metadata that somebody added, such as a license, stay.
@@ -98,7 +97,7 @@ def updated_card(
         return None
     except (KeyError, TypeError, AttributeError, TemplateError) as error:
         raise CheckpointError(f"{REPORT_FILE}: no card can be made of it ({error!r})") from error
-    if card_digest(found.text) != (before.get(CARD_DIGEST) or card_digest(old.text)):
+    if card_digest(found.text) != (before.card_sha256 or card_digest(old.text)):
         return None
     metadata, generated = found.data.to_dict(), old.data.to_dict()
     if metadata.get("model-index") != generated.get("model-index"):
@@ -109,59 +108,62 @@ def updated_card(
     return str(new), card_digest(new.text)
 
 
-def _scores(evaluation: dict[str, Any], base: str) -> str:
+def _scores(evaluation: MeasuredScores, base: str) -> str:
     """What was measured, of any task but one class an image, for which the template has words of its own."""
-    if "top1" in evaluation:
+    values = evaluation.to_dict()
+    if evaluation.top1 is not None:
         return ""
-    found = ", ".join(f"{name} {score_text(key, evaluation[key])}" for key, name in SCORES.items() if key in evaluation)
-    if "delta" not in evaluation:
+    found = ", ".join(f"{name} {score_text(key, values[key])}" for key, name in SCORES.items() if key in values)
+    if not evaluation.compares:
         return f"{found}."
-    key = main_score(evaluation)
-    dense = score_text(key, evaluation[f"baseline_{key}"])
+    key = main_score(values)
+    dense = score_text(key, values[f"baseline_{key}"])
     return (
         f"{found}. {compared_with(evaluation, base)} has {SCORES[key]} {dense} on the same images: a change of "
-        f"{change_text(evaluation)}."
+        f"{change_text(values)}."
     )
 
 
-def compared_with(evaluation: dict[str, Any], base: str) -> str:
+def compared_with(evaluation: MeasuredScores, base: str) -> str:
     """The model that a measurement compares with, by its name where that is not the one that was pruned."""
-    other = evaluation.get("against")
+    other = evaluation.against
     return "The dense model" if other in (None, base) else f"The dense model {other}"
 
 
-def _others(history: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _others(history: History) -> dict[str, list[dict[str, Any]]]:
     """Measurements beside the newest: of accuracies and embeddings the score in words, of latencies as they are."""
-    scored = [{**each, "words": _score_words(each)} for each in history.get("evaluation") or []]
-    alike = [{**each, "words": f"cosine similarity {each['cosine']:.4f}"} for each in history.get("fidelity") or []]
-    return {"scores": [*scored, *alike], "latencies": history.get("latency") or []}
+    scored = [{**each.to_dict(), "words": _score_words(each)} for each in history.evaluation or []]
+    alike = [{**each.to_dict(), "words": f"cosine similarity {each.cosine:.4f}"} for each in history.fidelity or []]
+    return {"scores": [*scored, *alike], "latencies": [each.to_dict() for each in history.latency or []]}
 
 
-def _score_words(evaluation: dict[str, Any]) -> str:
-    text = main_text(evaluation)
-    return f"{text}, change {change_text(evaluation)}" if "delta" in evaluation else text
+def _score_words(evaluation: MeasuredScores) -> str:
+    values = evaluation.to_dict()
+    text = main_text(values)
+    return f"{text}, change {change_text(values)}" if evaluation.compares else text
 
 
-def _score_before(recovery: dict[str, Any] | None) -> str | None:
-    before = (recovery or {}).get("evaluation_before")
-    return main_text(before, 1).replace("%", " %").replace("top-1 ", "top-1 was ") if before else None
+def _score_before(recovery: RecoveryReport | None) -> str | None:
+    before = None if recovery is None else recovery.evaluation_before
+    return main_text(before.to_dict(), 1).replace("%", " %").replace("top-1 ", "top-1 was ") if before else None
 
 
-def _auto_class(report: dict[str, Any]) -> str:
+def _auto_class(report: Report) -> str:
     """The class that loads the model."""
-    if not report.get("encoder"):
+    if not report.encoder:
         return "AutoModelForImageClassification"
-    name = report["model_class"]
+    name = report.model_class or "AutoModel"
     if name in MODEL_FOR_BACKBONE_MAPPING_NAMES.values():
         return "AutoBackbone"
     return "AutoModel" if name in MODEL_MAPPING_NAMES.values() else name
 
 
-def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
-    common = {
+def _eval_results(evaluation: MeasuredScores) -> list[EvalResult]:
+    values, dataset = evaluation.to_dict(), evaluation.dataset or "unknown"
+    common: dict[str, Any] = {
         "task_type": "image-classification",
-        "dataset_type": re.sub(r"\W+", "-", evaluation["dataset"]),
-        "dataset_name": evaluation["dataset"],
+        "dataset_type": re.sub(r"\W+", "-", dataset),
+        "dataset_name": dataset,
     }
     names = {"top1": "accuracy", "top5": "accuracy"}
     return [
@@ -169,8 +171,8 @@ def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
             **common,
             metric_type=names.get(key, key),
             metric_name=f"{name} accuracy" if key in names else name,
-            metric_value=evaluation[key],
+            metric_value=values[key],
         )
         for key, name in SCORES.items()
-        if key in evaluation
+        if key in values
     ]

@@ -12,10 +12,10 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
-from .config import with_todays_budgets
 from .errors import CheckpointError
 from .files import check_writable, partial_file
 from .loading import HUB_OPTIONS
+from .report import Report
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -129,40 +129,14 @@ def report_file(name: str, kwargs: dict[str, Any]) -> Path | None:
     return None if path is None else Path(path)
 
 
-def stream_reordered(report: dict[str, Any]) -> bool:
-    """Whether hidden states come in another order of features than the dense model's."""
-    return bool((report.get("permutation") or {}).get("residual_order"))
-
-
-def read_report(path: Path) -> dict[str, Any] | None:
-    """A report's values, None where there is no file.
+def read_report(path: Path) -> Report | None:
+    """The report in a file, None where there is no file.
 
     Raises:
-        CheckpointError: it lacks what the package reads of one: anyone may have written it.
+        CheckpointError: a key is missing or of another kind than it should be: anyone may have written it.
+        ConfigError: its config holds budgets that are none.
     """
-    if not path.is_file():
-        return None
-    values = read_json(path)
-    kinds = {"base_model": str, "config": dict, "layers": list, "seconds": dict}
-    for key, kind in kinds.items():
-        if not isinstance(values.get(key), kind):
-            raise CheckpointError(
-                f"{path}: {key} must be there and be a {kind.__name__}; delete the file to go without"
-            )
-    for key in ("permutation", "calibration", "recovery", "evaluation", "fidelity", "latency", "history"):
-        if values.get(key) is not None and not isinstance(values[key], dict):
-            raise CheckpointError(f"{path}: {key} must be an object or null; delete the file to go without")
-    for key in ("permutation", "calibration", "recovery", "evaluation"):
-        values.setdefault(key, None)
-    for kind, older in (values.get("history") or {}).items():
-        if not (isinstance(older, list) and all(isinstance(entry, dict) for entry in older)):
-            raise CheckpointError(f"{path}: history.{kind} must be a list of objects; delete the file to go without")
-    values["config"] = with_todays_budgets(values["config"], saved=True)
-    order = (values["permutation"] or {}).get("residual_order")
-    whole = isinstance(order, list) and all(type(feature) is int for feature in order)
-    if order is not None and not (whole and sorted(order) == list(range(len(order)))):
-        raise CheckpointError(f"{path}: permutation.residual_order must name every feature once")
-    return values
+    return Report.from_dict(read_json(path), str(path)) if path.is_file() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from .hardware.device_cost import usual_dtype
 from .hardware.profiles import load_profile
 from .inspection import StoredModel, describe_checkpoint, open_checkpoint
 from .intervals import wilson_interval
-from .measurements import drop_stale, files_fingerprint, measured
+from .measured import Measurements
+from .measurements import KINDS, files_fingerprint
 from .scores import SCORES, score_text
 from .simulation import CARD_DEVICES, simulate_stored
 from .stored_values import StoredValues, flat, short
@@ -71,7 +72,8 @@ def describe(
     file = folder / REPORT_FILE
     values["has_report"] = file.is_file()
     made = read_json(file) if values["has_report"] else {}
-    if measured(made) and drop_stale(made, files_fingerprint(folder)):
+    if _is_stale(made, folder):
+        made = {key: value for key, value in made.items() if key not in Measurements.key_names()}
         values["notes"].append(
             "What the report file says was measured is of other weights than the folder's, and is not shown"
         )
@@ -79,6 +81,17 @@ def describe(
     recipe = folder / RECIPE_FILE
     values["recipe"] = flat(read_json(recipe)) if recipe.is_file() else None
     return CheckpointReport(name, values, {layer.module: layer.mask for layer in stored.layers})
+
+
+def _is_stale(made: dict[str, Any], folder: Path) -> bool:
+    """Whether a report file holds measurements of other weights than the folder's.
+
+    The page shows what it can of any report file, so that this one need not be whole, as `read_report` has it.
+    """
+    known = made.get("weights_sha256")
+    if known is None or not any(made.get(key) for key in (*KINDS, "history")):
+        return False
+    return known != files_fingerprint(folder)
 
 
 def _predict(stored: StoredModel, profiles: list[tuple[Any, int]]) -> tuple[list[dict[str, Any]], str | None]:

@@ -1,5 +1,6 @@
 """What a report says of a training run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from .environment import environment
 from .finetune import Finetuning
 from .finetune_pruning import cut_unused, masks_of, uncut
 from .hardware.flops import count_flops
+from .mask_report import add_cuts, describe_masks
 from .measurements import drop
-from .report import PruneReport, add_cuts, describe_masks
+from .report import LATER, BudgetReport, FinetuningReport, Report
 
 
-def with_finetuning(report: dict[str, Any] | None, run: Finetuning, config: BlockPruneConfig, name: str) -> PruneReport:
+def with_finetuning(report: Report | None, run: Finetuning, config: BlockPruneConfig, name: str) -> Report:
     """The report of a model after training; where blocks left, or it had none, with its masks described anew.
 
     Hidden units that lost all their blocks are cut out of the model's shapes, as pruning does it.
@@ -25,32 +27,36 @@ def with_finetuning(report: dict[str, Any] | None, run: Finetuning, config: Bloc
         config: what the model is pruned by.
         name: of the model before.
     """
-    described = PruneReport(report or {})
-    before = described.get("evaluation")
+    before = None if report is None else report.measured.evaluation
+    if report is None:
+        described = Report(**_describe(run, config, name), absent=LATER | {"encoder"})  # which nobody looked at
+    elif run.gradual is not None:
+        described = replace(report, **_describe(run, config, name), measured=replace(report.measured))
+    else:
+        described = replace(report, measured=replace(report.measured))
     if report is None or run.gradual is not None:
-        described |= _describe(run, config, name)
-        add_cuts(described, cut_unused(run.model))
+        add_cuts(described.masks, cut_unused(run.model))
     history = run.history
-    described["finetuning"] = {
-        "dataset": run.images.public_name,
-        "num_images": run.data.count,
-        "settings": run.settings.to_dict(),
-        "steps": history.step,
-        "losses": history.losses,
-        "evaluated_on": None if run.evaluation is None else run.evaluation.public_name,
-        "evaluations": history.evaluations,
-        "kept_epoch": history.best_epoch or history.epoch,
-        "pruning": history.pruning,
-        "skipped": [Path(file).name for file in history.skipped],
-        "evaluation_before": before,
-    }
-    drop(described)
-    described["seconds"] = {**described["seconds"], "finetuning": round(history.seconds, 3)}
+    described.finetuning = FinetuningReport(
+        dataset=run.images.public_name,
+        num_images=run.data.count,
+        settings=run.settings.to_dict(),
+        steps=history.step,
+        losses=history.losses,
+        evaluated_on=None if run.evaluation is None else run.evaluation.public_name,
+        evaluations=history.evaluations,
+        kept_epoch=history.best_epoch or history.epoch,
+        pruning=history.pruning,
+        skipped=[Path(file).name for file in history.skipped],
+        evaluation_before=before,
+    )
+    drop(described.measured)
+    described.seconds = {**described.seconds, "finetuning": round(history.seconds, 3)}
     return described
 
 
 def _describe(run: Finetuning, config: BlockPruneConfig, name: str) -> dict[str, Any]:
-    """What a pruning run would say of the model's masks."""
+    """Fields of the report that a pruning run would have made of the model's masks."""
     model = copied(run.model)
     uncut(model)
     masks = masks_of(model)
@@ -63,10 +69,10 @@ def _describe(run: Finetuning, config: BlockPruneConfig, name: str) -> dict[str,
         "base_model": name,
         "model_class": type(model).__name__,
         "config": config.to_dict(),
-        **describe_masks(targets, flops, Allocation(masks, (), losses, 0.0), config.block_shape, {}, seconds),
+        "masks": describe_masks(targets, flops, Allocation(masks, (), losses, 0.0), config.block_shape, {}, seconds),
         "permutation": None,
         "power_weight": 0.0,
-        "budgets": [] if run.gradual is None else [run.gradual.account()],
+        "budgets": [] if run.gradual is None else [BudgetReport.from_dict(run.gradual.account())],
         "calibration": None,
         "recovery": None,
         "seconds": {},

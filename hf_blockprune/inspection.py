@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # as in loading.py
 
 from .blocks import block_sizes
-from .checkpoint import CONFIG_FILE, PROCESSOR_FILE, REPORT_FILE, read_json, read_report, stream_reordered
+from .checkpoint import CONFIG_FILE, PROCESSOR_FILE, REPORT_FILE, read_json, read_report
 from .errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
 from .fetching import checkpoint_folder
 from .hardware.flops import ModelFlops, count_flops, image_size
@@ -108,7 +108,7 @@ def _stream_reordered(folder: Path) -> bool | None:
         report = read_report(folder / REPORT_FILE)
     except CheckpointError:  # the weights are what they are without it
         report = None
-    return None if report is None else stream_reordered(report)
+    return None if report is None else bool(report.residual_order)
 
 
 def describe_checkpoint(stored: StoredModel) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging
 
-from .card import CARD_DIGEST, updated_card
+from .card import updated_card
 from .checkpoint import CARD_FILE, REPORT_FILE, read_report
 from .environment import machine_of
 from .errors import CheckpointError
 from .files import write_all
 from .inspection import weight_files
+from .measured import History, MeasuredLatency, Measurement, Measurements
 from .progress import tensors_fingerprint
+from .report import Report
 
 try:
     import fcntl
@@ -33,9 +36,6 @@ except ImportError:  # no POSIX system: two processes that measure one folder at
 
 logger = logging.get_logger(__name__)
 KINDS = ("evaluation", "fidelity", "latency")
-HISTORY, WEIGHTS = "history", "weights_sha256"
-DATA_KEY = ("dataset", "split", "against")
-MACHINE_KEY = ("device", "dtype")
 
 
 def stamped(values: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -44,64 +44,65 @@ def stamped(values: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return {**values, "measured_at": now, **machine_of(model)}
 
 
-def held(report: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+def held(measured: Measurements, kind: str) -> list[Any]:
     """All measurements of a kind in a report, newest first."""
-    newest = report.get(kind)
-    return ([] if newest is None else [newest]) + list((report.get(HISTORY) or {}).get(kind) or [])
+    newest, older = getattr(measured, kind), getattr(measured.history, kind, None)
+    return ([] if newest is None else [newest]) + (older or [])
 
 
-def measured(report: dict[str, Any]) -> bool:
-    """Whether a report holds any measurement."""
-    return any(report.get(key) for key in (*KINDS, HISTORY))
+def any_held(measured: Measurements) -> bool:
+    """Whether there is any measurement."""
+    return any(held(measured, kind) for kind in KINDS)
 
 
-def add(report: dict[str, Any], kind: str, values: dict[str, Any]) -> None:
+def add(measured: Measurements, kind: str, new: Any) -> None:
     """Make a measurement the newest of its kind, in place of an older one of the same thing.
 
     The same thing is the same data set and split, compared with the same model or none; or the same device, threads,
     dtype and batch size, for which a row leaves an older measurement of several.
     """
     rest = _other_rows if kind == "latency" else _other_data
-    older = [kept for old in held(report, kind) if (kept := rest(old, values)) is not None]
-    report[kind] = values
-    report[HISTORY] = {**(report.get(HISTORY) or {}), kind: older}
+    older = [kept for old in held(measured, kind) if (kept := rest(old, new)) is not None]
+    setattr(measured, kind, new)
+    _set_older(measured, kind, older)
 
 
-def _other_data(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any] | None:
-    same = all(old.get(key) == new.get(key) for key in DATA_KEY) and ("delta" in old) == ("delta" in new)
-    return None if same else old
+def _set_older(measured: Measurements, kind: str, older: list[Any]) -> None:
+    measured.history = replace(measured.history) if measured.history is not None else History()
+    setattr(measured.history, kind, older)
 
 
-def _other_rows(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any] | None:
-    if any(old.get(key) != new.get(key) for key in MACHINE_KEY) or _threads(old) != _threads(new):
+def _other_data(old: Measurement, new: Measurement) -> Measurement | None:
+    keys = [(each.dataset, each.split, each.against, each.compares) for each in (old, new)]
+    return None if keys[0] == keys[1] else old
+
+
+def _other_rows(old: MeasuredLatency, new: MeasuredLatency) -> MeasuredLatency | None:
+    if (old.device, old.dtype, old.threads) != (new.device, new.dtype, new.threads):
         return old
-    again = {row["batch"] for row in new.get("rows", [])}
-    rows = [row for row in old.get("rows", []) if row["batch"] not in again]
-    return {**old, "rows": rows} if rows else None
+    again = {row.batch for row in new.rows}
+    rows = [row for row in old.rows if row.batch not in again]
+    return replace(old, rows=rows) if rows else None
 
 
-def _threads(values: dict[str, Any]) -> Any:
-    return (values.get("environment") or {}).get("threads")
-
-
-def drop(report: dict[str, Any]) -> bool:
+def drop(measured: Measurements) -> bool:
     """Take all measurements out of a report: the weights are others now. Says whether there were any."""
-    found = measured(report)
-    report |= dict.fromkeys(KINDS)
-    report.pop(HISTORY, None)
-    report.pop(WEIGHTS, None)
+    found = any_held(measured)
+    measured.evaluation = measured.fidelity = measured.latency = measured.history = measured.weights_sha256 = None
+    measured.absent = Measurements.absent
     return found
 
 
-def merge(report: dict[str, Any], others: dict[str, Any]) -> None:
+def merge(measured: Measurements, others: Measurements) -> None:
     """Add another report's measurements of the same weights, in the order of their time."""
     for kind in KINDS:
         # Older versions did not write down when; what they measured counts as older than the rest.
-        found = [*reversed(held(report, kind)), *reversed(held(others, kind))]
-        report[kind] = None
-        report[HISTORY] = {**(report.get(HISTORY) or {}), kind: []}
-        for values in sorted(found, key=lambda values: str(values.get("measured_at") or "")):
-            add(report, kind, values)
+        found = [*reversed(held(measured, kind)), *reversed(held(others, kind))]
+        setattr(measured, kind, None)
+        _set_older(measured, kind, [])
+        for each in sorted(found, key=lambda each: each.measured_at or ""):
+            add(measured, kind, each)
+    measured.absent = Measurements.absent
 
 
 def files_fingerprint(folder: Path) -> str | None:
@@ -127,26 +128,26 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)  # mapped, not read yet
 
 
-def drop_stale(report: dict[str, Any], weights: str | None) -> bool:
+def drop_stale(measured: Measurements, weights: str | None) -> bool:
     """Take out of a report what was measured of other weights; says whether there was any.
 
     Reports of older versions do not say of which weights; they are believed.
 
     Args:
-        report: changed in place.
+        measured: changed in place.
         weights: fingerprint of those beside it.
     """
-    return report.get(WEIGHTS, weights) != weights and drop(report)
+    return measured.weights_sha256 not in (None, weights) and drop(measured)
 
 
-def save(folder: Path, report: dict[str, Any], weights: str) -> dict[str, Any]:
-    """Write a report's measurements into a folder's report and card, both or neither.
+def save(folder: Path, measured: Measurements, weights: str) -> Report:
+    """Write measurements into a folder's report and card, both or neither.
 
     A card whose text somebody edited stays as it is, and a warning says so.
 
     Args:
         folder: of a pruned model.
-        report: with the measurements.
+        measured: the measurements.
         weights: fingerprint of the files that they are of.
 
     Returns:
@@ -164,14 +165,14 @@ def save(folder: Path, report: dict[str, Any], weights: str) -> dict[str, Any]:
             raise CheckpointError(f"{folder}: has no {REPORT_FILE} to keep measurements in")
         if file.is_symlink():
             raise CheckpointError(f"{file}: is a link, as in the Hub's cache, where nothing is changed")
-        before = dict(stored)
-        drop_stale(stored, weights)
-        merge(stored, report)
-        stored[WEIGHTS] = weights
+        before = replace(stored, measured=replace(stored.measured))
+        drop_stale(stored.measured, weights)
+        merge(stored.measured, measured)
+        stored.measured.weights_sha256 = weights
         texts = {}
         if card.is_file():
             texts = _card_text(card, before, stored)
-        texts[file] = json.dumps(stored, indent=2) + "\n"
+        texts[file] = json.dumps(stored.to_dict(), indent=2) + "\n"
         try:
             write_all(texts)
         except OSError as error:
@@ -179,13 +180,13 @@ def save(folder: Path, report: dict[str, Any], weights: str) -> dict[str, Any]:
     return stored
 
 
-def _card_text(card: Path, before: dict[str, Any], after: dict[str, Any]) -> dict[Path, str]:
+def _card_text(card: Path, before: Report, after: Report) -> dict[Path, str]:
     """A card's new text by its path, nothing where it stays; its digest goes into the report `after`."""
     made = updated_card(card.read_text(encoding="utf-8"), before, after)
     if made is None:
         logger.warning(f"{card}: was edited, so its figures stay as they are; {REPORT_FILE} has the new ones")
         return {}
-    text, after[CARD_DIGEST] = made
+    text, after.card_sha256 = made
     return {card: text}
 
 

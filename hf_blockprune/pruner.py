@@ -11,7 +11,7 @@ import torch
 from transformers.utils import logging
 
 from . import checkpoint, measurements
-from .card import CARD_DIGEST, card_digest, model_card
+from .card import card_digest, model_card
 from .config import BlockPruneConfig, RecoveryConfig
 from .copying import copied
 from .data import load_images
@@ -23,6 +23,7 @@ from .hub.blockprune_quantizer import block_sparse_layers
 from .inspection import describe_checkpoint, open_checkpoint
 from .latency import measure_latency
 from .loading import load_model
+from .measured import MeasuredFidelity, MeasuredLatency, MeasuredScores, Measurement
 from .model_input import picture_size, shared_picture_size
 from .outputs import classifies
 from .progress import Progress, weights_fingerprint
@@ -30,7 +31,7 @@ from .pruning import Pruning
 from .publish import upload_checkpoint
 from .recovery import Recovery, recover, recovery_stages
 from .recovery_state import recovery_job
-from .report import PruneReport
+from .report import PruneReport, RecoveryReport, Report
 from .residual import permute_stream
 from .shared_statistics import SharedStatistics
 from .simulation import predict_checkpoint
@@ -46,6 +47,11 @@ if TYPE_CHECKING:
     from .finetune_config import FinetuneConfig
 
 logger = logging.get_logger(__name__)
+MEASURED: dict[str, type[Measurement]] = {
+    "evaluation": MeasuredScores,
+    "fidelity": MeasuredFidelity,
+    "latency": MeasuredLatency,
+}
 BASELINE, EVALUATION = "evaluation of the other model", "evaluation"  # stages that are shown
 
 
@@ -89,7 +95,7 @@ class BlockPruner:
         self.config = config or BlockPruneConfig()
         self.name = name
         self._accelerator = accelerator
-        self._report: PruneReport | None = None
+        self._report: Report | None = None
         self._reload_dense: Callable[[], BlockPruner] | None = None
         self._measured_weights: str | None = None  # of the model that the report's measurements are of
         self._stored: tuple[Path, str] | None = None  # the folder that holds those weights, and its fingerprint
@@ -146,10 +152,10 @@ class BlockPruner:
         """
         stored = checkpoint.read_report(file)
         assert stored is not None
-        self.config = config or BlockPruneConfig.from_dict(stored["config"])
-        self._report = PruneReport(stored)
+        self.config = config or BlockPruneConfig.from_dict(stored.config)
+        self._report = stored
         weights = measurements.files_fingerprint(file.parent)
-        if measurements.drop_stale(self._report, weights):
+        if measurements.drop_stale(stored.measured, weights):
             logger.warning(f"{file}: what was measured is of other weights than those beside it, and is left out")
         self._measured_weights = weights_fingerprint(self.model)
         if local and weights is not None:
@@ -252,7 +258,7 @@ class BlockPruner:
                 progress=progress,
             )
         if self._report is not None:
-            self._describe_recovery(result, settings, images.public_name)
+            _describe_recovery(self._report, result, settings, images.public_name)
         return self.model
 
     def finetune(
@@ -324,7 +330,7 @@ class BlockPruner:
 
     def _in_same_order(self, dense: "PreTrainedModel") -> "PreTrainedModel":
         """The dense model with its residual stream in the order of this one's, so that layers' outputs compare."""
-        order = ((self._report or {}).get("permutation") or {}).get("residual_order")
+        order = None if self._report is None else self._report.residual_order
         stream = find_residual_stream(dense) if order is not None else None
         if order is None or stream is None:
             return dense
@@ -339,26 +345,18 @@ class BlockPruner:
         permute_stream(dense, stream, torch.tensor(order))
         return dense
 
-    def _describe_recovery(self, result: Recovery, settings: RecoveryConfig, dataset: str) -> None:
-        """What was measured so far was of the model before."""
-        report = self.report()
-        report["recovery"] = {
-            "dataset": dataset,
-            "settings": asdict(settings),
-            **asdict(result),
-            "evaluation_before": report["evaluation"],
-        }
-        measurements.drop(report)
-        report["seconds"] = {**report["seconds"], "recovery": round(sum(result.seconds.values()), 3)}
-
     def report(self) -> PruneReport:
         """What was removed, layer by layer, with the settings, timings and accuracy so far.
 
-        A dictionary of plain values; `rich.print(pruner.report())` shows it as tables.
+        A dictionary of plain values, made anew at every call, which is also what `blockprune_report.json` holds;
+        `rich.print(pruner.report())` shows it as tables.
 
         Raises:
             ModelError: nothing was pruned yet.
         """
+        return PruneReport(self._made().to_dict())
+
+    def _made(self) -> Report:
         if self._report is None:
             raise ModelError("nothing to report: call prune() first")
         return self._report
@@ -422,14 +420,14 @@ class BlockPruner:
         values = measurements.stamped(values, self.model)
         if self._report is not None:
             self._forget_others()
-            measurements.add(self._report, kind, values)
+            measurements.add(self._report.measured, kind, MEASURED[kind].from_dict(values))
         return values
 
     def _forget_others(self) -> None:
         """Take what was measured of other weights than the model's out of its report: somebody may have trained it."""
         current = weights_fingerprint(self.model)
         if self._report is not None and current != self._measured_weights:
-            if measurements.drop(self._report):
+            if measurements.drop(self._report.measured):
                 logger.warning(f"{self.name}: its weights changed since they were measured; older results are left out")
             self._stored = None
         self._measured_weights = current
@@ -530,7 +528,7 @@ class BlockPruner:
         Raises:
             CheckpointError: the folder's weights are not those that were measured, or it cannot be written.
         """
-        if self._report is None or not measurements.measured(self._report):
+        if self._report is None or not measurements.any_held(self._report.measured):
             return False
         found = self._stored
         self._forget_others()
@@ -543,7 +541,7 @@ class BlockPruner:
             )
         folder = self._stored[0] if directory is None else Path(directory).expanduser()
         if self.accelerator.is_main_process:
-            self._report = PruneReport(measurements.save(folder, self._report, self._stored[1]))
+            self._report = measurements.save(folder, self._report.measured, self._stored[1])
         self.accelerator.wait_for_everyone()
         return True
 
@@ -559,26 +557,27 @@ class BlockPruner:
             ModelError: nothing was pruned yet.
             CheckpointError: the folder exists, or cannot be written.
         """
-        report = self.report()
+        report = self._made()
         if self.accelerator.is_main_process:
             with checkpoint.staged_directory(directory, overwrite=overwrite) as folder:
                 self._write(folder, report, repo_id or Path(directory).expanduser().resolve().name)
-            self._stored = (Path(directory).expanduser(), report[measurements.WEIGHTS])
+            assert report.measured.weights_sha256 is not None  # _write saw to it
+            self._stored = (Path(directory).expanduser(), report.measured.weights_sha256)
         self.accelerator.wait_for_everyone()
 
-    def _write(self, folder: Path, report: dict[str, Any], repo_id: str) -> None:
+    def _write(self, folder: Path, report: Report, repo_id: str) -> None:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         stored = open_checkpoint(folder, skeleton(self.model))
         values = describe_checkpoint(stored)
-        report.update({key: values[key] for key in ("size_bytes", "dense_size_bytes")})
-        report["predicted"] = predict_checkpoint(stored)
+        report.size_bytes, report.dense_size_bytes = values["size_bytes"], values["dense_size_bytes"]
+        report.predicted = predict_checkpoint(stored)
         self._forget_others()
-        report[measurements.WEIGHTS] = measurements.files_fingerprint(folder)
+        report.measured.weights_sha256 = measurements.files_fingerprint(folder)
         self.config.save(folder / checkpoint.RECIPE_FILE)
         card = model_card(report, repo_id)
-        report[CARD_DIGEST] = card_digest(card.text)
-        checkpoint.write_json(folder / checkpoint.REPORT_FILE, report)
+        report.card_sha256 = card_digest(card.text)
+        checkpoint.write_json(folder / checkpoint.REPORT_FILE, report.to_dict())
         card.save(folder / checkpoint.CARD_FILE)
 
     def push_to_hub(
@@ -601,16 +600,28 @@ class BlockPruner:
             HubError: the Hub refused, or cannot be reached.
         """
         options = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
-        self.report()
+        report = self._made()
         commit = None
         if self.accelerator.is_main_process:
             with tempfile.TemporaryDirectory() as parent:
                 folder = Path(parent) / "checkpoint"
                 folder.mkdir()
-                self._write(folder, self.report(), repo_id)
+                self._write(folder, report, repo_id)
                 commit = upload_checkpoint(folder, repo_id, commit_message=commit_message, **options)
         self.accelerator.wait_for_everyone()
         return commit
+
+
+def _describe_recovery(report: Report, result: Recovery, settings: RecoveryConfig, dataset: str) -> None:
+    """Write a recovery into a report; what was measured so far was of the model before."""
+    report.recovery = RecoveryReport(
+        dataset=dataset,
+        settings=asdict(settings),
+        **asdict(result),
+        evaluation_before=report.measured.evaluation,
+    )
+    measurements.drop(report.measured)
+    report.seconds = {**report.seconds, "recovery": round(sum(result.seconds.values()), 3)}
 
 
 def _is_dense(other: Any) -> bool:

@@ -22,11 +22,12 @@ from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_quantizer import sparsify
 from .layer_statistics import LayerStatistics
 from .layerwise import LayerRefit, refit_layers
+from .mask_report import add_cuts, add_refits, describe_masks
 from .model_input import find_input, picture_size
 from .modes import evaluating
 from .outputs import classifies
 from .progress import Progress, weights_fingerprint
-from .report import PruneReport, add_cuts, add_refits, describe_masks
+from .report import BudgetReport, CalibrationReport, PermutationReport, Report
 from .selection import Selection, selection_stages, timed
 from .selection_state import SELECTION, UNTIL_SELECTED, SelectionState
 from .shared_statistics import SharedStatistics
@@ -87,7 +88,7 @@ class Pruning:
         """Of the dense model."""
         return count_flops(self.model, picture_size(self.model, self.processor))
 
-    def run(self, dataset: Any, split: str | None, work_dir: str | Path | None) -> PruneReport:
+    def run(self, dataset: Any, split: str | None, work_dir: str | Path | None) -> Report:
         """Prune; arguments and errors as for `BlockPruner.prune`."""
         check_prunable(self.model)
         check_storable(self.model, self.targets)
@@ -101,11 +102,11 @@ class Pruning:
             selected = self._restore_selection(progress) or self._select(images, found, progress)
             if self.config.refits:
                 assert images is not None  # _calibration_images saw to it
-                with timed(selected.report["seconds"], "refit"):
-                    add_refits(selected.report, self._refit(selected, images, progress))
+                with timed(selected.report.seconds, "refit"):
+                    add_refits(selected.report.masks, self._refit(selected, images, progress))
         layers = find_transformer_layers(self.model, self.targets)
         sparsify(self.model, selected.masks, self.config.block_shape)
-        add_cuts(selected.report, cut_hidden_units(self.model, layers))
+        add_cuts(selected.report.masks, cut_hidden_units(self.model, layers))
         return selected.report
 
     def _prepare_encoder(self) -> None:
@@ -156,7 +157,7 @@ class Pruning:
             parts[part][name] = tensor
         self.model.load_state_dict(parts["model"])
         self.model.to(self.accelerator.device)
-        return _Selected(parts["mask"], parts["token_weight"], PruneReport(report))
+        return _Selected(parts["mask"], parts["token_weight"], Report.from_dict(report, "the run's state"))
 
     def _select(self, images: ImageSet | None, found: int | None, progress: Progress | None) -> "_Selected":
         """Choose the masks, permuting the model where the config says so."""
@@ -173,16 +174,16 @@ class Pruning:
             for name, s in selection.statistics.items()
             if s.token_weight is not None
         }
-        report = PruneReport(self._describe(selection, allocation, calibration))
+        report = self._describe(selection, allocation, calibration)
         if progress is not None:
             parts = {"model": self.model.state_dict(), "mask": allocation.masks, "token_weight": token_weights}
             tensors = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
-            progress.write(SELECTION, tensors, report, done="the choice of blocks", instead_of=UNTIL_SELECTED)
+            progress.write(SELECTION, tensors, report.to_dict(), done="the choice of blocks", instead_of=UNTIL_SELECTED)
         return _Selected(allocation.masks, token_weights, report)
 
     def _prepare(
         self, images: ImageSet | None, found: int | None, progress: Progress | None
-    ) -> tuple[Selection, dict[str, Any] | None]:
+    ) -> tuple[Selection, CalibrationReport | None]:
         """Bring the model into the form that is pruned, and collect what the choice of masks needs."""
         fold_scales(self.model)
         seconds: dict[str, float] = {}
@@ -206,7 +207,7 @@ class Pruning:
 
     def _calibrate(
         self, images: ImageSet, found: int | None, progress: Progress | None
-    ) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
+    ) -> tuple[dict[str, LayerStatistics], CalibrationReport]:
         gradients = self.config.method == "taylor"
         options = {
             "batch_size": self.config.calibration.batch_size,
@@ -220,14 +221,14 @@ class Pruning:
             {**key, "targets": list(self.targets)},
             lambda: self._statistics(images, options, progress),
         )
-        calibration = {
-            "dataset": images.public_name,
-            "found_images": found,
-            "num_images": next(iter(statistics.values())).num_images,
-            "skipped": [Path(file).name for file in corrupt],
-            "left_out": list(images.left_out),
-            "fewer_tokens_than_inputs": _underdetermined(statistics, self.targets),
-        }
+        calibration = CalibrationReport(
+            dataset=images.public_name,
+            found_images=found,
+            num_images=next(iter(statistics.values())).num_images,
+            skipped=[Path(file).name for file in corrupt],
+            left_out=list(images.left_out),
+            fewer_tokens_than_inputs=_underdetermined(statistics, self.targets),
+        )
         return statistics, calibration
 
     def _statistics(
@@ -276,9 +277,9 @@ class Pruning:
         self,
         selection: Selection,
         allocation: Allocation,
-        calibration: dict[str, Any] | None,
-    ) -> dict[str, Any]:
-        layers = describe_masks(
+        calibration: CalibrationReport | None,
+    ) -> Report:
+        masks = describe_masks(
             selection.targets,
             selection.flops,
             allocation,
@@ -286,23 +287,20 @@ class Pruning:
             selection.loss_factors,
             selection.trace_seconds,
         )
-        return {
-            "base_model": self.name,
-            "model_class": type(self.model).__name__,
-            "config": self.config.to_dict(),
-            **layers,
-            "permutation": selection.permutation,
-            "power_weight": allocation.power_weight,
-            "budgets": selection.account(allocation),
-            "calibration": calibration,
-            "recovery": None,
-            "evaluation": None,
-            "fidelity": None,
-            "encoder": self.encoder,
-            "latency": None,
-            "seconds": selection.seconds,
-            "environment": environment(),
-        }
+        permutation = selection.permutation
+        return Report(
+            base_model=self.name,
+            model_class=type(self.model).__name__,
+            config=self.config.to_dict(),
+            masks=masks,
+            permutation=None if permutation is None else PermutationReport.from_dict(permutation),
+            power_weight=allocation.power_weight,
+            budgets=[BudgetReport.from_dict(account) for account in selection.account(allocation)],
+            calibration=calibration,
+            encoder=self.encoder,
+            seconds=selection.seconds,
+            environment=environment(),
+        )
 
 
 @dataclass
@@ -311,7 +309,7 @@ class _Selected:
 
     masks: dict[str, Tensor]
     token_weights: dict[str, Tensor]
-    report: PruneReport
+    report: Report
 
 
 def _underdetermined(statistics: dict[str, LayerStatistics], targets: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,11 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from .card import model_card, updated_card
-from .checkpoint import CARD_FILE, CONFIG_FILE, PROCESSOR_FILE, RECIPE_FILE, REPORT_FILE, read_json
+from .checkpoint import CARD_FILE, CONFIG_FILE, PROCESSOR_FILE, RECIPE_FILE, REPORT_FILE, read_json, read_report
 from .errors import HubError, first_names
 from .fetching import hub_errors
 from .inspection import SHARDS_FILE, open_checkpoint, weight_files
-from .measurements import drop_stale, files_fingerprint, measured
+from .measurements import any_held, drop_stale, files_fingerprint
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -127,18 +128,17 @@ def _modules(values: Any) -> Iterator[str]:
 
 def _card(folder: Path, repo_id: str, scratch: Path) -> Path | None:
     """The folder's card; under the repository's name, and without old figures, where nobody has edited it."""
-    card, report = folder / CARD_FILE, folder / REPORT_FILE
+    card, report = folder / CARD_FILE, read_report(folder / REPORT_FILE)
     text = card.read_text(encoding="utf-8") if card.is_file() else None
-    if not report.is_file():
+    if report is None:
         return card if card.is_file() else None
-    values = read_json(report)
-    current = dict(values)
-    if measured(current):
-        drop_stale(current, files_fingerprint(folder))
+    current = replace(report, measured=replace(report.measured))
+    if any_held(current.measured):
+        drop_stale(current.measured, files_fingerprint(folder))
     new = scratch / CARD_FILE
     if text is None:
         model_card(current, repo_id).save(new)
-    elif (made := updated_card(text, values, current, repo_id)) is not None:
+    elif (made := updated_card(text, report, current, repo_id)) is not None:
         new.write_text(made[0], encoding="utf-8", newline="")
     else:
         return card

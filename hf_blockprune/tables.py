@@ -4,90 +4,107 @@ from typing import Any
 
 from rich.table import Table
 
-from .checkpoint import stream_reordered
 from .config import shape_text
 from .console import folding_table
+from .measured import Measurements
+from .report import Report
 from .scores import SCORES, change_text, main_score, score_text
 
 
-def summary_table(report: dict[str, Any]) -> Table:
-    """What `prune` did, in short."""
-    title = f"{report['base_model']} -> {report['output']}" if "output" in report else report["base_model"]
+def summary_table(values: dict[str, Any]) -> Table:
+    """What `prune` did, in short.
+
+    Args:
+        values: what `BlockPruner.report()` gives, with `output` where the model was saved.
+    """
+    report = Report.from_dict(values)
+    title = f"{report.base_model} -> {values['output']}" if "output" in values else report.base_model
     table = folding_table("", "", title=title)
-    table.add_row("method", f"{report['config']['method']}, blocks {shape_text(report['config']['block_shape'])}")
-    if report["calibration"] is not None:
-        c = report["calibration"]
-        of = "a stream" if c["found_images"] is None else f"{c['found_images']} found"
-        table.add_row("calibration images", f"{c['num_images']} of {of} in {c['dataset']}")
-    table.add_row("FLOPs kept, whole model", f"{report['flops_ratio']:.2%}")
-    table.add_row("FLOPs kept, pruned layers", f"{report['linear_flops_ratio']:.2%}")
-    for budget in report.get("budgets", []):
-        if budget["device"] is not None:
-            what = f"predicted {budget['metric']} on {budget['device']}, batch {budget['batch']}"
-            values = f"{budget['reached']:.4g} of {budget['dense']:.4g} {budget['unit']}"
-            table.add_row(what, f"{values} ({budget['reached'] / budget['dense']:.1%})")
-    cut = sum(layer["cut_units"] for layer in report["layers"])
+    table.add_row("method", f"{report.config['method']}, blocks {shape_text(report.config['block_shape'])}")
+    if report.calibration is not None:
+        images = report.calibration
+        of = "a stream" if images.found_images is None else f"{images.found_images} found"
+        table.add_row("calibration images", f"{images.num_images} of {of} in {images.dataset}")
+    table.add_row("FLOPs kept, whole model", _percent(report.masks.flops_ratio))
+    table.add_row("FLOPs kept, pruned layers", _percent(report.masks.linear_flops_ratio))
+    for budget in report.budgets:
+        if budget.device is not None:
+            what = f"predicted {budget.metric} on {budget.device}, batch {budget.batch}"
+            reached = f"{budget.reached:.4g} of {budget.dense:.4g} {budget.unit}"
+            table.add_row(what, f"{reached} ({budget.reached / budget.dense:.1%})")
+    cut = sum(layer.cut_units for layer in report.masks.layers)
     if cut:
         table.add_row("hidden units cut out", str(cut))
-    if "size_bytes" in report:
-        table.add_row("weights on disk", bytes_text(report))
-    if stream_reordered(report):
+    if report.size_bytes is not None:
+        table.add_row("weights on disk", bytes_text(values))
+    if report.residual_order:
         table.add_row("features of hidden states", "in another order (permutation.residual_order); predictions stay")
-    recovery = report["recovery"]
-    if recovery is not None and recovery["evaluation_before"] is not None:
-        before = recovery["evaluation_before"]
-        key = main_score(before)
-        table.add_row(f"{SCORES[key]} before recovery", score_text(key, before[key]))
-    if report.get("finetuning") is not None:
-        f = report["finetuning"]
-        epochs = f["settings"]["epochs"]
-        table.add_row(
-            "trained", f"{epochs} epochs on {f['num_images']} images of {f['dataset']}, kept {f['kept_epoch']}"
-        )
-    if report["evaluation"] is not None:
-        e = report["evaluation"]
-        key = main_score(e)
-        dense = f", dense {score_text(key, e[f'baseline_{key}'])}" if f"baseline_{key}" in e else ""
-        table.add_row(SCORES[key], f"{score_text(key, e[key])} of {e['num_images']} images{dense}")
-    if report.get("fidelity") is not None:
-        f = report["fidelity"]
-        text = f"cosine {f['cosine']:.4f}, squared error {f['relative_squared_error']:.4f} of the variance"
-        table.add_row("embeddings against the dense model", f"{text}, {f['num_images']} images")
-    if report.get("latency") is not None:
-        latency = report["latency"]
-        rows = ", ".join(f"{row['speedup']:.2f}x at {row['batch']} images" for row in latency["rows"])
-        table.add_row(f"speed-up, measured on {latency['device']}", rows)
-    table.add_row("seconds", ", ".join(f"{stage} {s:.1f}" for stage, s in report["seconds"].items()))
+    _add_training(table, report)
+    _add_measurements(table, report.measured)
+    table.add_row("seconds", ", ".join(f"{stage} {s:.1f}" for stage, s in report.seconds.items()))
     return table
 
 
-def layer_table(report: dict[str, Any]) -> Table:
-    """Layer by layer: what is kept, what was predicted and measured, and the time it took."""
+def _add_training(table: Table, report: Report) -> None:
+    """What was learned since pruning."""
+    if report.recovery is not None and report.recovery.evaluation_before is not None:
+        before = report.recovery.evaluation_before.to_dict()
+        key = main_score(before)
+        table.add_row(f"{SCORES[key]} before recovery", score_text(key, before[key]))
+    if report.finetuning is not None:
+        run = report.finetuning
+        epochs = run.settings["epochs"]
+        table.add_row("trained", f"{epochs} epochs on {run.num_images} images of {run.dataset}, kept {run.kept_epoch}")
+
+
+def _add_measurements(table: Table, measured: Measurements) -> None:
+    """The newest of each kind."""
+    if measured.evaluation is not None:
+        scores = measured.evaluation.to_dict()
+        key = main_score(scores)
+        dense = f", dense {score_text(key, scores[f'baseline_{key}'])}" if f"baseline_{key}" in scores else ""
+        table.add_row(SCORES[key], f"{score_text(key, scores[key])} of {scores['num_images']} images{dense}")
+    if measured.fidelity is not None:
+        found = measured.fidelity
+        text = f"cosine {found.cosine:.4f}, squared error {found.relative_squared_error:.4f} of the variance"
+        table.add_row("embeddings against the dense model", f"{text}, {found.num_images} images")
+    if measured.latency is not None:
+        rows = ", ".join(f"{row.speedup:.2f}x at {row.batch} images" for row in measured.latency.rows)
+        table.add_row(f"speed-up, measured on {measured.latency.device}", rows)
+
+
+def layer_table(values: dict[str, Any]) -> Table:
+    """Layer by layer: what is kept, what was predicted and measured, and the time it took.
+
+    Args:
+        values: what `BlockPruner.report()` gives.
+    """
+    masks = Report.from_dict(values).masks
     footers = {
         "layer": "all",
-        "removed blocks": f"{1 - report['density']:.2%}",
-        "predicted loss": _number(_total(report, "predicted_loss")),
-        "seconds": _number(_total(report, "seconds")),
+        "removed blocks": _percent(None if masks.density is None else 1 - masks.density),
+        "predicted loss": _number(sum(layer.predicted_loss or 0.0 for layer in masks.layers)),
+        "seconds": _number(sum(layer.seconds or 0.0 for layer in masks.layers)),
     }
     columns = ("layer", "shape", "removed blocks", "predicted loss", "error after refit", "seconds")
     table = folding_table(*columns, footers=footers)
-    for layer in report["layers"]:
-        gone = layer["blocks"] - layer["kept_blocks"]
+    for layer in masks.layers:
+        gone = layer.blocks - layer.kept_blocks
         table.add_row(
-            layer["name"],
-            shape_text(layer["shape"]),
-            f"{gone}/{layer['blocks']} ({gone / layer['blocks']:.0%})",
-            *(_number(layer[key]) for key in ("predicted_loss", "error_after_refit", "seconds")),
+            layer.name,
+            shape_text(layer.shape),
+            f"{gone}/{layer.blocks} ({gone / layer.blocks:.0%})",
+            *map(_number, (layer.predicted_loss, layer.error_after_refit, layer.seconds)),
         )
     return table
-
-
-def _total(report: dict[str, Any], key: str) -> float:
-    return sum(layer[key] or 0.0 for layer in report["layers"])
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
 
 
 def bytes_text(values: dict[str, Any]) -> str:

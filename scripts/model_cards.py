@@ -16,6 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_blockprune.card import model_card
 from hf_blockprune.hardware.flops import count_flops
+from hf_blockprune.report import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/accuracy-deit-tiny.json"
@@ -48,7 +49,7 @@ def cards(rows: list[dict[str, Any]]) -> dict[str, str]:
         for recovered in [False, True] if row.get("recovered") else [False]:
             report = _report(row, dense, recovered=recovered)
             name = _name(row, recovered)
-            card = model_card(report, f"OWNER/{name}")
+            card = model_card(Report.from_dict(report), f"OWNER/{name}")
             command = row["command"] if recovered else row["command"].replace(" --recover", "")
             pages[f"{name}.md"] = f"{card}\n\nMade and measured by:\n\n```console\n$ {command}\n```\n"
             top1 = report["evaluation"]["top1"]
@@ -94,6 +95,8 @@ def _report(row: dict[str, Any], dense: dict[str, float], *, recovered: bool) ->
         else None,
         "latency": None,
         "predicted": None,
+        "layers": [],  # of which a card says nothing, as of seconds
+        "seconds": {},
     }
 
 

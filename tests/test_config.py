@@ -318,4 +318,4 @@ def test_older_reports_that_say_sparsity_are_read_as_before(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report))
     values = read_report(tmp_path / "report.json")
     assert values is not None
-    assert values["config"]["budget"] == {"metric": "density", "ratio": 0.9}
+    assert values.config["budget"] == {"metric": "density", "ratio": 0.9}

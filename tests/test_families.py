@@ -133,7 +133,7 @@ def test_recover(pruner, images):
     recovered = BlockPruner(
         copy.deepcopy(pruner.model), pruner.processor, CONFIG.replace(recovery=RecoveryConfig(epochs=2))
     )
-    recovered._report = copy.deepcopy(pruner.report())
+    recovered._report = copy.deepcopy(pruner._report)
     recovered.recover(images, teacher=BlockPruner(tiny_model(family), pruner.processor))
     seen = recovered.report()["recovery"]["divergence"]
     assert set(seen) == {"pruned", "reconstruction", "distillation"}

@@ -16,6 +16,8 @@ from hf_blockprune.checkpoint_report import describe
 from hf_blockprune.files import write_all
 from hf_blockprune.html_report import report_page
 from hf_blockprune.measure_jobs import run_benchmark, run_evaluate
+from hf_blockprune.measured import Measurements
+from hf_blockprune.report import Report
 
 from .conftest import tiny_model, write_images
 from .pages import Page
@@ -263,7 +265,7 @@ def test_nothing_is_lost_where_several_measure_at_once(folder):
     values = report_of(folder)
     with ThreadPoolExecutor(8) as pool:
         for name in range(8):
-            pool.submit(measurements.save, folder, kept(values, f"set {name}"), weights)
+            pool.submit(measurements.save, folder, Report.from_dict(kept(values, f"set {name}")).measured, weights)
     stored = report_of(folder)
     found = [stored["evaluation"], *stored["history"]["evaluation"]]
     assert sorted(each["dataset"] for each in found) == [f"set {name}" for name in range(8)]
@@ -272,8 +274,9 @@ def test_nothing_is_lost_where_several_measure_at_once(folder):
 def test_the_newest_wins_whatever_is_merged_first(folder):
     old, new = (kept({}, measured_at=f"2026-01-0{day}T00:00:00+00:00", top1=0.1 * day, split=None) for day in (1, 2))
     for first, second in ((old, new), (new, old)):
-        report = json.loads(json.dumps(first))
-        measurements.merge(report, second)
+        measured = Measurements.from_dict(first)
+        measurements.merge(measured, Measurements.from_dict(second))
+        report = measured.to_dict()
         assert report["evaluation"]["top1"] == 0.2
         assert report["history"]["evaluation"] == []
 
