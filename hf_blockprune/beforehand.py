@@ -9,12 +9,12 @@ from transformers import AutoModelForImageClassification
 
 from .config import Budget
 from .data import ImageSet, load_images
-from .errors import ModelError
 from .evaluation import EVALUATION_SPLITS, need_labels
 from .hardware.profiles import load_profile
 from .hub.blockprune_backends import wanted_backend
 from .hub.blockprune_storage import wanted_storage
 from .loading import load_config, model_class_of
+from .other_model import AGAINST, ENCODER, misfit
 
 
 def check_inputs(
@@ -69,10 +69,7 @@ def _evaluation_images(model: str, config: Any, dataset: Any, *, compared: bool)
     """
     classifies = model_class_of(config) is AutoModelForImageClassification
     if not classifies and not compared:
-        raise ModelError(
-            f"{model} is an encoder, which has no accuracy; name the dense model to compare embeddings with "
-            "(against=, --against)"
-        )
+        raise misfit(model, AGAINST, ENCODER)
     images = load_images(dataset, prefer_splits=EVALUATION_SPLITS, labels=classifies)
     if classifies:
         need_labels(images)

@@ -24,7 +24,8 @@ from .console import folding_table
 from .display import planned, stage
 from .errors import CheckpointError, ModelError
 from .hardware.profiles import load_profile
-from .pruner import BlockPruner, evaluation_stages
+from .measuring import evaluation_stages
+from .pruner import BlockPruner
 from .pruning import pruning_stages
 
 EPOCHS = 16

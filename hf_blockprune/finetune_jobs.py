@@ -13,7 +13,8 @@ from .display import planned, stage
 from .errors import ConfigError
 from .finetune_config import FinetuneConfig
 from .jobs import job_values
-from .pruner import BlockPruner, evaluation_stages
+from .measuring import evaluation_stages
+from .pruner import BlockPruner
 from .sources import DataSource
 from .unfinished import unfinished_run
 

@@ -12,7 +12,8 @@ from .data import ImageSet
 from .display import planned, stage
 from .errors import ConfigError
 from .evaluation import Outputs, Predictions
-from .pruner import BlockPruner, evaluation_stages
+from .measuring import evaluation_stages
+from .pruner import BlockPruner
 from .pruning import pruning_stages
 from .recovery import recovery_stages
 from .shared_statistics import SharedStatistics

@@ -20,10 +20,11 @@ from .html_report import sweep_page
 from .inspection import inspect_checkpoint
 from .interruption import Interrupted
 from .jobs import PruneJob, job_stages, prune_and_measure
+from .measuring import EVALUATION
 from .outputs import classifies
 from .pareto import frontier
 from .progress import weights_fingerprint
-from .pruner import EVALUATION, BlockPruner
+from .pruner import BlockPruner
 from .shared_statistics import SharedStatistics
 from .sweep_folder import SweepFolder
 from .tasks import SINGLE, task_of
