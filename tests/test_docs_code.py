@@ -63,9 +63,9 @@ import os; os.symlink("{MODEL}", "dense")
     "docs/report.md": f"""
 blockprune('{PRUNE} OUT')
 {PRUNER}pruner.prune("IMAGES")
-import importlib.resources, shutil
-profiles = importlib.resources.files("hf_blockprune.hardware") / "profiles"
-shutil.copy(profiles / "cpu-avx512.yaml", "my-device.yaml")
+import pathlib, yaml
+from hf_blockprune.hub.blockprune_devices import DEVICES
+pathlib.Path("my-device.yaml").write_text(yaml.safe_dump(DEVICES["cpu-avx512"]))
 """,
     "docs/share.md": f"blockprune('{PRUNE.replace('magnitude', 'obs')} OUT')",
     "docs/data.md": PRUNER,
