@@ -1,4 +1,4 @@
-"""Names of the device profiles that come with the package, for the shell's completion: it waits for no import of torch."""
+"""Names of the device profiles that come with the package, for completion in a shell: torch is not waited for."""
 
 import runpy
 from pathlib import Path

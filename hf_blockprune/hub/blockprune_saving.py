@@ -22,8 +22,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, describes
+from .blockprune_layers import block_sparse_layers
 from .blockprune_layout import BlockSparseFormatError
-from .blockprune_linear import BlockSparseLinear
 from .blockprune_names import stored_layer_names, unconverted
 
 CODE_MODULE = "modeling_blockprune"  # the file that `auto_map` names
@@ -46,13 +46,6 @@ def install() -> None:
     cls.save_pretrained.method = QUANT_METHOD
     cls._from_config = classmethod(_building(cls._from_config.__func__))
     cls.__init__ = _refusing(cls.__init__)
-
-
-def block_sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, module) of every block-sparse layer, also of one made by another copy of this code."""
-    for name, module in model.named_modules():
-        if type(module).__name__ == BlockSparseLinear.__name__:
-            yield name, module
 
 
 def stored_config(model: Any, *, original_names: bool = True) -> BlockPruneQuantizationConfig:
