@@ -2,7 +2,7 @@
 
 `save_pretrained` offers a quantizer neither the folder nor the arguments, and none at all for a model of which only a
 part is block-sparse. So `install` extends three methods of `PreTrainedModel`; models without block-sparse layers, and
-configs that name none, are handed on as they came.
+configs that name none, are handed on as they came. It adds one, `hardware_cost`, for all models.
 """
 
 import copy
@@ -24,6 +24,7 @@ from transformers.models.auto import modeling_auto
 from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, describes
 from .blockprune_layers import block_sparse_layers
 from .blockprune_layout import BlockSparseFormatError
+from .blockprune_model_cost import hardware_cost
 from .blockprune_names import stored_layer_names, unconverted
 
 CODE_MODULE = "modeling_blockprune"  # the file that `auto_map` names
@@ -40,6 +41,8 @@ WEIGHTS_GUARD = (
 def install() -> None:
     """Extend `PreTrainedModel`, once in a process: by the package or the copy of this file beside a checkpoint."""
     cls: Any = PreTrainedModel
+    if not hasattr(cls, "hardware_cost"):  # asked apart: older copies of this file extended all but that
+        cls.hardware_cost = hardware_cost
     if getattr(cls.save_pretrained, "method", None) == QUANT_METHOD:
         return
     cls.save_pretrained = _saving(cls.save_pretrained)
