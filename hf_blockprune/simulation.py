@@ -14,7 +14,7 @@ from .hardware.shapes import transformer_shape
 from .hardware.systolic import Array, analyse, dense_cycles
 from .hub.blockprune_cost import Cost, Linear, layer_cost, other_cost
 from .hub.blockprune_flops import UncountableError
-from .hub.blockprune_model_cost import hardware_cost
+from .hub.blockprune_model_cost import hardware_cost, linear_works
 from .hub.blockprune_profiles import DeviceError, SystolicProfile
 from .hub.blockprune_systolic import weights_kept
 from .inspection import StoredLayer, StoredModel, open_checkpoint
@@ -64,6 +64,10 @@ def simulate_stored(stored: StoredModel, profile: Any, batch: int, dtype: str) -
     shape = transformer_shape(stored.architecture.config, stored.flops.image_size, tokens[first])
     layers = [_layer(profile, layer, batch * round(tokens[layer.module]), dtype) for layer in stored.layers]
     rest = other_cost(profile, shape, batch=batch, dtype=dtype)
+    pruned = {layer.module for layer in stored.layers}
+    for name, work in linear_works(stored.architecture, tokens).items():
+        if name not in pruned:
+            rest = rest.plus(layer_cost(profile, work._replace(tokens=batch * work.tokens, dtype=dtype)))
     result: dict[str, Any] = {"device": profile.name, "kind": profile.kind, "batch": batch, "dtype": dtype}
     result |= _totals(layers, rest)
     if isinstance(profile, SystolicProfile):

@@ -62,7 +62,7 @@ def hardware_cost(
     if not _is_count(batch):
         raise DeviceError(f"batch: expected a whole number from 1, got {batch!r}")
     flops = _counted(self, image_size)
-    works = linear_works(self, flops.linear_tokens)
+    works = list(linear_works(self, flops.linear_tokens).values())
     shape = transformer_shape(self.config, flops.image_size, works[0].tokens if works else 0)
     return model_cost(profile, shape, works, batch=batch, dtype=dtype)
 
@@ -113,8 +113,8 @@ def _times(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def linear_works(model: nn.Module, tokens: Mapping[str, float]) -> list[Linear]:
-    """The Linears of a model's repeated layers, dense and block-sparse, as work of one image.
+def linear_works(model: nn.Module, tokens: Mapping[str, float]) -> dict[str, Linear]:
+    """The Linears of a model's repeated layers, dense and block-sparse, as work of one image, by module name.
 
     Args:
         model: on any device.
@@ -124,7 +124,7 @@ def linear_works(model: nn.Module, tokens: Mapping[str, float]) -> list[Linear]:
         UncountableError: it is not known which blocks a layer keeps, as its indices have no values.
     """
     sparse = dict(block_sparse_layers(model))
-    works = []
+    works = {}
     for name, module in model.named_modules():
         if not (name in sparse or isinstance(module, nn.Linear)):
             continue
@@ -141,7 +141,7 @@ def linear_works(model: nn.Module, tokens: Mapping[str, float]) -> list[Linear]:
                     "on the meta device"
                 )
             work = work._replace(mask=layer.mask().cpu().numpy(), block_shape=layer.block_shape)
-        works.append(work)
+        works[name] = work
     return works
 
 

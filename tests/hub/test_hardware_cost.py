@@ -15,6 +15,7 @@ from transformers import (
     BertModel,
     ConvNextConfig,
     ConvNextForImageClassification,
+    PreTrainedModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -26,6 +27,7 @@ from hf_blockprune.hub.blockprune_devices import DEVICES
 from hf_blockprune.hub.blockprune_flops import UncountableError
 from hf_blockprune.hub.blockprune_profiles import CpuProfile, DeviceError, named_profile
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, pack_weights
+from hf_blockprune.hub.blockprune_saving import install
 from hf_blockprune.simulation import predict, simulate_checkpoint
 from tests.conftest import WITHOUT_THE_PACKAGE, tiny_config, tiny_model
 from tests.fake_hub import FakeHub
@@ -89,6 +91,16 @@ def test_families_whose_cost_is_known(family, tmp_path):
     model = sparse_model(tiny_model(family))
     model.save_pretrained(tmp_path)
     assert close(model.hardware_cost("systolic-16"), simulate_checkpoint(tmp_path, "systolic-16"))
+
+
+def test_layers_that_were_left_out_are_paid_for(tmp_path):
+    """By the checkpoint's simulation too, which used to count the pruned ones alone."""
+    model = sparse_model(tiny_model(), chosen=lambda name: ".mlp." in name)
+    model.save_pretrained(tmp_path)
+    for device in ("systolic-16", "h100-sxm"):
+        simulated = simulate_checkpoint(tmp_path, device)
+        assert close(model.hardware_cost(device), simulated)
+        assert close(tiny_model().hardware_cost(device), {key: simulated[f"dense_{key}"] for key in Cost._fields})
 
 
 def test_cut_hidden_units_are_not_paid_for(processor, tmp_path):
@@ -248,6 +260,14 @@ def test_blocks_that_are_not_in_memory_are_not_guessed(loaded):
     model = accelerate.cpu_offload(loaded, execution_device="cpu", offload_buffers=True)
     with pytest.raises(UncountableError, match="which blocks it keeps is not in memory"):
         model.hardware_cost(QUICK)
+
+
+def test_models_that_older_code_extended_answer_too(loaded, monkeypatch):
+    """As where a checkpoint's own code, of an older version, came before the package."""
+    expected = loaded.hardware_cost(QUICK)
+    monkeypatch.delattr(PreTrainedModel, "hardware_cost")
+    install()
+    assert loaded.hardware_cost(QUICK) == expected
 
 
 CHILD = """
