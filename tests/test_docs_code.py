@@ -51,6 +51,7 @@ blockprune('export OUT --torch-export -o model.pt2')
 pixel_values = torch.zeros(2, 3, 32, 32)
 """,
     "docs/faq.md": f"blockprune('{PRUNE} OUT')",
+    "docs/hardware.md": f"blockprune('{PRUNE} OUT')",
     "docs/kernels.md": f"""
 blockprune('{PRUNE} PRUNED')
 pipeline_on_cpu()

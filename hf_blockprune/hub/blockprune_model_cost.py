@@ -74,7 +74,10 @@ def profile_of(device: Any) -> Any:
         DeviceError: there is none of that name, its values are wrong, or it is no profile.
     """
     if isinstance(device, str):
-        return named_profile(device)
+        try:
+            return named_profile(device)
+        except DeviceError as error:
+            raise DeviceError(f"{error}, or pass the values of a profile of your own") from None
     if isinstance(device, Mapping):
         try:
             return profile_from_dict(device, "device")
