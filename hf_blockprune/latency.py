@@ -77,7 +77,7 @@ def _backends(model: nn.Module, pixels: torch.Tensor) -> dict[str, int]:
     found: Counter[str] = Counter()
 
     def note(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        unpacked = module.is_unpacked
+        unpacked = module.weight.dim() == 2
         found["unpacked" if unpacked else choose_backend(inputs[0], module.arguments())] += 1
 
     handles = [module.register_forward_hook(note) for _, module in block_sparse_layers(model)]

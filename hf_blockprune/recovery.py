@@ -17,22 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
 from transformers import get_cosine_schedule_with_warmup
 
 from .augment import views
-from .blocks import expand_mask
 from .boundary import Unit, at_boundary, held_back, hidden_states, layer_chain, learn_calls
 from .config import RecoveryConfig
 from .copying import copied
 from .data import ImageSet, load_pixels
 from .display import Stage, stage
 from .errors import ModelError
-from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_quantizer import block_sparse_layers
 from .outputs import answers, output_of, task_for
 from .progress import Progress
 from .recovery_state import Place, RecoveryState
+from .recovery_student import dense_copy, write_back
 from .selection import timed
 from .tasks import Regression, SingleLabel, Task
 
@@ -115,7 +113,7 @@ def recover(
         else:
             run.student.load_state_dict(best)
         run.state.finish(best, {"divergence": divergence, "kept": kept, "seconds": seconds}, f"the end of {name}")
-    _write_back(run.student, model)
+    write_back(run.student, model)
     return Recovery(len(run.learned), len(run.judged), divergence, kept, seconds)
 
 
@@ -128,44 +126,6 @@ def _epochs(settings: RecoveryConfig) -> dict[str, int]:
     """Passes over the images by step, of the steps that there are."""
     steps = {"reconstruction": settings.reconstruction_epochs, "distillation": settings.epochs}
     return {name: epochs for name, epochs in steps.items() if epochs}
-
-
-class _Scaled(nn.Module):
-    """A parametrization that multiplies each row and each column of a weight by a factor of its own."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(torch.ones_like(weight[:, :1]))
-        self.cols = nn.Parameter(torch.ones_like(weight[:1]))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.rows * self.cols
-
-
-def _dense_copy(model: nn.Module) -> nn.Module:
-    """The model in single precision, with removed blocks as zeros that get no gradient, and factors that learn."""
-    student = nn.Module.float(copied(model))  # transformers refuses to cast what it takes for quantised
-    unfuse(student)
-    for name, module in list(block_sparse_layers(student)):
-        linear = module.to_dense()
-        removed = ~expand_mask(module.mask(), tuple(linear.weight.shape), module.block_shape)
-        student.set_submodule(name, linear)
-        linear.weight.register_hook(lambda grad, removed=removed: grad.masked_fill(removed, 0))
-        register_parametrization(linear, "weight", _Scaled(linear.weight.detach()))
-    return student.eval()
-
-
-@torch.no_grad()
-def _write_back(student: nn.Module, model: nn.Module) -> None:
-    sparse = dict(block_sparse_layers(model))
-    for name, module in sparse.items():
-        linear: Any = student.get_submodule(name)
-        module.weight.copy_(linear.weight if module.is_unpacked else module.packed_like(linear.weight))
-        if module.bias is not None:
-            module.bias.copy_(linear.bias)
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] not in sparse:
-            parameter.copy_(student.get_parameter(name))
 
 
 @dataclass
@@ -212,7 +172,7 @@ class _Run:
         self.learned, self.judged = (part.nonzero().squeeze(1) for part in (~self.held_back, self.held_back))
         if not len(self.judged):  # a handful of images: they must do for both
             self.judged = self.learned
-        self.student = _dense_copy(self.model).to(self.device)
+        self.student = dense_copy(self.model).to(self.device)
         names = [name for name, _ in block_sparse_layers(self.model)]
         self.layers, of_teacher = (layer_chain(m, names) for m in (self.student, self.teacher))
         if next(block_sparse_layers(self.teacher), None) or [u.name for u in self.layers] != [

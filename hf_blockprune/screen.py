@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .processes import is_first_process
+from .stage_text import amount, clock, figures, listed, times
 
 if TYPE_CHECKING:
     from .display import Run
@@ -128,8 +129,6 @@ class Bars:
 
 def _picture(run: "Run", width: int) -> Group:
     """The stages under way, each with its bar, and what comes after them."""
-    from .display import amount, clock, figures, listed, times
-
     grid = Table.grid(padding=(0, 1), expand=True)
     grid.width = width
     grid.add_column(no_wrap=True, overflow="ellipsis")

@@ -9,13 +9,13 @@ from torch import nn
 from .errors import ConfigError, ModelError
 from .fetching import checkpoint_folder
 from .hardware.device_cost import usual_dtype
-from .hardware.flops import count_flops
 from .hardware.profiles import load_profile
 from .hardware.shapes import transformer_shape
 from .hardware.systolic import Array, analyse, dense_cycles
-from .hub.blockprune_cost import Cost, Linear, layer_cost, model_cost, other_cost
-from .hub.blockprune_linear import BlockSparseLinear
-from .hub.blockprune_profiles import SystolicProfile
+from .hub.blockprune_cost import Cost, Linear, layer_cost, other_cost
+from .hub.blockprune_flops import UncountableError
+from .hub.blockprune_model_cost import hardware_cost, linear_works
+from .hub.blockprune_profiles import DeviceError, SystolicProfile
 from .hub.blockprune_systolic import weights_kept
 from .inspection import StoredLayer, StoredModel, open_checkpoint
 
@@ -64,6 +64,10 @@ def simulate_stored(stored: StoredModel, profile: Any, batch: int, dtype: str) -
     shape = transformer_shape(stored.architecture.config, stored.flops.image_size, tokens[first])
     layers = [_layer(profile, layer, batch * round(tokens[layer.module]), dtype) for layer in stored.layers]
     rest = other_cost(profile, shape, batch=batch, dtype=dtype)
+    pruned = {layer.module for layer in stored.layers}
+    for name, work in linear_works(stored.architecture, tokens).items():
+        if name not in pruned:
+            rest = rest.plus(layer_cost(profile, work._replace(tokens=batch * work.tokens, dtype=dtype)))
     result: dict[str, Any] = {"device": profile.name, "kind": profile.kind, "batch": batch, "dtype": dtype}
     result |= _totals(layers, rest)
     if isinstance(profile, SystolicProfile):
@@ -86,29 +90,34 @@ def predict_checkpoint(stored: StoredModel) -> list[dict[str, Any]]:
     return [{key: values[key] for key in keys} for values in found]
 
 
-def predict(model: nn.Module, device: str | Path, *, batch: int = 1, dtype: str | None = None) -> Cost:
-    """What a forward pass of a loaded model takes on a device.
+def predict(
+    model: nn.Module,
+    device: Any,
+    *,
+    batch: int = 1,
+    dtype: str | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Cost:
+    """What a forward pass of a loaded model takes on a device: `model.hardware_cost()`, also for files of one's own.
 
     Args:
         model: a classifier of ViT's form, dense or with block-sparse layers.
-        device: a profile's name or file.
+        device: a profile, its name or its file.
         batch: images.
         dtype: of all numbers, as for `simulate_checkpoint`.
+        image_size: (height, width) of an image; the config's by default.
+
+    Raises:
+        ConfigError: no such profile, or one without this dtype.
+        ModelError: a model that is no plain vision transformer.
     """
-    profile = load_profile(device)
-    dtype = dtype or usual_dtype(profile)
-    flops = count_flops(model)
-    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, BlockSparseLinear))]
-    repeated = [name for name in names if any(part.isdigit() for part in name.split("."))]
-    works = []
-    for name in repeated:
-        layer: Any = model.get_submodule(name)
-        work = Linear(round(flops.linear_tokens[name]), layer.out_features, layer.in_features)
-        if isinstance(layer, BlockSparseLinear):
-            work = work._replace(mask=layer.mask().cpu().numpy(), block_shape=layer.block_shape)
-        works.append(work)
-    shape = transformer_shape(model.config, flops.image_size, flops.linear_tokens[repeated[0]])
-    return model_cost(profile, shape, works, batch=batch, dtype=dtype)
+    profile = load_profile(device) if isinstance(device, (str, Path)) else device
+    try:
+        return hardware_cost(model, profile, batch=batch, dtype=dtype, image_size=image_size)
+    except UncountableError as error:
+        raise ModelError(str(error)) from None
+    except DeviceError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _profile(device: str | Path, **changes: Any) -> Any:

@@ -14,8 +14,9 @@ import pytest
 import transformers.utils.logging
 
 from hf_blockprune import display, screen
-from hf_blockprune.display import clock, part, planned, stage
+from hf_blockprune.display import part, planned, stage
 from hf_blockprune.hub.blockprune_backends import available_backends
+from hf_blockprune.stage_text import clock
 
 from .conftest import RECIPE, write_images
 from .forking import Forks

@@ -51,6 +51,7 @@ blockprune('export OUT --torch-export -o model.pt2')
 pixel_values = torch.zeros(2, 3, 32, 32)
 """,
     "docs/faq.md": f"blockprune('{PRUNE} OUT')",
+    "docs/hardware.md": f"blockprune('{PRUNE} OUT')",
     "docs/kernels.md": f"""
 blockprune('{PRUNE} PRUNED')
 pipeline_on_cpu()
@@ -63,9 +64,9 @@ import os; os.symlink("{MODEL}", "dense")
     "docs/report.md": f"""
 blockprune('{PRUNE} OUT')
 {PRUNER}pruner.prune("IMAGES")
-import importlib.resources, shutil
-profiles = importlib.resources.files("hf_blockprune.hardware") / "profiles"
-shutil.copy(profiles / "cpu-avx512.yaml", "my-device.yaml")
+import pathlib, yaml
+from hf_blockprune.hub.blockprune_devices import DEVICES
+pathlib.Path("my-device.yaml").write_text(yaml.safe_dump(DEVICES["cpu-avx512"]))
 """,
     "docs/share.md": f"blockprune('{PRUNE.replace('magnitude', 'obs')} OUT')",
     "docs/data.md": PRUNER,

@@ -16,7 +16,8 @@ from hf_blockprune.augment import _beta, views
 from hf_blockprune.blocks import expand_mask
 from hf_blockprune.data import decode_image, load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.recovery import _dense_copy, _Run, recover
+from hf_blockprune.recovery import _Run, recover
+from hf_blockprune.recovery_student import dense_copy
 
 from .conftest import RECIPE, tiny_model, write_images
 from .test_layerwise import random_masks
@@ -45,7 +46,7 @@ def test_the_student_computes_what_the_pruned_model_does(family):
     model = pruned(family)
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(_dense_copy(model)(pixel_values=x).logits, model(pixel_values=x).logits)
+        torch.testing.assert_close(dense_copy(model)(pixel_values=x).logits, model(pixel_values=x).logits)
 
 
 @pytest.mark.parametrize("step", ["reconstruct", "distil"])

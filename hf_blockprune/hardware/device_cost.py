@@ -2,20 +2,17 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..blocks import used_units
 from ..hub.blockprune_cost import Cost, Linear, Profile, VisionTransformer, layer_cost, other_cost
+from ..hub.blockprune_profiles import usual_dtype
+
+__all__ = ["DeviceCost", "usual_dtype"]
 
 QUANTITIES = {"latency": "latency_ms", "energy": "energy_mj"}
-
-
-def usual_dtype(profile: Any) -> str:
-    """What models are run in on such a device."""
-    return "float32" if profile.kind == "cpu" else "float16"
 
 
 @dataclass

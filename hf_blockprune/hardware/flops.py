@@ -1,33 +1,21 @@
-"""FLOPs of a whole model, counted by torch on a copy without weights: nothing is allocated, nothing computed."""
+"""FLOPs of a whole model, as `hub.blockprune_flops` counts them, for those that mean to prune it."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import ModelError, first_line
-from ..skeleton import channels_of, skeleton
+from ..errors import ModelError
+from ..hub import blockprune_flops as counting
+from ..hub.blockprune_flops import ModelFlops, UncountableError, dtype_of
 
+__all__ = ["ModelFlops", "count_flops", "dry_run", "dtype_of", "image_size"]
 
-@dataclass(frozen=True)
-class ModelFlops:
-    """Dense FLOPs of one image.
-
-    Attributes:
-        total: of the whole model: patch embedding, Linears, attention products, heads. A multiply and an add count
-            as two.
-        parameters: weights of the whole model.
-        linear_tokens: rows that each Linear multiplies in one forward pass, by module name; 0 where it sees none.
-        image_size: (height, width) of the image.
-    """
-
-    total: float
-    parameters: int
-    linear_tokens: dict[str, float]
-    image_size: tuple[int, int]
+NO_SIZE = "only vision models can be pruned"
+NO_ANSWER = (
+    "only models that take pixel_values and nothing else can be pruned, such as the vision part of one that also takes "
+    "text"
+)
 
 
 def image_size(config: Any, processing: Mapping[str, Any] | None = None) -> tuple[int, int]:
@@ -38,34 +26,15 @@ def image_size(config: Any, processing: Mapping[str, Any] | None = None) -> tupl
 
     Args:
         config: its config.
-        processing: settings of its image processor. They win: some models, such as Dinov2, take other sizes than their
-            config's, and are given them.
+        processing: settings of its image processor, which win.
 
     Raises:
         ModelError: neither says.
     """
-    for size in _sizes(config, processing or {}):
-        return size
-    raise ModelError(f"{type(config).__name__}: its config has no image_size; only vision models can be pruned")
-
-
-def _sizes(config: Any, processing: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """(height, width) by the processor's settings, by the config, and by the configs in it."""
-    crop = processing.get("crop_size") if processing.get("do_center_crop") else None
-    resized = processing.get("size") if processing.get("do_resize") is not False else None
-    parts = (config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config")))
-    timm = getattr(config, "pretrained_cfg", None) or processing.get("pretrained_cfg") or {}
-    for size in (
-        crop,
-        resized,
-        *(getattr(part, "image_size", None) for part in parts),
-        list(timm.get("input_size") or ())[1:],
-    ):
-        if isinstance(size, Mapping):
-            size = (size.get("height"), size.get("width"))
-        height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
-        if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
-            yield height, width
+    try:
+        return counting.image_size(config, processing)
+    except UncountableError as error:
+        raise ModelError(f"{error}; {NO_SIZE}") from None
 
 
 def count_flops(model: nn.Module, size: tuple[int, int] | None = None) -> ModelFlops:
@@ -78,49 +47,24 @@ def count_flops(model: nn.Module, size: tuple[int, int] | None = None) -> ModelF
     Raises:
         ModelError: the model does not answer images alone, or takes no images of this size.
     """
-    dense = skeleton(model)
-    _, pixels = dry_run(dense, size or image_size(dense.config))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        dense(pixel_values=pixels)
-    return _read_counter(counter, dense, (pixels.shape[-2], pixels.shape[-1]))
+    size = size or image_size(model.config)
+    try:
+        return counting.count_flops(model, size)
+    except UncountableError as error:
+        raise ModelError(f"{error}; {NO_ANSWER}") from error.__cause__
 
 
-@torch.no_grad()
 def dry_run(dense: nn.Module, size: tuple[int, int]) -> tuple[Any, Tensor]:
     """What a skeleton gives for one image, and that image, [1, channels, height, width] without values.
 
     Args:
         dense: what `skeleton` made.
-        size: (height, width) to try first; then those of its config. One that the processor makes and the model does
-            not take is refused elsewhere, with the images.
+        size: (height, width) to try first; then those of its config.
 
     Raises:
         ModelError: it does not answer images alone, or takes none of these sizes.
     """
-    refused: Exception | None = None
-    for height, width in dict.fromkeys((size, *_sizes(dense.config, {}))):
-        pixels = torch.empty(1, channels_of(dense.config, dense), height, width, dtype=dtype_of(dense), device="meta")
-        try:
-            return dense(pixel_values=pixels), pixels
-        except Exception as error:  # what a model's code does with inputs that it does not take
-            refused = refused or error
-    raise ModelError(
-        f"{type(dense).__name__}: does not answer images of {size[0]}x{size[1]} (height x width) alone "
-        f"({first_line(refused)}); only models that take pixel_values and nothing else can be pruned, such as the "
-        "vision part of one that also takes text"
-    ) from refused
-
-
-def _read_counter(counter: FlopCounterMode, dense: nn.Module, size: tuple[int, int]) -> ModelFlops:
-    counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    tokens = {
-        name: counts.get(name, 0) / (2 * module.in_features * module.out_features)
-        for name, module in dense.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    return ModelFlops(float(counter.get_total_flops()), sum(p.numel() for p in dense.parameters()), tokens, size)
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The floating-point type that a model computes in."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        return counting.dry_run(dense, size)
+    except UncountableError as error:
+        raise ModelError(f"{error}; {NO_ANSWER}") from error.__cause__

@@ -10,8 +10,8 @@ import yaml
 from ..environment import environment
 from ..errors import ConfigError
 from ..files import partial_file
-from ..hub.blockprune_profiles import profile_from_dict
-from .profile_names import FOLDER, profile_names
+from ..hub.blockprune_devices import DEVICES
+from ..hub.blockprune_profiles import named_profile, profile_from_dict
 
 
 def load_profile(name_or_path: str | Path) -> Any:
@@ -24,21 +24,18 @@ def load_profile(name_or_path: str | Path) -> Any:
         >>> load_profile("systolic-32").rows
         32
     """
-    text = str(name_or_path)
-    if text in profile_names():
-        source, content = text, (FOLDER / f"{text}.yaml").read_text(encoding="utf-8")
-    else:
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise ConfigError(
-                f"device: no profile {text!r}; name one of {', '.join(profile_names())}, or a YAML file (blockprune "
-                "calibrate writes one for this machine)"
-            )
-        source, content = path.name, path.read_text(encoding="utf-8")
+    if (name := str(name_or_path)) in DEVICES:
+        return named_profile(name)
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ConfigError(
+            f"device: no profile {name!r}; name one of {', '.join(sorted(DEVICES))}, or a YAML file (blockprune "
+            "calibrate writes one for this machine)"
+        )
     try:
-        return profile_from_dict(yaml.safe_load(content), source)
+        return profile_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), path.name)
     except yaml.YAMLError as error:
-        raise ConfigError(f"device: {source} is no YAML: {error}") from error
+        raise ConfigError(f"device: {path.name} is no YAML: {error}") from error
     except ValueError as error:
         raise ConfigError(f"device: {error}") from error
 

@@ -6,7 +6,12 @@ from functools import lru_cache
 from typing import Any, ClassVar, get_args, get_origin
 
 from .blockprune_cost import ELEMENT_BYTES, PJ_PER_BYTE_DRAM, PJ_PER_MAC, PJ_TO_MJ, Cost, Linear
+from .blockprune_devices import DEVICES
 from .blockprune_systolic import Fold, block_sparse_cycles, dense_cycles, makespan
+
+
+class DeviceError(ValueError):
+    """A device that is not known, or one that was asked for what it does not do."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ class GpuProfile:
 
     def _tile_ms(self, work: Linear, inputs: float, outputs: int, efficiency: float) -> float:
         if work.dtype not in self.tflops:
-            raise ValueError(f"{self.name}: no peak for {work.dtype}; its profile has {', '.join(self.tflops)}")
+            raise DeviceError(f"{self.name}: no peak for {work.dtype}; its profile has {', '.join(self.tflops)}")
         rate = self.tflops[work.dtype] * 1e12 * efficiency / self.sms
         return 1e3 * 2 * self.tile_tokens * outputs * float(inputs) / rate
 
@@ -239,6 +244,26 @@ class SystolicProfile:
 
 
 KINDS: dict[str, type] = {cls.kind: cls for cls in (CpuProfile, GpuProfile, SystolicProfile)}
+
+
+def named_profile(name: str) -> Any:
+    """The profile of a device that comes with this code.
+
+    Raises:
+        DeviceError: there is none of that name; the message has those that there are.
+
+    Example:
+        >>> named_profile("systolic-32").rows
+        32
+    """
+    if name not in DEVICES:
+        raise DeviceError(f"device: no profile {name!r}; name one of {', '.join(sorted(DEVICES))}")
+    return profile_from_dict(DEVICES[name], name)
+
+
+def usual_dtype(profile: Any) -> str:
+    """What models are run in on such a device."""
+    return "float32" if profile.kind == "cpu" else "float16"
 
 
 def profile_from_dict(values: Mapping[str, Any], where: str = "profile") -> Any:

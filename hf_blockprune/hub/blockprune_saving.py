@@ -2,7 +2,7 @@
 
 `save_pretrained` offers a quantizer neither the folder nor the arguments, and none at all for a model of which only a
 part is block-sparse. So `install` extends three methods of `PreTrainedModel`; models without block-sparse layers, and
-configs that name none, are handed on as they came.
+configs that name none, are handed on as they came. It adds one, `hardware_cost`, for all models.
 """
 
 import copy
@@ -22,8 +22,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, describes
+from .blockprune_layers import block_sparse_layers
 from .blockprune_layout import BlockSparseFormatError
-from .blockprune_linear import BlockSparseLinear
+from .blockprune_model_cost import hardware_cost
 from .blockprune_names import stored_layer_names, unconverted
 
 CODE_MODULE = "modeling_blockprune"  # the file that `auto_map` names
@@ -40,19 +41,14 @@ WEIGHTS_GUARD = (
 def install() -> None:
     """Extend `PreTrainedModel`, once in a process: by the package or the copy of this file beside a checkpoint."""
     cls: Any = PreTrainedModel
+    if not hasattr(cls, "hardware_cost"):  # asked apart: older copies of this file extended all but that
+        cls.hardware_cost = hardware_cost
     if getattr(cls.save_pretrained, "method", None) == QUANT_METHOD:
         return
     cls.save_pretrained = _saving(cls.save_pretrained)
     cls.save_pretrained.method = QUANT_METHOD
     cls._from_config = classmethod(_building(cls._from_config.__func__))
     cls.__init__ = _refusing(cls.__init__)
-
-
-def block_sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, module) of every block-sparse layer, also of one made by another copy of this code."""
-    for name, module in model.named_modules():
-        if type(module).__name__ == BlockSparseLinear.__name__:
-            yield name, module
 
 
 def stored_config(model: Any, *, original_names: bool = True) -> BlockPruneQuantizationConfig:

@@ -321,9 +321,10 @@ def test_compiled_and_exported_models_answer_and_learn(form):
 
 
 WITHOUT = """
-import sys
+import os, sys
 import torch, transformers
 
+os.environ["BLOCKPRUNE_STORAGE"] = "auto"
 model = transformers.AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
 layers = [module for module in model.modules() if type(module).__name__ == "BlockSparseLinear"]
 with torch.no_grad():
@@ -334,11 +335,10 @@ torch.save([len(layers), sum(layer.is_unpacked for layer in layers), logits], "a
 
 
 @pytest.mark.slow
-def test_without_the_package_and_its_kernels_layers_are_unpacked(tmp_path, monkeypatch):
+def test_without_the_package_and_its_kernels_layers_are_unpacked(tmp_path):
     model = sparse_model(tiny_model(hidden_size=192, intermediate_size=768), shape=(16, 16))
     model.save_pretrained(tmp_path / "saved")
     torch.save(PIXELS, tmp_path / "pixels.pt")
-    monkeypatch.setenv("BLOCKPRUNE_STORAGE", "auto")
     done = run(WITHOUT, tmp_path, "saved", package=False)
     assert done.returncode == 0, done.stderr[-3000:]
     count, unpacked, logits = torch.load(tmp_path / "answer.pt")
