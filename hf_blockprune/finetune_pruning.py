@@ -186,20 +186,19 @@ class GradualPruning:
         config = replace(self.settings, min_kept_per_layer=least).pruning(shape, budget)
         dense = _dense_form(self.model)
         targets: dict[str, Any] = {name: dense.get_submodule(name) for name in masks}
-        found = self._statistics(dense, targets, shape) if statistics and self.settings.method != "magnitude" else {}
+        found = self._statistics(dense, targets, shape) if statistics and self.settings.scoring.needs_images else {}
         gone = {name: ~mask for name, mask in masks.items()}
         return Selection(dense, targets, found, self.flops, config, self.accelerator, gone=gone)
 
     def _statistics(self, dense: nn.Module, targets: dict[str, nn.Linear], shape: tuple[int, int]) -> dict[str, Any]:
-        taylor = self.settings.method == "taylor"
         return collect(
             dense,
             self.images.sample(self.settings.samples, self.seed),
             self.processor,
             targets,
             accelerator=self.accelerator,
-            gradients=taylor,
-            fisher=not taylor,
+            gradients=self.settings.scoring.gradients,
+            fisher=self.settings.scoring.fisher,
             block_shape=shape,
             seed=self.seed,
         )[0]

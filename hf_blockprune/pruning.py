@@ -22,6 +22,7 @@ from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_quantizer import sparsify
 from .layer_statistics import LayerStatistics
 from .layerwise import LayerRefit, refit_layers
+from .methods import names_where
 from .model_input import find_input, picture_size
 from .modes import evaluating
 from .outputs import classifies
@@ -114,10 +115,11 @@ class Pruning:
         Raises:
             ConfigError: the method needs the loss of a classifier.
         """
-        if self.config.method == "taylor":
+        if self.config.scoring.gradients:
+            able = " or ".join(names_where(lambda method: not method.gradients))
             raise ConfigError(
-                f"method: 'taylor' needs the loss of a classifier, which the encoder {type(self.model).__name__} has "
-                "not; use obs or magnitude"
+                f"method: {self.config.method!r} needs the loss of a classifier, which the encoder "
+                f"{type(self.model).__name__} has not; use {able}"
             )
         if self.config.permutes_stream:
             self.config = self.config.replace(permute_stream=False)
@@ -128,9 +130,9 @@ class Pruning:
         if not self.config.needs_images:
             return None, None
         if dataset is None:
-            what = "refit" if self.config.method == "magnitude" else f"method {self.config.method!r}"
+            what = f"method {self.config.method!r}" if self.config.scoring.needs_images else "refit"
             raise ModelError(f"{what} needs calibration images; pass a data set to prune()")
-        found = load_images(dataset, split=split, labels=self.config.method == "taylor")
+        found = load_images(dataset, split=split, labels=self.config.scoring.gradients)
         count = None if found.streaming else len(found.dataset)
         drawn = found.sample(self.config.calibration.samples, self.config.calibration.seed)
         return replace(drawn, model_input=model_input), count
@@ -207,12 +209,12 @@ class Pruning:
     def _calibrate(
         self, images: ImageSet, found: int | None, progress: Progress | None
     ) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
-        gradients = self.config.method == "taylor"
+        method = self.config.scoring
         options = {
             "batch_size": self.config.calibration.batch_size,
-            "gradients": gradients,
-            "fisher": not gradients,
-            "block_shape": self.config.block_shape if gradients else (1, 1),
+            "gradients": method.gradients,
+            "fisher": not method.gradients,  # where the method needs neither, the refit weighs tokens by it
+            "block_shape": self.config.block_shape if method.gradients else (1, 1),
             "seed": self.config.calibration.seed,
         }
         key = {**options, "images": images.identity, "samples": self.config.calibration.samples}
@@ -252,7 +254,7 @@ class Pruning:
 
     def _judging_pixels(self, images: ImageSet | None) -> Tensor | None:
         """Some held-back calibration images, to measure true losses on."""
-        if images is None or self.config.method != "obs" or not self.config.true_loss_rounds:
+        if images is None or not self.config.scoring.fisher or not self.config.true_loss_rounds:
             return None
         few = images.every(HELD_BACK_EVERY, TRUE_LOSS_IMAGES)
         pixels, _ = load_pixels(few, self.processor, accelerator=self.accelerator, model_config=self.model.config)

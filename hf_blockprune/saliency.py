@@ -5,14 +5,12 @@ taken per block; taylor is LPViT (Xu et al., ECCV 2024, arXiv 2407.02068).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import block_sizes, block_sums, grid_shape
-from .layer_statistics import LayerStatistics
 
 REFRESH = 16  # removals between two solutions from scratch in single precision
 SHRINK = 0.75  # of the blocks left: those that are gone are let go of
@@ -35,39 +33,6 @@ class RemovalTrace:
     grid: tuple[int, int]
 
 
-def removal_trace(
-    weight: Tensor,
-    statistics: LayerStatistics | None,
-    block_shape: tuple[int, int],
-    method: str,
-    *,
-    damping: float = 1e-2,
-    memory_bytes: int = 1 << 30,
-) -> RemovalTrace:
-    """The removal trace of a layer under a method.
-
-    Args:
-        weight: [out_features, in_features].
-        statistics: the layer's calibration statistics; `magnitude` needs none.
-        block_shape: (rows, cols).
-        method: "magnitude", "taylor" or "obs".
-        damping: of "obs".
-        memory_bytes: of "obs".
-
-    Raises:
-        ValueError: the method is unknown, or needs statistics that are missing.
-    """
-    if method == "magnitude":
-        return magnitude_trace(weight, block_shape)
-    if method == "taylor":
-        if statistics is None or statistics.gradient is None or statistics.block_gradients is None:
-            raise ValueError("method 'taylor' needs gradient statistics; collect them with gradients=True")
-        return taylor_trace(weight, statistics.gradient, statistics.block_gradients, block_shape)
-    if method == "obs":
-        return _obs_trace_of(weight, statistics, block_shape, damping=damping, memory_bytes=memory_bytes)
-    raise ValueError(f"unknown method {method!r}")
-
-
 def gone_first(trace: RemovalTrace, gone: Tensor) -> RemovalTrace:
     """The trace of a layer of which some blocks are gone: these leave first, the others in their order.
 
@@ -85,17 +50,6 @@ def gone_first(trace: RemovalTrace, gone: Tensor) -> RemovalTrace:
     loss = loss.masked_fill(step <= last, 0.0)
     gain = max(float(loss.max()), 1e-30) * 1e-12
     return RemovalTrace(trace.order.gather(1, places), loss - gain * torch.minimum(step, last), trace.grid)
-
-
-def _obs_trace_of(
-    weight: Tensor, statistics: LayerStatistics | None, block_shape: tuple[int, int], **settings: Any
-) -> RemovalTrace:
-    """`obs_trace` in units of the loss of one image: half the Fisher quadratic, summed over the image's tokens."""
-    s = statistics
-    if s is None or s.mean is None or s.second_moment is None or s.output_weight is None:
-        raise ValueError("method 'obs' needs Fisher statistics; collect them with fisher=True")
-    importance = s.output_weight * (0.5 * s.num_tokens / s.num_images)
-    return obs_trace(weight, s.safe_covariance, importance, block_shape, **settings)
 
 
 def magnitude_trace(weight: Tensor, block_shape: tuple[int, int]) -> RemovalTrace:

@@ -23,9 +23,10 @@ from .errors import BudgetError, ModelError
 from .hardware.device_cost import DeviceCost
 from .hardware.flops import ModelFlops
 from .layer_statistics import LayerStatistics
+from .methods import TraceSettings
 from .permutation import Move, apply_moves, block_saliency_kept, packing_moves, sorting_moves
 from .residual import choose_order, permute_statistics, permute_stream
-from .saliency import RemovalTrace, gone_first, removal_trace
+from .saliency import RemovalTrace, gone_first
 from .selection_state import SelectionState
 from .structure import TransformerLayer, find_residual_stream, find_transformer_layers
 from .true_loss import loss_factors, true_losses
@@ -105,7 +106,7 @@ class Selection:
             ModelError: a layer's inputs are too dependent.
             BudgetError: no mask meets the budget.
         """
-        layers = find_transformer_layers(self.model, self.targets) if self.config.method == "obs" else []
+        layers = find_transformer_layers(self.model, self.targets) if self.config.scoring.fisher else []
         if self.config.permutes and layers:
             with timed(self.seconds, "permutation"), stage("permutation", len(layers), unit="layers") as bar:
                 self._permute(layers, bar)
@@ -113,7 +114,7 @@ class Selection:
             traces = self._traces(self.statistics, bar)
         with timed(self.seconds, "allocation"):
             allocation, coupled = self._coupled(layers, traces)
-        for _ in range(self.config.true_loss_rounds if self.config.method == "obs" else 0):
+        for _ in range(self.config.true_loss_rounds if self.config.scoring.fisher else 0):
             with timed(self.seconds, "true losses"):
                 self._measure(layers, allocation)
             with timed(self.seconds, "allocation"):
@@ -133,8 +134,7 @@ class Selection:
     def _work(self, name: str) -> float:
         """How long a layer's trace takes beside others, by what it has to compute."""
         linear = self.targets[name]
-        inputs = linear.in_features ** (2 if self.config.method == "obs" else 1)
-        return float(linear.out_features * inputs)
+        return float(linear.out_features * linear.in_features**self.config.scoring.in_features_power)
 
     def _permute(self, layers: list[TransformerLayer], bar: Stage) -> None:
         budget = self.budgets[0]
@@ -216,13 +216,14 @@ class Selection:
 
     def _trace(self, name: str, statistics: LayerStatistics | None) -> RemovalTrace:
         weight, config = self.targets[name].weight.detach(), self.config
-        settings = {"damping": config.damping, "memory_bytes": config.memory_mb << 20}
+        settings = TraceSettings(config.damping, config.memory_mb << 20)
         try:
-            trace = removal_trace(weight, statistics, config.block_shape, config.method, **settings)
+            trace = config.scoring.trace(weight, statistics, config.block_shape, settings)
             return gone_first(trace, self.gone[name]) if name in self.gone else trace
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise ModelError(
-                f"{name}: its inputs are too dependent for obs ({error}); raise damping or use more calibration images"
+                f"{name}: its inputs are too dependent for {config.method} ({error}); raise damping or use more "
+                "calibration images"
             ) from error
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ModelError(f"{name}: too little memory for even one block row at a time ({error})") from error
@@ -238,7 +239,7 @@ class Selection:
             budgets,
             power=block_power(self.targets, self.flops, self.config.block_shape),
             min_kept=self.config.min_kept_per_layer,
-            power_weight=0.0 if self.config.method == "magnitude" else self.config.power_weight,
+            power_weight=self.config.power_weight if self.config.scoring.loss else 0.0,
             balance=self.config.balance,
         )
 
@@ -352,14 +353,14 @@ class Selection:
 
 def selection_stages(config: BlockPruneConfig) -> list[str]:
     """The stages of a selection that are shown."""
-    obs = config.method == "obs"
-    measured = ["true losses", "allocation"] * (config.true_loss_rounds if obs else 0)
+    fisher = config.scoring.fisher
+    measured = ["true losses", "allocation"] * (config.true_loss_rounds if fisher else 0)
     return [
         *(["permutation"] if config.permutes else []),
         "saliency",
         "allocation",
         *measured,
-        *(["spending"] if obs and config.coupling_rounds and not config.balance else []),
+        *(["spending"] if fisher and config.coupling_rounds and not config.balance else []),
     ]
 
 
