@@ -55,6 +55,10 @@ class CostBudget:
         """What has to be saved."""
         return (1 - self.ratio) * self.whole
 
+    def kept(self, masks: dict[str, Tensor]) -> float:
+        """Cost of the blocks that masks keep, bool [block_rows, block_cols] by layer; layers without one count not."""
+        return sum(float(self.costs[name][mask].sum()) for name, mask in masks.items())
+
 
 @dataclass(frozen=True)
 class Allocation:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Allocation, CostBudget, allocate
-from .block_costs import block_power, cost_budget, device_cost
-from .config import DEVICE_METRICS, BlockPruneConfig, Budget
+from .block_costs import ModelBudget, block_power, model_budget
+from .config import BlockPruneConfig
 from .coupling import correct, drop_unused
 from .devices import meet_devices
 from .display import Stage, stage
 from .errors import BudgetError, ModelError
-from .hardware.device_cost import DeviceCost
 from .hardware.flops import ModelFlops
 from .layer_statistics import LayerStatistics
 from .methods import TraceSettings
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SPENDING_ROUNDS = 8
-UNITS = {"flops": "FLOPs", "params": "weights", "density": "blocks", **DEVICE_METRICS}
 
 
 @dataclass
@@ -79,25 +77,11 @@ class Selection:
     _times_measured: int = field(default=0, init=False)
 
     @cached_property
-    def devices(self) -> list[DeviceCost | None]:
-        """The device of each budget, None for those that are the same on all."""
-        mlps = tuple((layer.fc1, layer.fc2) for layer in find_transformer_layers(self.model, self.targets))
-        return [
-            device_cost(b, self.model.config, self.targets, self.flops, self.config.block_shape, mlps)
-            for b in self._wanted
-        ]
-
-    @cached_property
-    def budgets(self) -> list[CostBudget]:
+    def budgets(self) -> list[ModelBudget]:
         """What must be met."""
-        return [
-            cost_budget(budget, self.targets, self.flops, self.config.block_shape, device)
-            for budget, device in zip(self._wanted, self.devices, strict=True)
-        ]
-
-    @property
-    def _wanted(self) -> list[Budget]:
-        return [b for b in (self.config.budget, self.config.second_budget) if b is not None]
+        wanted = [b for b in (self.config.budget, self.config.second_budget) if b is not None]
+        shape = self.config.block_shape
+        return [model_budget(budget, self.model, self.targets, self.flops, shape) for budget in wanted]
 
     def run(self) -> Allocation:
         """Permute where the config says so, and choose the blocks to keep.
@@ -137,7 +121,7 @@ class Selection:
         return float(linear.out_features * linear.in_features**self.config.scoring.in_features_power)
 
     def _permute(self, layers: list[TransformerLayer], bar: Stage) -> None:
-        budget = self.budgets[0]
+        budget = self.budgets[0].blocks
         share = max(0.0, 1 - budget.needed / budget.blocks)
         names = {name for layer in layers for name in layer.names()}
         coupled = {name: linear for name, linear in self.targets.items() if name in names}
@@ -228,10 +212,10 @@ class Selection:
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ModelError(f"{name}: too little memory for even one block row at a time ({error})") from error
 
-    def _allocate(self, traces: dict[str, RemovalTrace], budgets: list[CostBudget]) -> Allocation:
+    def _allocate(self, traces: dict[str, RemovalTrace], budgets: list[ModelBudget]) -> Allocation:
         factors = self.loss_factors
         traces = {name: replace(trace, loss=trace.loss * factors.get(name, 1.0)) for name, trace in traces.items()}
-        return meet_devices(self._once, traces, budgets, self.devices)
+        return meet_devices(self._once, traces, budgets)
 
     def _once(self, traces: dict[str, RemovalTrace], budgets: list[CostBudget]) -> Allocation:
         return allocate(
@@ -272,12 +256,12 @@ class Selection:
         More to spend keeps other features alive, so how much more is found by bisection.
         """
         best = self._used_part(layers, allocation)
-        spare = self._left(best)
+        spare = [budget.left(best.masks) for budget in self.budgets]
         low, share, high = 0.0, 1.0, 1.0
         with stage("spending", SPENDING_ROUNDS, unit="rounds") as bar:
             for _ in bar.over(range(SPENDING_ROUNDS)):
                 current = self._spent(layers, traces, [share * more for more in spare])
-                if current is not None and min(self._left(current)) >= 0:
+                if current is not None and min(b.left(current.masks) for b in self.budgets) >= 0:
                     low, best = share, max(best, current, key=lambda a: a.kept_cost[0])
                 else:
                     high = share
@@ -291,40 +275,21 @@ class Selection:
     ) -> Allocation | None:
         """The used part of an allocation under more than each budget, or None where there is none."""
         loose = [
-            replace(b, ratio=min(1.0, b.ratio + extra / b.whole)) for b, extra in zip(self.budgets, more, strict=True)
+            b.with_ratio(min(1.0, b.blocks.ratio + extra / b.blocks.whole))
+            for b, extra in zip(self.budgets, more, strict=True)
         ]
         try:
             return self._used_part(layers, self._allocate(traces, loose))
         except BudgetError:  # blocks may be too coarse for what lies in between
             return None
 
-    def _left(self, allocation: Allocation) -> list[float]:
-        """What each budget has left, in its unit."""
-        used = zip(self.budgets, self.devices, allocation.kept_cost, strict=True)
-        return [
-            b.ratio * b.whole - (device.of(allocation.masks) if device else kept + b.fixed) for b, device, kept in used
-        ]
-
     def account(self, allocation: Allocation) -> list[dict[str, Any]]:
         """What each budget asked for, and what remains of the dense model's cost, in its unit: the promise."""
-        left = self._left(allocation)
-        return [
-            {
-                "metric": wanted.metric,
-                "device": wanted.device,
-                "batch": wanted.batch,
-                "unit": UNITS[wanted.metric],
-                "dense": b.whole,
-                "asked": b.ratio * b.whole,
-                "reached": b.ratio * b.whole - spare,
-            }
-            for wanted, b, spare in zip(self._wanted, self.budgets, left, strict=True)
-        ]
+        return [budget.account(allocation.masks) for budget in self.budgets]
 
     def _used_part(self, layers: list[TransformerLayer], allocation: Allocation) -> Allocation:
         masks = drop_unused(layers, allocation.masks, self.targets, self.config.block_shape)
-        costs = tuple(sum(float(b.costs[name][mask].sum()) for name, mask in masks.items()) for b in self.budgets)
-        return replace(allocation, masks=masks, kept_cost=costs)
+        return replace(allocation, masks=masks, kept_cost=tuple(b.blocks.kept(masks) for b in self.budgets))
 
     def _measure(self, layers: list[TransformerLayer], allocation: Allocation) -> None:
         """Correct the factors of all Linears by the true losses of this allocation, group by group."""
