@@ -55,6 +55,11 @@ class CostBudget:
         """What has to be saved."""
         return (1 - self.ratio) * self.whole
 
+    @property
+    def block_share(self) -> float:
+        """Share of the blocks' cost that may remain."""
+        return max(0.0, 1 - self.needed / self.blocks)
+
     def kept(self, masks: dict[str, Tensor]) -> float:
         """Cost of the blocks that masks keep, bool [block_rows, block_cols] by layer; layers without one count not."""
         return sum(float(self.costs[name][mask].sum()) for name, mask in masks.items())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .allocation import CostBudget
 from .blocks import block_sizes
-from .config import DEVICE_METRICS, Budget
+from .config import DEVICE_METRICS, BlockPruneConfig, Budget
 from .hardware.device_cost import DeviceCost, usual_dtype
 from .hardware.flops import ModelFlops
 from .hardware.profiles import load_profile
@@ -61,6 +61,14 @@ class ModelBudget:
     def with_ratio(self, ratio: float) -> "ModelBudget":
         """Another one, under which this share of the model's cost may remain."""
         return replace(self, blocks=replace(self.blocks, ratio=ratio))
+
+
+def model_budgets(
+    config: BlockPruneConfig, model: Any, targets: dict[str, nn.Linear], flops: ModelFlops
+) -> list[ModelBudget]:
+    """All budgets of a config, as `model_budget` has them."""
+    wanted = [budget for budget in (config.budget, config.second_budget) if budget is not None]
+    return [model_budget(budget, model, targets, flops, config.block_shape) for budget in wanted]
 
 
 def model_budget(

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Allocation
-from .block_costs import model_budget
+from .block_costs import model_budget, model_budgets
 from .blocks import grid_shape
 from .calibration import collect
-from .config import Budget
 from .copying import copied
 from .cutting import cut_hidden_units
 from .data import ImageSet
@@ -22,7 +21,7 @@ from .hub.blockprune_fusion import fuse, unfuse
 from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_quantizer import block_sparse_layers, pack_weights, sparsify, update_config
 from .model_input import picture_size
-from .selection import Selection
+from .selection import Selector
 from .structure import find_transformer_layers
 from .targets import check_storable, find_targets
 
@@ -175,23 +174,22 @@ class GradualPruning:
             ModelError: a layer's inputs are too dependent for "obs".
             DataError: the images cannot be used.
         """
-        selection = self._selection(replace(self.settings.budget, ratio=share, value=None))
-        self.allocation = selection.run()
-        return {name: mask & ~selection.gone[name] for name, mask in self.allocation.masks.items()}
+        masks, shape = masks_of(self.model), self._block_shape
+        least = min(self.settings.min_kept_per_layer, *(float(mask.float().mean()) for mask in masks.values()))
+        wanted = replace(self.settings.budget, ratio=share, value=None)
+        config = replace(self.settings, min_kept_per_layer=least).pruning(shape, wanted)
+        dense = _dense_form(self.model)
+        targets: dict[str, Any] = {name: dense.get_submodule(name) for name in masks}
+        found = self._statistics(dense, targets, shape) if self.settings.scoring.needs_images else {}
+        budgets = model_budgets(config, dense, targets, self.flops)
+        gone = {name: ~mask for name, mask in masks.items()}
+        selector = Selector(dense, targets, found, self.flops, budgets, config, self.accelerator, gone=gone)
+        self.allocation = selector.select().allocation
+        return {name: mask & masks[name] for name, mask in self.allocation.masks.items()}
 
     @property
     def _block_shape(self) -> tuple[int, int]:
         return next(module.block_shape for _, module in block_sparse_layers(self.model))
-
-    def _selection(self, budget: Budget) -> Selection:
-        masks, shape = masks_of(self.model), self._block_shape
-        least = min(self.settings.min_kept_per_layer, *(float(mask.float().mean()) for mask in masks.values()))
-        config = replace(self.settings, min_kept_per_layer=least).pruning(shape, budget)
-        dense = _dense_form(self.model)
-        targets: dict[str, Any] = {name: dense.get_submodule(name) for name in masks}
-        found = self._statistics(dense, targets, shape) if self.settings.scoring.needs_images else {}
-        gone = {name: ~mask for name, mask in masks.items()}
-        return Selection(dense, targets, found, self.flops, config, self.accelerator, gone=gone)
 
     def _statistics(self, dense: nn.Module, targets: dict[str, nn.Linear], shape: tuple[int, int]) -> dict[str, Any]:
         return collect(

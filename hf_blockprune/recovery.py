@@ -33,8 +33,8 @@ from .hub.blockprune_quantizer import block_sparse_layers
 from .outputs import answers, output_of, task_for
 from .progress import Progress
 from .recovery_state import Place, RecoveryState
-from .selection import timed
 from .tasks import Regression, SingleLabel, Task
+from .timing import timed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
