@@ -307,8 +307,8 @@ class BlockPruneConfig:
             raise ConfigError(f"permute: needs the statistics of method {able}, not {self.method!r}; leave it out")
         if self.permute_stream and not self.permutes:
             raise ConfigError("permute_stream: is part of permute, which is off here; leave one of them out")
-        if self.balance and not method.unit_per_block_row:
-            able = quoted(names_where(lambda m: m.unit_per_block_row))
+        if self.balance and not method.queue_per_block_row:
+            able = quoted(names_where(lambda m: m.queue_per_block_row))
             raise ConfigError(f"balance: needs the traces of method {able}, not {self.method!r}; leave it out")
         second = self.second_budget
         if second is not None and (second.metric, second.device) == (self.budget.metric, self.budget.device):

@@ -46,7 +46,7 @@ class Method:
         fisher: whether it needs Fisher statistics, which know how inputs vary and how much outputs matter. Features
             can then change places, neighbours' losses be told apart, and predictions be compared with true losses.
         loss: whether its scores are a loss that power can be weighed against.
-        unit_per_block_row: whether its traces have a unit for each block row, which balanced rows need.
+        queue_per_block_row: whether its traces have a queue for each block row, which balanced rows need.
         refits: whether surviving weights are solved for by default.
         permutes: whether features change places by default.
         in_features_power: a trace takes time in proportion to out_features and to this power of in_features.
@@ -57,7 +57,7 @@ class Method:
     gradients: bool = False
     fisher: bool = False
     loss: bool = True
-    unit_per_block_row: bool = False
+    queue_per_block_row: bool = False
     refits: bool = False
     permutes: bool = False
     in_features_power: int = 1
@@ -136,5 +136,5 @@ _METHODS: dict[str, Method] = {
     "magnitude": Method("magnitude", _magnitude, loss=False),
     "taylor": Method("taylor", _taylor, gradients=True),
     # The others are published without a refit.
-    "obs": Method("obs", _obs, fisher=True, unit_per_block_row=True, refits=True, permutes=True, in_features_power=2),
+    "obs": Method("obs", _obs, fisher=True, queue_per_block_row=True, refits=True, permutes=True, in_features_power=2),
 }
