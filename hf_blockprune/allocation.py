@@ -1,9 +1,9 @@
 """Which blocks go: one global problem over all layers.
 
-minimise   sum_u  loss_u(k_u) + power_weight * power of the blocks that remain
+minimise   sum_q  loss_q(k_q) + power_weight * power of the blocks that remain
 subject to cost of the blocks that remain <= budget, for one or two budgets, and a minimum of kept blocks in every layer
 
-Each unit's loss is replaced by its lower convex hull over the cost it saves, and hull segments are taken in the order
+Each queue's loss is replaced by its lower convex hull over the cost it saves, and hull segments are taken in the order
 of loss per cost saved until the budget is met: for convex losses that is the exact Lagrangian solution, the
 equal-slope rule. The last segment is taken in part, so the budget is met to within one step. With two budgets the cost
 is a mixture of both; the mixture at which both are met with the least loss is found by bisection, which is the search
@@ -55,6 +55,15 @@ class CostBudget:
         """What has to be saved."""
         return (1 - self.ratio) * self.whole
 
+    @property
+    def block_share(self) -> float:
+        """Share of the blocks' cost that may remain."""
+        return max(0.0, 1 - self.needed / self.blocks)
+
+    def kept(self, masks: dict[str, Tensor]) -> float:
+        """Cost of the blocks that masks keep, bool [block_rows, block_cols] by layer; layers without one count not."""
+        return sum(float(self.costs[name][mask].sum()) for name, mask in masks.items())
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -74,7 +83,7 @@ class Allocation:
 
 
 @dataclass
-class _Unit:
+class _Queue:
     """One removal order of a layer as arrays over k = 0 ... max steps.
 
     Attributes:
@@ -110,7 +119,7 @@ def allocate(
         power: energy in mJ of keeping each block, float64 [block_rows, block_cols] by layer; none without.
         min_kept: share of its blocks that every layer keeps.
         power_weight: weight of the power term, or "auto".
-        balance: keep as many blocks in every block row of a layer; the traces must have a unit for each block row.
+        balance: keep as many blocks in every block row of a layer; the traces must have a queue for each block row.
 
     Raises:
         BudgetError: no mask meets the budgets, or blocks are too large to come within 0.5 % of one.
@@ -119,18 +128,18 @@ def allocate(
     beta = _auto_power_weight(traces, power) if power_weight == "auto" else float(power_weight)
     traces = {name: _balanced(trace) for name, trace in traces.items()} if balance else traces
     spare = {name: _removable(trace, min_kept) for name, trace in traces.items()}
-    units = [
-        unit
+    queues = [
+        queue
         for name, trace in traces.items()
-        for unit in _units(name, trace, [b.costs[name] for b in budgets], power[name], spare[name], beta)
+        for queue in _queues(name, trace, [b.costs[name] for b in budgets], power[name], spare[name], beta)
     ]
-    saved = _search(units, spare, np.array([b.needed for b in budgets]))
-    _check_reached(budgets, saved, max(unit.order.shape[1] for unit in units))
+    saved = _search(queues, spare, np.array([b.needed for b in budgets]))
+    _check_reached(budgets, saved, max(queue.order.shape[1] for queue in queues))
     masks = {name: torch.ones(trace.grid, dtype=torch.bool) for name, trace in traces.items()}
     loss = dict.fromkeys(traces, 0.0)
-    for unit in units:
-        masks[unit.layer].view(-1)[torch.from_numpy(unit.order[: unit.removed].ravel())] = False
-        loss[unit.layer] += float(unit.loss[unit.removed])
+    for queue in queues:
+        masks[queue.layer].view(-1)[torch.from_numpy(queue.order[: queue.removed].ravel())] = False
+        loss[queue.layer] += float(queue.loss[queue.removed])
     kept = tuple(b.blocks - float(gone) for b, gone in zip(budgets, saved, strict=True))
     return Allocation(masks, kept, loss, beta)
 
@@ -142,9 +151,9 @@ def _auto_power_weight(traces: dict[str, RemovalTrace], power: dict[str, Tensor]
 
 
 def _balanced(trace: RemovalTrace) -> RemovalTrace:
-    """One unit for the whole layer, in which each step takes one block from every block row."""
+    """One queue for the whole layer, in which each step takes one block from every block row."""
     if len(trace.order) != trace.grid[0]:
-        raise ValueError("balance needs a trace with a unit for each block row")
+        raise ValueError("balance needs a trace with a queue for each block row")
     return RemovalTrace(trace.order.t()[None], trace.loss.sum(0, keepdim=True), trace.grid)
 
 
@@ -153,15 +162,17 @@ def _removable(trace: RemovalTrace, min_kept: float) -> int:
     return blocks - int(np.ceil(min_kept * blocks - 1e-9))
 
 
-def _units(name: str, trace: RemovalTrace, costs: list[Tensor], power: Tensor, spare: int, beta: float) -> list[_Unit]:
-    units = []
-    orders = trace.order.reshape(*trace.order.shape[:2], -1).numpy()  # [units, steps, blocks a step]
+def _queues(
+    name: str, trace: RemovalTrace, costs: list[Tensor], power: Tensor, spare: int, beta: float
+) -> list[_Queue]:
+    queues = []
+    orders = trace.order.reshape(*trace.order.shape[:2], -1).numpy()  # [queues, steps, blocks a step]
     for order, loss in zip(orders, trace.loss.numpy(), strict=True):
         steps = min(len(order), spare // order.shape[1])
         order, loss = order[:steps], loss[: steps + 1]
         saved = np.stack([_running_sum(cost.flatten().numpy()[order]) for cost in costs])
-        units.append(_Unit(name, order, saved, loss, loss - beta * _running_sum(power.flatten().numpy()[order])))
-    return units
+        queues.append(_Queue(name, order, saved, loss, loss - beta * _running_sum(power.flatten().numpy()[order])))
+    return queues
 
 
 def _running_sum(values: np.ndarray) -> np.ndarray:
@@ -169,26 +180,26 @@ def _running_sum(values: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(values.sum(axis=1))])
 
 
-def _search(units: list[_Unit], spare: dict[str, int], needed: np.ndarray) -> np.ndarray:
+def _search(queues: list[_Queue], spare: dict[str, int], needed: np.ndarray) -> np.ndarray:
     """Remove until every need is met; what was saved in each budget's unit."""
     if len(needed) == 1:
-        return _remove(units, spare, needed, np.ones(1))
+        return _remove(queues, spare, needed, np.ones(1))
     mixtures = np.array([[1.0, 0.0], [0.0, 1.0]])
     # In units of what is needed, so that the mixture does not depend on the budgets' units.
     scale = 1 / np.maximum(needed, 1e-300)
     for mixture in mixtures:
-        saved = _remove(units, spare, needed, mixture * scale, stop_at=mixture)
+        saved = _remove(queues, spare, needed, mixture * scale, stop_at=mixture)
         if (saved >= needed - _slack(needed)).all():
             return saved  # the other budget does not bind
     low, high = 0.0, 1.0  # share of the second cost
     best = (np.inf, 0.5)
     for _ in range(BISECTIONS):
         share = (low + high) / 2
-        first = _remove(units, spare, needed, np.array([1 - share, share]) * scale, stop_at=mixtures[0])
+        first = _remove(queues, spare, needed, np.array([1 - share, share]) * scale, stop_at=mixtures[0])
         low, high = (low, share) if first[1] >= needed[1] else (share, high)
-        _remove(units, spare, needed, np.array([1 - share, share]) * scale)
-        best = min(best, (sum(float(u.penalised[u.removed]) for u in units), share))
-    return _remove(units, spare, needed, np.array([1 - best[1], best[1]]) * scale)
+        _remove(queues, spare, needed, np.array([1 - share, share]) * scale)
+        best = min(best, (sum(float(q.penalised[q.removed]) for q in queues), share))
+    return _remove(queues, spare, needed, np.array([1 - best[1], best[1]]) * scale)
 
 
 def _slack(needed: np.ndarray) -> np.ndarray:
@@ -216,7 +227,7 @@ def _above(x: np.ndarray, y: np.ndarray, a: int, b: int, c: int) -> bool:
 
 
 def _remove(
-    units: list[_Unit],
+    queues: list[_Queue],
     spare: dict[str, int],
     needed: np.ndarray,
     mixture: np.ndarray,
@@ -225,7 +236,7 @@ def _remove(
     """Take hull segments, cheapest loss per saved cost first, until the needs are met.
 
     Args:
-        units: their `removed` is set anew.
+        queues: their `removed` is set anew.
         spare: blocks that each layer can lose.
         needed: to save, in each budget's unit.
         mixture: weight of each budget's unit in the cost that slopes are measured by.
@@ -237,32 +248,33 @@ def _remove(
     counted = np.ones(len(needed), dtype=bool) if stop_at is None else stop_at > 0
     goal = np.where(counted, needed - _slack(needed), -np.inf)
     spare, saved = dict(spare), np.zeros(len(needed))
-    for unit in units:
-        unit.removed = 0
-    for _, index, start, end in _segments(units, mixture):
+    for queue in queues:
+        queue.removed = 0
+    for _, index, start, end in _segments(queues, mixture):
         if (saved >= goal).all():
             break
-        unit = units[index]
-        if unit.removed != start:  # an earlier segment was cut short by the layer's minimum
+        queue = queues[index]
+        if queue.removed != start:  # an earlier segment was cut short by the layer's minimum
             continue
-        width = unit.order.shape[1]
-        end = min(end, start + spare[unit.layer] // width)
-        reached = (saved[:, None] + unit.saved[:, start : end + 1] - unit.saved[:, start, None] >= goal[:, None]).all(0)
+        width = queue.order.shape[1]
+        end = min(end, start + spare[queue.layer] // width)
+        then = saved[:, None] + queue.saved[:, start : end + 1] - queue.saved[:, start, None]
+        reached = (then >= goal[:, None]).all(0)
         end = start + int(reached.argmax()) if reached.any() else end
-        unit.removed = end
-        spare[unit.layer] -= (end - start) * width
-        saved += unit.saved[:, end] - unit.saved[:, start]
+        queue.removed = end
+        spare[queue.layer] -= (end - start) * width
+        saved += queue.saved[:, end] - queue.saved[:, start]
     return saved
 
 
-def _segments(units: list[_Unit], mixture: np.ndarray) -> list[tuple[float, int, int, int]]:
-    """(slope, unit, first and last step) of all hull segments, least slope first."""
+def _segments(queues: list[_Queue], mixture: np.ndarray) -> list[tuple[float, int, int, int]]:
+    """(slope, queue, first and last step) of all hull segments, least slope first."""
     segments = []
-    for index, unit in enumerate(units):
-        saved = mixture @ unit.saved
-        for start, end in pairwise(lower_hull(saved, unit.penalised)):
+    for index, queue in enumerate(queues):
+        saved = mixture @ queue.saved
+        for start, end in pairwise(lower_hull(saved, queue.penalised)):
             segments.append(
-                ((unit.penalised[end] - unit.penalised[start]) / (saved[end] - saved[start]), index, start, end)
+                ((queue.penalised[end] - queue.penalised[start]) / (saved[end] - saved[start]), index, start, end)
             )
     return sorted(segments)
 

@@ -1,5 +1,6 @@
-"""What blocks of a model's layers cost under a budget: FLOPs, weights, time or energy."""
+"""What a model costs with masks, under a budget: FLOPs, weights, blocks, time or energy."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -7,20 +8,99 @@ from torch import Tensor, nn
 
 from .allocation import CostBudget
 from .blocks import block_sizes
-from .config import Budget
+from .config import DEVICE_METRICS, BlockPruneConfig, Budget
 from .hardware.device_cost import DeviceCost, usual_dtype
 from .hardware.flops import ModelFlops
 from .hardware.profiles import load_profile
 from .hardware.shapes import transformer_shape
 from .hub.blockprune_cost import Linear, linear_flops, weights_energy_mj
+from .structure import find_transformer_layers
+
+UNITS = {"flops": "FLOPs", "params": "weights", "density": "blocks", **DEVICE_METRICS}
 
 
-def cost_budget(
+@dataclass(frozen=True)
+class ModelBudget:
+    """A budget of one model, and what masks cost in its unit.
+
+    Attributes:
+        wanted: what is asked for.
+        blocks: what each block costs; on a device, what one more does.
+        device: the model on the budget's device, None where costs are the same on all and add up.
+    """
+
+    wanted: Budget
+    blocks: CostBudget
+    device: DeviceCost | None = None
+
+    @property
+    def asked(self) -> float:
+        """What may remain."""
+        return self.blocks.ratio * self.blocks.whole
+
+    def of(self, masks: dict[str, Tensor]) -> float:
+        """Cost of the model with a mask for each of the target layers, bool [block_rows, block_cols] by name."""
+        return self.blocks.kept(masks) + self.blocks.fixed if self.device is None else self.device.of(masks)
+
+    def left(self, masks: dict[str, Tensor]) -> float:
+        """How much more may remain; negative where the masks cost too much."""
+        return self.asked - self.of(masks)
+
+    def account(self, masks: dict[str, Tensor]) -> dict[str, Any]:
+        """What was asked for, and what remains of the dense model's cost, for reports: the promise."""
+        return {
+            "metric": self.wanted.metric,
+            "device": self.wanted.device,
+            "batch": self.wanted.batch,
+            "unit": UNITS[self.wanted.metric],
+            "dense": self.blocks.whole,
+            "asked": self.asked,
+            "reached": self.asked - self.left(masks),  # and not the cost itself, which rounds otherwise
+        }
+
+    def with_ratio(self, ratio: float) -> "ModelBudget":
+        """Another one, under which this share of the model's cost may remain."""
+        return replace(self, blocks=replace(self.blocks, ratio=ratio))
+
+
+def model_budgets(
+    config: BlockPruneConfig, model: Any, targets: dict[str, nn.Linear], flops: ModelFlops
+) -> list[ModelBudget]:
+    """All budgets of a config, as `model_budget` has them."""
+    wanted = [budget for budget in (config.budget, config.second_budget) if budget is not None]
+    return [model_budget(budget, model, targets, flops, config.block_shape) for budget in wanted]
+
+
+def model_budget(
+    budget: Budget,
+    model: Any,
+    targets: dict[str, nn.Linear],
+    flops: ModelFlops,
+    shape: tuple[int, int],
+) -> ModelBudget:
+    """What a budget comes to for a model.
+
+    Args:
+        budget: what is asked for.
+        model: whose cost it is, of transformers.
+        targets: its Linears to prune by name, dense or block-sparse, in the shapes of the dense model.
+        flops: of the dense model.
+        shape: of blocks, (rows, cols).
+
+    Raises:
+        ConfigError: no such device.
+        ModelError: a model whose cost on it is not known.
+    """
+    device = None if budget.device is None else _on_device(budget, model, targets, flops, shape)
+    return ModelBudget(budget, _block_costs(budget, targets, flops, shape, device), device)
+
+
+def _block_costs(
     budget: Budget,
     targets: dict[str, nn.Linear],
     flops: ModelFlops,
     shape: tuple[int, int],
-    device: DeviceCost | None = None,
+    device: DeviceCost | None,
 ) -> CostBudget:
     """What every block costs in a budget's unit, and all that is no block of the targets.
 
@@ -42,38 +122,19 @@ def cost_budget(
     return CostBudget(costs, min(ratio, 1.0), fixed, f"{budget.metric} budget")
 
 
-def device_cost(
-    budget: Budget,
-    config: Any,
-    targets: dict[str, nn.Linear],
-    flops: ModelFlops,
-    shape: tuple[int, int],
-    mlps: tuple[tuple[str, str], ...],
-) -> DeviceCost | None:
-    """The model on a budget's device; None for budgets without one.
-
-    Args:
-        budget: what is asked.
-        config: the model's.
-        targets: the Linears to prune.
-        flops: of the dense model.
-        shape: of blocks.
-        mlps: (fc1, fc2) of each MLP.
-
-    Raises:
-        ConfigError: no such profile.
-        ModelError: a model whose cost is not known.
-    """
-    if budget.device is None:
-        return None
+def _on_device(
+    budget: Budget, model: Any, targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]
+) -> DeviceCost:
+    assert budget.device is not None
     profile = load_profile(budget.device)
     tokens = {name: flops.linear_tokens[name] for name in targets}
     linears = {
         name: Linear(round(budget.batch * tokens[name]), linear.out_features, linear.in_features, usual_dtype(profile))
         for name, linear in targets.items()
     }
-    model = transformer_shape(config, flops.image_size, max(tokens.values()))
-    return DeviceCost(profile, budget.metric, model, linears, shape, budget.batch, mlps)
+    mlps = tuple((layer.fc1, layer.fc2) for layer in find_transformer_layers(model, targets))
+    whole = transformer_shape(model.config, flops.image_size, max(tokens.values()))
+    return DeviceCost(profile, budget.metric, whole, linears, shape, budget.batch, mlps)
 
 
 def block_power(targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from .checks import check_whole as _check_whole
 from .checks import is_number as _is_number
 from .checks import refuse as _refuse
 from .errors import ConfigError
+from .methods import METHODS, Method, MethodName, find_method, names_where, quoted
 
 FORMAT_VERSION = 1
-METHODS = ("magnitude", "taylor", "obs")
 BUDGET_METRICS = ("flops", "params", "density", "latency", "energy")
 OLD_DENSITY = "sparsity"  # its name in older files, though sparsity is what is removed
 OLD_RATIO = 0.5  # what such a budget kept without a ratio
@@ -223,7 +223,7 @@ class BlockPruneConfig:
     """
 
     block_shape: tuple[int, int] = DEFAULT_BLOCK_SHAPE
-    method: Literal["magnitude", "taylor", "obs"] = "obs"
+    method: MethodName = "obs"
     refit: bool | None = None
     permute: bool | None = None
     permute_stream: bool | None = None
@@ -301,12 +301,15 @@ class BlockPruneConfig:
             _refuse("format_version", f"{FORMAT_VERSION} (a newer hf_blockprune may read it)", self.format_version)
 
     def _check_agreement(self) -> None:
-        if self.permute and self.method != "obs":
-            raise ConfigError(f"permute: needs the statistics of method 'obs', not {self.method!r}; leave it out")
+        method = self.scoring
+        if self.permute and not method.fisher:
+            able = quoted(names_where(lambda m: m.fisher))
+            raise ConfigError(f"permute: needs the statistics of method {able}, not {self.method!r}; leave it out")
         if self.permute_stream and not self.permutes:
             raise ConfigError("permute_stream: is part of permute, which is off here; leave one of them out")
-        if self.balance and self.method != "obs":
-            raise ConfigError(f"balance: needs the traces of method 'obs', not {self.method!r}; leave it out")
+        if self.balance and not method.queue_per_block_row:
+            able = quoted(names_where(lambda m: m.queue_per_block_row))
+            raise ConfigError(f"balance: needs the traces of method {able}, not {self.method!r}; leave it out")
         second = self.second_budget
         if second is not None and (second.metric, second.device) == (self.budget.metric, self.budget.device):
             raise ConfigError(f"second_budget: {self.budget.metric} has a budget already; name another metric")
@@ -315,10 +318,10 @@ class BlockPruneConfig:
         both = sorted(set(self.targets) & set(self.ignore))
         if both:
             raise ConfigError(f"targets and ignore both list {', '.join(both)}; take it out of one of them")
-        if self.method == "magnitude" and self.power_weight not in ("auto", 0):
+        if not method.loss and self.power_weight not in ("auto", 0):
             raise ConfigError(
-                "power_weight: magnitude scores are no loss that power could be weighed against; "
-                "remove power_weight or use method: taylor"
+                f"power_weight: {self.method} scores are no loss that power could be weighed against; "
+                f"remove power_weight or use method: {' or '.join(names_where(lambda m: m.loss))}"
             )
         if self.budget.metric == "density" and self.min_kept_per_layer > (self.budget.ratio or 0.0):
             raise ConfigError(
@@ -327,19 +330,24 @@ class BlockPruneConfig:
             )
 
     @property
+    def scoring(self) -> Method:
+        """What the method is like."""
+        return find_method(self.method)
+
+    @property
     def refits(self) -> bool:
         """Whether surviving weights are solved for."""
-        return self.method == "obs" if self.refit is None else self.refit
+        return self.scoring.refits if self.refit is None else self.refit
 
     @property
     def needs_images(self) -> bool:
         """Whether there is anything to learn from images."""
-        return self.method != "magnitude" or self.refits
+        return self.scoring.needs_images or self.refits
 
     @property
     def permutes(self) -> bool:
         """Whether hidden units change places before blocks are chosen."""
-        return self.method == "obs" if self.permute is None else self.permute
+        return self.scoring.permutes if self.permute is None else self.permute
 
     @property
     def permutes_stream(self) -> bool:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from .allocation import Allocation, CostBudget
+from .block_costs import ModelBudget
 from .errors import BudgetError
-from .hardware.device_cost import DeviceCost
 from .saliency import RemovalTrace
 
 ROUNDS = 12
@@ -24,41 +24,40 @@ Allocate = Callable[[dict[str, RemovalTrace], list[CostBudget]], Allocation]
 def meet_devices(
     allocate: Allocate,
     traces: dict[str, RemovalTrace],
-    budgets: list[CostBudget],
-    devices: list[DeviceCost | None],
+    budgets: list[ModelBudget],
 ) -> Allocation:
     """An allocation whose masks meet every budget by its device's own account.
 
     Args:
         allocate: chooses blocks by costs that add up.
         traces: by layer.
-        budgets: what must be met, with the cost of a block more.
-        devices: of each budget, None where costs do add up.
+        budgets: what must be met.
 
     Raises:
         BudgetError: no masks meet the budgets.
     """
-    if not any(devices):
-        return allocate(traces, budgets)
-    best, kept_dense = _search(allocate, traces, budgets, budgets, devices), set()
+    blocks = [budget.blocks for budget in budgets]
+    if not any(budget.device for budget in budgets):
+        return allocate(traces, blocks)
+    best, kept_dense = _search(allocate, traces, blocks, budgets), set()
     while True:
         dense = {
             name
             for name, mask in best.masks.items()
-            if not mask.all() and all(d is not None and d.runs_dense(name, best.masks) for d in devices)
+            if not mask.all() and all(b.device is not None and b.device.runs_dense(name, best.masks) for b in budgets)
         }
         best = _whole(
-            replace(best, masks={n: mask for n, mask in best.masks.items() if n not in dense}), traces, budgets
+            replace(best, masks={n: mask for n, mask in best.masks.items() if n not in dense}), traces, blocks
         )
         kept_dense |= dense
         some = {name: trace for name, trace in traces.items() if name not in kept_dense}
         if not dense or not some:
             return best
         try:  # the others may now be pruned less, or have to be pruned more
-            found = _search(allocate, some, _without(budgets, kept_dense), budgets, devices)
+            found = _search(allocate, some, _without(blocks, kept_dense), budgets)
         except BudgetError:
             return best
-        best = _whole(found, traces, budgets)
+        best = _whole(found, traces, blocks)
 
 
 def _without(budgets: list[CostBudget], kept_dense: set[str]) -> list[CostBudget]:
@@ -75,8 +74,7 @@ def _search(
     allocate: Allocate,
     traces: dict[str, RemovalTrace],
     under: list[CostBudget],
-    budgets: list[CostBudget],
-    devices: list[DeviceCost | None],
+    budgets: list[ModelBudget],
 ) -> Allocation:
     """Move the ratios that blocks are allocated under until the devices' own costs are met closely.
 
@@ -94,21 +92,22 @@ def _search(
                 bracket.too_low()
             continue
         left = [
-            0.0 if device is None else budget.ratio - device.of(found.masks) / device.dense
-            for budget, device in zip(budgets, devices, strict=True)
+            0.0 if b.device is None else b.blocks.ratio - b.device.of(found.masks) / b.device.dense for b in budgets
         ]
         if min(left) >= 0:
             best = found
-            if all(share <= CLOSE * budget.ratio for share, budget in zip(left, budgets, strict=True)):
+            if all(share <= CLOSE * budget.blocks.ratio for share, budget in zip(left, budgets, strict=True)):
                 break
-        for share, bracket, device in zip(left, brackets, devices, strict=True):
-            if device is not None:
+        for share, bracket, budget in zip(left, brackets, budgets, strict=True):
+            if budget.device is not None:
                 bracket.move(share, number)
     if best is None:
         raise (
-            _impossible(traces, budgets, devices)
+            _impossible(traces, budgets)
             or reason
-            or BudgetError(f"{budgets[0].name}: no masks were found that meet it on the device; raise the budget")
+            or BudgetError(
+                f"{budgets[0].blocks.name}: no masks were found that meet it on the device; raise the budget"
+            )
         )
     return best
 
@@ -140,15 +139,14 @@ class _Bracket:
         self.ratio = wanted if inside else (self.low + self.high) / 2
 
 
-def _impossible(
-    traces: dict[str, RemovalTrace], budgets: list[CostBudget], devices: list[DeviceCost | None]
-) -> BudgetError | None:
+def _impossible(traces: dict[str, RemovalTrace], budgets: list[ModelBudget]) -> BudgetError | None:
     """What to say of a device on which even no blocks at all cost too much; None where that is not so."""
     nothing = {name: torch.zeros(trace.grid, dtype=torch.bool) for name, trace in traces.items()}
-    for budget, device in zip(budgets, devices, strict=True):
-        if device is not None and (least := device.of(nothing) / device.dense) > 0.9 * budget.ratio:
+    for budget in budgets:
+        device, blocks = budget.device, budget.blocks
+        if device is not None and (least := device.of(nothing) / device.dense) > 0.9 * blocks.ratio:
             return BudgetError(
-                f"{budget.name}: {budget.ratio:.4f} cannot be met on {device.profile.name}: with no block left in the "
+                f"{blocks.name}: {blocks.ratio:.4f} cannot be met on {device.profile.name}: with no block left in the "
                 f"layers to prune, {least:.4f} would remain, for everything else and for calls; raise the budget, or "
                 f"budget.batch (now {device.batch}), which calls weigh less in"
             )
@@ -159,6 +157,6 @@ def _whole(allocation: Allocation, traces: dict[str, RemovalTrace], budgets: lis
     """With layers that were left out of it, all of their blocks kept."""
     full = {name: torch.ones(trace.grid, dtype=torch.bool) for name, trace in traces.items()}
     masks = {name: allocation.masks.get(name, mask) for name, mask in full.items()}
-    kept = tuple(sum(float(b.costs[name][mask].sum()) for name, mask in masks.items()) for b in budgets)
+    kept = tuple(b.kept(masks) for b in budgets)
     loss = {name: allocation.loss[name] if name in allocation.masks else 0.0 for name in traces}
     return replace(allocation, masks=masks, kept_cost=kept, loss=loss)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .checks import check_keys, check_number, check_whole, is_number, refuse
-from .config import MAX_SEED, METHODS, BlockPruneConfig, Budget, read_settings, with_todays_budgets
+from .config import MAX_SEED, BlockPruneConfig, Budget, read_settings, with_todays_budgets
 from .errors import ConfigError
+from .methods import METHODS, Method, MethodName, find_method
 
 FORMAT_VERSION = 1
 USUAL_WARMUP = 5.0  # epochs, of DeiT's training
@@ -103,7 +104,7 @@ class GradualConfig:
     Args:
         budget: what may remain at the end, as in `BlockPruneConfig`.
         block_shape: (rows, cols) of a block; a model that is pruned already has its own.
-        method: what scores blocks: "magnitude", "taylor" or "obs".
+        method: what scores blocks, as in `BlockPruneConfig`.
         every: steps from one choice of blocks to the next.
         start: share of the training after which blocks begin to go.
         end: share of the training by which the budget is met.
@@ -116,7 +117,7 @@ class GradualConfig:
 
     budget: Budget = field(default_factory=Budget)
     block_shape: tuple[int, int] | None = None
-    method: Literal["magnitude", "taylor", "obs"] = "taylor"
+    method: MethodName = "taylor"
     every: int = 100
     start: float = 0.0
     end: float = 0.5
@@ -144,6 +145,11 @@ class GradualConfig:
                 f"gradual: start {self.start} and end {self.end} leave no time; end comes after start, and above 0"
             )
         self.pruning(self.block_shape or (1, 1), self.budget)  # checks the rest
+
+    @property
+    def scoring(self) -> Method:
+        """What the method is like."""
+        return find_method(self.method)
 
     def pruning(self, block_shape: tuple[int, int], budget: Budget) -> BlockPruneConfig:
         """The settings of one choice of blocks.
@@ -306,7 +312,7 @@ class FinetuneConfig:
     @property
     def uses_labels(self) -> bool:
         """Whether the images' labels are read at all."""
-        return self.label_weight > 0 or (self.gradual is not None and self.gradual.method == "taylor")
+        return self.label_weight > 0 or (self.gradual is not None and self.gradual.scoring.gradients)
 
     def replace(self, **changes: Any) -> "FinetuneConfig":
         """A copy with some settings changed, checked again."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Allocation
+from .block_costs import model_budget, model_budgets
 from .blocks import grid_shape
 from .calibration import collect
-from .config import Budget
 from .copying import copied
 from .cutting import cut_hidden_units
 from .data import ImageSet
@@ -21,7 +21,7 @@ from .hub.blockprune_fusion import fuse, unfuse
 from .hub.blockprune_linear import BlockSparseLinear
 from .hub.blockprune_quantizer import block_sparse_layers, pack_weights, sparsify, update_config
 from .model_input import picture_size
-from .selection import Selection
+from .selection import Selector
 from .structure import find_transformer_layers
 from .targets import check_storable, find_targets
 
@@ -162,10 +162,9 @@ class GradualPruning:
 
     def account(self) -> dict[str, Any]:
         """What the budget asked for, and what the model costs now, in the budget's unit."""
-        selection = self._selection(self.settings.budget)
-        masks = masks_of(self.model)
-        costs = tuple(sum(float(b.costs[n][mask].sum()) for n, mask in masks.items()) for b in selection.budgets)
-        return selection.account(Allocation(masks, costs, dict.fromkeys(masks, 0.0), 0.0))[0]
+        layers: dict[str, Any] = dict(block_sparse_layers(self.model))
+        budget = model_budget(self.settings.budget, self.model, layers, self.flops, self._block_shape)
+        return budget.account(masks_of(self.model))
 
     def choose(self, share: float) -> dict[str, Tensor]:
         """Masks that keep a share of the dense model's cost, within those of now.
@@ -175,31 +174,32 @@ class GradualPruning:
             ModelError: a layer's inputs are too dependent for "obs".
             DataError: the images cannot be used.
         """
-        selection = self._selection(replace(self.settings.budget, ratio=share, value=None), statistics=True)
-        self.allocation = selection.run()
-        return {name: mask & ~selection.gone[name] for name, mask in self.allocation.masks.items()}
-
-    def _selection(self, budget: Budget, *, statistics: bool = False) -> Selection:
-        masks = masks_of(self.model)
-        shape = next(module.block_shape for _, module in block_sparse_layers(self.model))
+        masks, shape = masks_of(self.model), self._block_shape
         least = min(self.settings.min_kept_per_layer, *(float(mask.float().mean()) for mask in masks.values()))
-        config = replace(self.settings, min_kept_per_layer=least).pruning(shape, budget)
+        wanted = replace(self.settings.budget, ratio=share, value=None)
+        config = replace(self.settings, min_kept_per_layer=least).pruning(shape, wanted)
         dense = _dense_form(self.model)
         targets: dict[str, Any] = {name: dense.get_submodule(name) for name in masks}
-        found = self._statistics(dense, targets, shape) if statistics and self.settings.method != "magnitude" else {}
+        found = self._statistics(dense, targets, shape) if self.settings.scoring.needs_images else {}
+        budgets = model_budgets(config, dense, targets, self.flops)
         gone = {name: ~mask for name, mask in masks.items()}
-        return Selection(dense, targets, found, self.flops, config, self.accelerator, gone=gone)
+        selector = Selector(dense, targets, found, self.flops, budgets, config, self.accelerator, gone=gone)
+        self.allocation = selector.select().allocation
+        return {name: mask & masks[name] for name, mask in self.allocation.masks.items()}
+
+    @property
+    def _block_shape(self) -> tuple[int, int]:
+        return next(module.block_shape for _, module in block_sparse_layers(self.model))
 
     def _statistics(self, dense: nn.Module, targets: dict[str, nn.Linear], shape: tuple[int, int]) -> dict[str, Any]:
-        taylor = self.settings.method == "taylor"
         return collect(
             dense,
             self.images.sample(self.settings.samples, self.seed),
             self.processor,
             targets,
             accelerator=self.accelerator,
-            gradients=taylor,
-            fisher=not taylor,
+            gradients=self.settings.scoring.gradients,
+            fisher=self.settings.scoring.fisher,
             block_shape=shape,
             seed=self.seed,
         )[0]

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .allocation import Allocation
 from .config import BlockPruneConfig
 from .copying import copied
 from .environment import environment
@@ -69,7 +68,7 @@ def _describe(run: Finetuning, config: BlockPruneConfig, name: str) -> dict[str,
         "base_model": name,
         "model_class": type(model).__name__,
         "config": config.to_dict(),
-        "masks": describe_masks(targets, flops, Allocation(masks, (), losses, 0.0), config.block_shape, {}, seconds),
+        "masks": describe_masks(targets, flops, masks, losses, config.block_shape, {}, seconds),
         "permutation": None,
         "power_weight": 0.0,
         "budgets": [] if run.gradual is None else [BudgetReport.from_dict(run.gradual.account())],

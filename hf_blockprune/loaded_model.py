@@ -14,7 +14,8 @@ from .hub.blockprune_quantizer import block_sparse_layers
 from .loading import load_model
 from .outputs import classifies
 from .progress import weights_fingerprint
-from .report import PruneReport, Report
+from .report import Report
+from .tables import PruneReport
 from .unwrapping import plain_model
 
 if TYPE_CHECKING:

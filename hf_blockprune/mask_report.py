@@ -1,8 +1,7 @@
 """What masks keep of a model, for its report."""
 
-from torch import nn
+from torch import Tensor, nn
 
-from .allocation import Allocation
 from .blocks import block_sizes
 from .hardware.flops import ModelFlops
 from .hub.blockprune_cost import linear_flops
@@ -13,7 +12,8 @@ from .report import LayerReport, MaskReport
 def describe_masks(
     targets: dict[str, nn.Linear],
     flops: ModelFlops,
-    allocation: Allocation,
+    masks: dict[str, Tensor],
+    losses: dict[str, float],
     block_shape: tuple[int, int],
     loss_factors: dict[str, float],
     trace_seconds: dict[str, float],
@@ -23,13 +23,14 @@ def describe_masks(
     Args:
         targets: the Linears by name.
         flops: FLOPs of the dense model.
-        allocation: the chosen masks and their predicted losses.
+        masks: bool [block_rows, block_cols] by name.
+        losses: what they are predicted to cost, by name.
         block_shape: (rows, cols).
         loss_factors: true over predicted loss by name, empty where it was not measured; predicted losses hold it.
         trace_seconds: time that each layer's removal traces took, by name.
     """
     layers, dense, removed, removed_weights = [], 0.0, 0.0, 0
-    for name, mask in allocation.masks.items():
+    for name, mask in masks.items():
         shape = (targets[name].out_features, targets[name].in_features)
         sizes, tokens = block_sizes(shape, block_shape), flops.linear_tokens[name]
         dense += linear_flops(tokens, float(sizes.sum()))
@@ -43,7 +44,7 @@ def describe_masks(
                 kept_blocks=int(mask.sum()),
                 blocks=mask.numel(),
                 density=float(mask.float().mean()),
-                predicted_loss=allocation.loss[name],
+                predicted_loss=losses[name],
                 loss_factor=loss_factors.get(name),
                 seconds=round(trace_seconds[name], 3),
             )

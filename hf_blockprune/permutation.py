@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import block_sums
+from .changes import Changes
 from .layer_statistics import LayerStatistics
 from .packing import Profile, pack
 from .structure import TransformerLayer
@@ -79,26 +80,34 @@ def _packed(profiles: list[Profile], heads: int) -> Tensor:
     return torch.cat(parts)
 
 
-@torch.no_grad()
 def apply_moves(
-    moves: list[Move], linears: dict[str, nn.Linear], statistics: dict[str, LayerStatistics]
+    moves: list[Move],
+    linears: dict[str, nn.Linear],
+    statistics: dict[str, LayerStatistics],
+    changes: Changes | None = None,
 ) -> dict[str, LayerStatistics]:
     """Permute the Linears in place.
+
+    Args:
+        moves: in their order.
+        linears: by name.
+        statistics: theirs.
+        changes: notes what is done, so that it can be undone.
 
     Returns:
         The statistics that the permuted model would have.
     """
-    moved = dict(statistics)
+    moved, changes = dict(statistics), changes or Changes()
     for move in moves:
         for name in move.producers:
             linear, order = linears[name], move.order.to(linears[name].weight.device)
-            linear.weight.copy_(linear.weight[order])
+            changes.permute(linear.weight, 0, order)
             if linear.bias is not None:
-                linear.bias.copy_(linear.bias[order])
+                changes.permute(linear.bias, 0, order)
             moved[name] = moved[name].permuted(outputs=order)
         if move.consumer is not None:
             linear, order = linears[move.consumer], move.order.to(linears[move.consumer].weight.device)
-            linear.weight.copy_(linear.weight[:, order])
+            changes.permute(linear.weight, 1, order)
             moved[move.consumer] = moved[move.consumer].permuted(inputs=order)
     return moved
 

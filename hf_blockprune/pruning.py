@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .allocation import Allocation
+from .block_costs import ModelBudget, model_budgets
 from .boundary import HELD_BACK_EVERY
 from .calibration import collect
 from .calibration_state import keep_statistics, kept_statistics
+from .changes import Changes, undone_on_failure
 from .config import BlockPruneConfig
 from .cutting import cut_hidden_units
 from .data import ImageSet, load_images, load_pixels
@@ -23,16 +24,19 @@ from .hub.blockprune_quantizer import sparsify
 from .layer_statistics import LayerStatistics
 from .layerwise import LayerRefit, refit_layers
 from .mask_report import add_cuts, add_refits, describe_masks
+from .methods import names_where
 from .model_input import find_input, picture_size
 from .modes import evaluating
 from .outputs import classifies
 from .progress import Progress, weights_fingerprint
+from .reordering import Reordering
 from .report import BudgetReport, CalibrationReport, PermutationReport, Report
-from .selection import Selection, selection_stages, timed
+from .selection import Selection, Selector, selection_stages
 from .selection_state import SELECTION, UNTIL_SELECTED, SelectionState
 from .shared_statistics import SharedStatistics
 from .structure import find_transformer_layers, fold_scales
 from .targets import check_storable, find_targets
+from .timing import timed
 from .unwrapping import check_prunable, check_unshared
 from .version import __version__
 
@@ -48,6 +52,7 @@ def pruning_stages(config: BlockPruneConfig) -> list[str]:
     """The stages of a pruning run that are shown."""
     return [
         *(["calibration"] if config.needs_images else []),
+        *(["permutation"] if config.permutes else []),
         *selection_stages(config),
         *(["refit"] if config.refits else []),
     ]
@@ -115,10 +120,11 @@ class Pruning:
         Raises:
             ConfigError: the method needs the loss of a classifier.
         """
-        if self.config.method == "taylor":
+        if self.config.scoring.gradients:
+            able = " or ".join(names_where(lambda method: not method.gradients))
             raise ConfigError(
-                f"method: 'taylor' needs the loss of a classifier, which the encoder {type(self.model).__name__} has "
-                "not; use obs or magnitude"
+                f"method: {self.config.method!r} needs the loss of a classifier, which the encoder "
+                f"{type(self.model).__name__} has not; use {able}"
             )
         if self.config.permutes_stream:
             self.config = self.config.replace(permute_stream=False)
@@ -129,9 +135,9 @@ class Pruning:
         if not self.config.needs_images:
             return None, None
         if dataset is None:
-            what = "refit" if self.config.method == "magnitude" else f"method {self.config.method!r}"
+            what = f"method {self.config.method!r}" if self.config.scoring.needs_images else "refit"
             raise ModelError(f"{what} needs calibration images; pass a data set to prune()")
-        found = load_images(dataset, split=split, labels=self.config.method == "taylor")
+        found = load_images(dataset, split=split, labels=self.config.scoring.gradients)
         count = None if found.streaming else len(found.dataset)
         drawn = found.sample(self.config.calibration.samples, self.config.calibration.seed)
         return replace(drawn, model_input=model_input), count
@@ -161,59 +167,72 @@ class Pruning:
 
     def _select(self, images: ImageSet | None, found: int | None, progress: Progress | None) -> "_Selected":
         """Choose the masks, permuting the model where the config says so."""
-        before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        try:
-            selection, calibration = self._prepare(images, found, progress)
-            allocation = selection.run()
-        except BaseException:
-            self.model.load_state_dict(before)  # Its features may have changed places.
-            raise
-        share = self.config.token_weights
-        token_weights = {
-            name: share * s.token_weight + 1 - share
-            for name, s in selection.statistics.items()
-            if s.token_weight is not None
-        }
-        report = self._describe(selection, allocation, calibration)
-        if progress is not None:
-            parts = {"model": self.model.state_dict(), "mask": allocation.masks, "token_weight": token_weights}
-            tensors = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
-            progress.write(SELECTION, tensors, report.to_dict(), done="the choice of blocks", instead_of=UNTIL_SELECTED)
-        return _Selected(allocation.masks, token_weights, report)
-
-    def _prepare(
-        self, images: ImageSet | None, found: int | None, progress: Progress | None
-    ) -> tuple[Selection, CalibrationReport | None]:
-        """Bring the model into the form that is pruned, and collect what the choice of masks needs."""
-        fold_scales(self.model)
         seconds: dict[str, float] = {}
         statistics, calibration = {}, None
-        if images is not None:
-            with timed(seconds, "calibration"):
-                statistics, calibration = self._calibrate(images, found, progress)
-        pixels = self._judging_pixels(images)
-        selection = Selection(
-            self.model,
-            self.targets,
-            statistics,
-            self.flops,
-            self.config,
-            self.accelerator,
-            pixels,
-            seconds,
-            state=SelectionState(progress),
-        )
-        return selection, calibration
+        with undone_on_failure() as changes:
+            fold_scales(self.model, changes)
+            if images is not None:
+                with timed(seconds, "calibration"):
+                    statistics, calibration = self._calibrate(images, found, progress)
+            pixels, state = self._judging_pixels(images), SelectionState(progress)
+            budgets = model_budgets(self.config, self.model, self.targets, self.flops)
+            statistics, permutation = self._reordered(statistics, budgets, state, changes, seconds)
+            selection = Selector(
+                self.model,
+                self.targets,
+                statistics,
+                self.flops,
+                budgets,
+                self.config,
+                self.accelerator,
+                pixels,
+                state=state,
+            ).select()
+        seconds |= selection.seconds
+        report = self._describe(selection, budgets, permutation, calibration, seconds)
+        selected = _Selected(selection.allocation.masks, self._token_weights(statistics), report)
+        if progress is not None:
+            self._keep_selection(progress, selected)
+        return selected
+
+    def _keep_selection(self, progress: Progress, selected: "_Selected") -> None:
+        """Keep what `_restore_selection` gives back."""
+        parts = {"model": self.model.state_dict(), "mask": selected.masks, "token_weight": selected.token_weights}
+        tensors = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
+        values = selected.report.to_dict()
+        progress.write(SELECTION, tensors, values, done="the choice of blocks", instead_of=UNTIL_SELECTED)
+
+    def _token_weights(self, statistics: dict[str, LayerStatistics]) -> dict[str, Tensor]:
+        """The refit's, [tokens] by name."""
+        share, known = self.config.token_weights, {name: s.token_weight for name, s in statistics.items()}
+        return {name: share * weight + 1 - share for name, weight in known.items() if weight is not None}
+
+    def _reordered(
+        self,
+        statistics: dict[str, LayerStatistics],
+        budgets: list[ModelBudget],
+        state: SelectionState,
+        changes: Changes,
+        seconds: dict[str, float],
+    ) -> tuple[dict[str, LayerStatistics], dict[str, Any] | None]:
+        """(the statistics, what was done) after features changed places; None where they stay."""
+        layers = find_transformer_layers(self.model, self.targets) if self.config.permutes else []
+        if not layers:
+            return statistics, None
+        with timed(seconds, "permutation"):
+            reordering = Reordering(self.model, layers, self.targets, self.config, self.accelerator, changes, state)
+            done = reordering.run(statistics, budgets[0].blocks.block_share)
+        return done.statistics, done.permutation
 
     def _calibrate(
         self, images: ImageSet, found: int | None, progress: Progress | None
     ) -> tuple[dict[str, LayerStatistics], CalibrationReport]:
-        gradients = self.config.method == "taylor"
+        method = self.config.scoring
         options = {
             "batch_size": self.config.calibration.batch_size,
-            "gradients": gradients,
-            "fisher": not gradients,
-            "block_shape": self.config.block_shape if gradients else (1, 1),
+            "gradients": method.gradients,
+            "fisher": not method.gradients,  # where the method needs neither, the refit weighs tokens by it
+            "block_shape": self.config.block_shape if method.gradients else (1, 1),
             "seed": self.config.calibration.seed,
         }
         key = {**options, "images": images.identity, "samples": self.config.calibration.samples}
@@ -253,7 +272,7 @@ class Pruning:
 
     def _judging_pixels(self, images: ImageSet | None) -> Tensor | None:
         """Some held-back calibration images, to measure true losses on."""
-        if images is None or self.config.method != "obs" or not self.config.true_loss_rounds:
+        if images is None or not self.config.scoring.fisher or not self.config.true_loss_rounds:
             return None
         few = images.every(HELD_BACK_EVERY, TRUE_LOSS_IMAGES)
         pixels, _ = load_pixels(few, self.processor, accelerator=self.accelerator, model_config=self.model.config)
@@ -276,18 +295,21 @@ class Pruning:
     def _describe(
         self,
         selection: Selection,
-        allocation: Allocation,
+        budgets: list[ModelBudget],
+        permutation: dict[str, Any] | None,
         calibration: CalibrationReport | None,
+        seconds: dict[str, float],
     ) -> Report:
+        allocation = selection.allocation
         masks = describe_masks(
-            selection.targets,
-            selection.flops,
-            allocation,
+            self.targets,
+            self.flops,
+            allocation.masks,
+            allocation.loss,
             self.config.block_shape,
             selection.loss_factors,
             selection.trace_seconds,
         )
-        permutation = selection.permutation
         return Report(
             base_model=self.name,
             model_class=type(self.model).__name__,
@@ -295,10 +317,10 @@ class Pruning:
             masks=masks,
             permutation=None if permutation is None else PermutationReport.from_dict(permutation),
             power_weight=allocation.power_weight,
-            budgets=[BudgetReport.from_dict(account) for account in selection.account(allocation)],
+            budgets=[BudgetReport.from_dict(budget.account(allocation.masks)) for budget in budgets],
             calibration=calibration,
             encoder=self.encoder,
-            seconds=selection.seconds,
+            seconds=seconds,
             environment=environment(),
         )
 

@@ -31,8 +31,8 @@ from .outputs import answers, output_of, task_for
 from .progress import Progress
 from .recovery_state import Place, RecoveryState
 from .recovery_student import dense_copy, write_back
-from .selection import timed
 from .tasks import Regression, SingleLabel, Task
+from .timing import timed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -231,14 +231,3 @@ class Report(Part):
     def residual_order(self) -> list[int] | None:
         """Place of each of the residual stream's features in the dense model, None where they stayed."""
         return None if self.permutation is None else self.permutation.residual_order
-
-
-class PruneReport(dict[str, Any]):
-    """A report as plain values, which JSON can write; `rich.print` shows it as tables."""
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-
-        from .tables import layer_table, summary_table
-
-        return Group(layer_table(self), summary_table(self))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .changes import Changes
 from .layer_statistics import LayerStatistics
 from .packing import Profile, pack
 from .permutation import entry_saliency
@@ -38,14 +39,21 @@ def choose_order(
     return pack(worth.argsort(descending=True, stable=True), profiles)
 
 
-@torch.no_grad()
-def permute_stream(model: nn.Module, stream: ResidualStream, order: Tensor) -> None:
-    """Give a model's residual stream another order, in place; its predictions stay the same."""
+def permute_stream(model: nn.Module, stream: ResidualStream, order: Tensor, changes: Changes | None = None) -> None:
+    """Give a model's residual stream another order, in place; its predictions stay the same.
+
+    Args:
+        model: any with such a stream.
+        stream: where its features are met.
+        order: int64 [features]; feature i of the new stream is feature order[i] of the old one.
+        changes: notes what is done, so that it can be undone.
+    """
+    changes = changes or Changes()
     for name, axis in stream.axes.items():
         parameter = model.get_parameter(name)
         times = torch.arange(parameter.shape[axis] // stream.width)
         index = (times[:, None] * stream.width + order.cpu()).flatten()
-        parameter.copy_(parameter.index_select(axis, index.to(parameter.device)))
+        changes.permute(parameter, axis, index)
 
 
 def permute_statistics(

@@ -5,14 +5,12 @@ taken per block; taylor is LPViT (Xu et al., ECCV 2024, arXiv 2407.02068).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import block_sizes, block_sums, grid_shape
-from .layer_statistics import LayerStatistics
 
 REFRESH = 16  # removals between two solutions from scratch in single precision
 SHRINK = 0.75  # of the blocks left: those that are gone are let go of
@@ -22,50 +20,17 @@ SHRINK = 0.75  # of the blocks left: those that are gone are let go of
 class RemovalTrace:
     """How blocks leave a layer.
 
-    A layer has one or more units; blocks of a unit leave in a fixed order, and units are independent of each other.
+    A layer has one or more queues; blocks of a queue leave in a fixed order, and queues are independent of each other.
 
     Attributes:
-        order: int64 [units, n], flat index (block_row * block_cols + block_col) of the block removed at each step.
-        loss: float64 [units, n + 1], loss after 0, 1, ... n removals; starts at 0 and never decreases.
+        order: int64 [queues, n], flat index (block_row * block_cols + block_col) of the block removed at each step.
+        loss: float64 [queues, n + 1], loss after 0, 1, ... n removals; starts at 0 and never decreases.
         grid: (block_rows, block_cols).
     """
 
     order: Tensor
     loss: Tensor
     grid: tuple[int, int]
-
-
-def removal_trace(
-    weight: Tensor,
-    statistics: LayerStatistics | None,
-    block_shape: tuple[int, int],
-    method: str,
-    *,
-    damping: float = 1e-2,
-    memory_bytes: int = 1 << 30,
-) -> RemovalTrace:
-    """The removal trace of a layer under a method.
-
-    Args:
-        weight: [out_features, in_features].
-        statistics: the layer's calibration statistics; `magnitude` needs none.
-        block_shape: (rows, cols).
-        method: "magnitude", "taylor" or "obs".
-        damping: of "obs".
-        memory_bytes: of "obs".
-
-    Raises:
-        ValueError: the method is unknown, or needs statistics that are missing.
-    """
-    if method == "magnitude":
-        return magnitude_trace(weight, block_shape)
-    if method == "taylor":
-        if statistics is None or statistics.gradient is None or statistics.block_gradients is None:
-            raise ValueError("method 'taylor' needs gradient statistics; collect them with gradients=True")
-        return taylor_trace(weight, statistics.gradient, statistics.block_gradients, block_shape)
-    if method == "obs":
-        return _obs_trace_of(weight, statistics, block_shape, damping=damping, memory_bytes=memory_bytes)
-    raise ValueError(f"unknown method {method!r}")
 
 
 def gone_first(trace: RemovalTrace, gone: Tensor) -> RemovalTrace:
@@ -77,7 +42,7 @@ def gone_first(trace: RemovalTrace, gone: Tensor) -> RemovalTrace:
         trace: made from a weight with zeros for what is gone, so that these blocks added nothing to its losses.
         gone: bool [block_rows, block_cols].
     """
-    left = gone.to(trace.order.device).flatten()[trace.order]  # [units, steps]
+    left = gone.to(trace.order.device).flatten()[trace.order]  # [queues, steps]
     places = (~left).to(torch.uint8).argsort(dim=1, stable=True)
     last = left.sum(dim=1, keepdim=True)
     step = torch.arange(left.shape[1] + 1, device=left.device)
@@ -87,17 +52,6 @@ def gone_first(trace: RemovalTrace, gone: Tensor) -> RemovalTrace:
     return RemovalTrace(trace.order.gather(1, places), loss - gain * torch.minimum(step, last), trace.grid)
 
 
-def _obs_trace_of(
-    weight: Tensor, statistics: LayerStatistics | None, block_shape: tuple[int, int], **settings: Any
-) -> RemovalTrace:
-    """`obs_trace` in units of the loss of one image: half the Fisher quadratic, summed over the image's tokens."""
-    s = statistics
-    if s is None or s.mean is None or s.second_moment is None or s.output_weight is None:
-        raise ValueError("method 'obs' needs Fisher statistics; collect them with fisher=True")
-    importance = s.output_weight * (0.5 * s.num_tokens / s.num_images)
-    return obs_trace(weight, s.safe_covariance, importance, block_shape, **settings)
-
-
 def magnitude_trace(weight: Tensor, block_shape: tuple[int, int]) -> RemovalTrace:
     """Blocks in the order of their mean absolute weight; the loss is the running sum of these means."""
     weight = weight.double()
@@ -105,7 +59,7 @@ def magnitude_trace(weight: Tensor, block_shape: tuple[int, int]) -> RemovalTrac
     scores = block_sums(weight.abs(), block_shape) / sizes
     order = scores.flatten().argsort(stable=True)
     loss = torch.cumsum(scores.flatten()[order], dim=0)
-    return _one_unit(order, loss, scores.shape)
+    return _one_queue(order, loss, scores.shape)
 
 
 def taylor_trace(
@@ -133,7 +87,7 @@ def taylor_trace(
     mean_block = block_sums(weight.double() * gradient.double(), block_shape).flatten()[order]
     first = torch.cumsum(mean_block, dim=0).square()
     second = _fisher_curve(block_gradients.flatten(1), order)
-    return _one_unit(order, torch.cummax(first + second / 2, dim=0).values, scores.shape)
+    return _one_queue(order, torch.cummax(first + second / 2, dim=0).values, scores.shape)
 
 
 def _fisher_curve(block_gradients: Tensor, order: Tensor, rows_at_once: int = 64) -> Tensor:
@@ -162,7 +116,7 @@ def obs_trace(
 
     goes next; the surviving weights take over what they can, W_R -= W_RJ (G_JJ)^-1 G_J:, and G is reduced to the
     surviving inputs, G -= G_:J (G_JJ)^-1 G_J:. With f = 1 and no damping the running sum of s_J is the exact
-    least-squares error of the best refit of what remains. Each block row is a unit of the trace.
+    least-squares error of the best refit of what remains. Each block row is a queue of the trace.
 
     Sources: Hassibi and Stork 1993; Frantar and Alistarh 2022 (arXiv 2208.11580); Kurtic et al. 2023 (2302.04089).
 
@@ -178,7 +132,7 @@ def obs_trace(
             `REFRESH` steps, so that rounding does not add up.
 
     Returns:
-        A trace with one unit for each block row.
+        A trace with one queue for each block row.
 
     Raises:
         torch.linalg.LinAlgError: the covariance cannot be factorised.
@@ -388,6 +342,6 @@ class _Rest:
         self._start()
 
 
-def _one_unit(order: Tensor, loss: Tensor, grid: torch.Size) -> RemovalTrace:
+def _one_queue(order: Tensor, loss: Tensor, grid: torch.Size) -> RemovalTrace:
     loss = torch.cat([loss.new_zeros(1), loss])
     return RemovalTrace(order[None].cpu(), loss[None].cpu(), (grid[0], grid[1]))

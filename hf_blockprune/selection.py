@@ -1,236 +1,119 @@
-"""Which blocks of a model go: from its layers' statistics to one mask for each.
+"""Which blocks of a model go: from its layers' statistics to one mask for each. The model stays as it is.
 
 Layers' traces are shared out over processes; the allocation, which is cheap, every process makes from the same traces.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .allocation import Allocation, CostBudget, allocate
-from .block_costs import block_power, cost_budget, device_cost
-from .config import DEVICE_METRICS, BlockPruneConfig, Budget
+from .block_costs import ModelBudget, block_power
+from .config import BlockPruneConfig
 from .coupling import correct, drop_unused
 from .devices import meet_devices
-from .display import Stage, stage
-from .errors import BudgetError, ModelError
-from .hardware.device_cost import DeviceCost
+from .display import stage
+from .errors import BudgetError
 from .hardware.flops import ModelFlops
 from .layer_statistics import LayerStatistics
-from .permutation import Move, apply_moves, block_saliency_kept, packing_moves, sorting_moves
-from .residual import choose_order, permute_statistics, permute_stream
-from .saliency import RemovalTrace, gone_first, removal_trace
+from .saliency import RemovalTrace
 from .selection_state import SelectionState
-from .structure import TransformerLayer, find_residual_stream, find_transformer_layers
+from .structure import TransformerLayer, find_transformer_layers
+from .timing import timed
+from .tracing import Tracer
 from .true_loss import loss_factors, true_losses
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SPENDING_ROUNDS = 8
-UNITS = {"flops": "FLOPs", "params": "weights", "density": "blocks", **DEVICE_METRICS}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Selection:
+    """What was chosen, and how.
+
+    Attributes:
+        allocation: the masks, with the losses that they were predicted to cost.
+        loss_factors: true over predicted loss by layer, empty where it was not measured.
+        trace_seconds: time that each layer's traces took, on the processes that made them.
+        seconds: time of each stage.
+    """
+
+    allocation: Allocation
+    loss_factors: dict[str, float]
+    trace_seconds: dict[str, float]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Selector:
     """Chooses the masks of one model.
 
     Args:
-        model: the dense model; features change places in it where the config permutes.
+        model: the dense model, left as it was.
         targets: the Linears by name.
         statistics: theirs, as the config's method needs them.
         flops: of the dense model.
+        budgets: what must be met; see `model_budgets`.
         config: how to prune.
         accelerator: the processes.
         pixels: images to measure true losses on, [images, channels, height, width]; needed where the config has
             rounds of them.
         gone: blocks that left before, bool [block_rows, block_cols] by name; where there are any, they stay gone.
         state: keeps what takes long, and gives back what an interrupted run had; by default nothing is kept.
-
-    Attributes:
-        seconds: time of each stage.
-        permutation: how well saliency is packed into blocks before and after, and the residual stream's new order; or
-            None.
-        trace_seconds: time that each layer's traces took, on the process that made them.
-        loss_factors: true over predicted loss by layer, 1 where it was not measured.
     """
 
     model: nn.Module
     targets: dict[str, nn.Linear]
     statistics: dict[str, LayerStatistics]
     flops: ModelFlops
+    budgets: list[ModelBudget]
     config: BlockPruneConfig
     accelerator: "Accelerator"
     pixels: Tensor | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    permutation: dict[str, Any] | None = None
-    trace_seconds: dict[str, float] = field(default_factory=dict)
-    loss_factors: dict[str, float] = field(default_factory=dict)
     gone: dict[str, Tensor] = field(default_factory=dict)
     state: SelectionState = field(default_factory=SelectionState)
-    _times_traced: int = field(default=0, init=False)
-    _times_measured: int = field(default=0, init=False)
 
     @cached_property
-    def devices(self) -> list[DeviceCost | None]:
-        """The device of each budget, None for those that are the same on all."""
-        mlps = tuple((layer.fc1, layer.fc2) for layer in find_transformer_layers(self.model, self.targets))
-        return [
-            device_cost(b, self.model.config, self.targets, self.flops, self.config.block_shape, mlps)
-            for b in self._wanted
-        ]
+    def layers(self) -> list[TransformerLayer]:
+        """Those whose Linears are known to feed each other, where the method can tell what that means."""
+        return find_transformer_layers(self.model, self.targets) if self.config.scoring.fisher else []
 
-    @cached_property
-    def budgets(self) -> list[CostBudget]:
-        """What must be met."""
-        return [
-            cost_budget(budget, self.targets, self.flops, self.config.block_shape, device)
-            for budget, device in zip(self._wanted, self.devices, strict=True)
-        ]
+    def select(self, factors: dict[str, float] | None = None) -> Selection:
+        """Choose the blocks to keep.
 
-    @property
-    def _wanted(self) -> list[Budget]:
-        return [b for b in (self.config.budget, self.config.second_budget) if b is not None]
-
-    def run(self) -> Allocation:
-        """Permute where the config says so, and choose the blocks to keep.
+        Args:
+            factors: true over predicted loss by layer, as far as that is known; where it is measured, more comes in.
 
         Raises:
             ModelError: a layer's inputs are too dependent.
-            BudgetError: no mask meets the budget.
+            BudgetError: no mask meets the budgets.
         """
-        layers = find_transformer_layers(self.model, self.targets) if self.config.method == "obs" else []
-        if self.config.permutes and layers:
-            with timed(self.seconds, "permutation"), stage("permutation", len(layers), unit="layers") as bar:
-                self._permute(layers, bar)
-        with timed(self.seconds, "saliency"), self._stage("saliency", self._with(self.statistics)) as bar:
-            traces = self._traces(self.statistics, bar)
-        with timed(self.seconds, "allocation"):
-            allocation, coupled = self._coupled(layers, traces)
-        for _ in range(self.config.true_loss_rounds if self.config.method == "obs" else 0):
-            with timed(self.seconds, "true losses"):
-                self._measure(layers, allocation)
-            with timed(self.seconds, "allocation"):
-                allocation, coupled = self._coupled(layers, traces)
-        # Balanced rows cannot do without blocks that other rows have, used or not.
-        if layers and self.config.coupling_rounds and not self.config.balance:
-            with timed(self.seconds, "allocation"):
-                allocation = self._without_unused(layers, allocation, coupled)
-        return allocation
+        seconds, factors = {}, dict(factors or {})
+        tracer = Tracer(self.targets, self.config, self.accelerator, self.gone, self.state)
+        with timed(seconds, "saliency"), tracer.stage("saliency", tracer.layers(self.statistics)) as bar:
+            traces = tracer.traces(self.statistics, bar)
+        with timed(seconds, "allocation"):
+            allocation, coupled = self._coupled(tracer, traces, factors)
+        for number in range(_true_loss_rounds(self.config)):
+            with timed(seconds, "true losses"):
+                factors = self._measured(factors, allocation, number)
+            with timed(seconds, "allocation"):
+                allocation, coupled = self._coupled(tracer, traces, factors)
+        if self.layers and _spends(self.config):
+            with timed(seconds, "allocation"):
+                allocation = self._without_unused(allocation, coupled, factors)
+        return Selection(allocation, factors, tracer.seconds, seconds)
 
-    def _stage(self, name: str, layers: list[str], rounds: int = 1) -> AbstractContextManager[Stage]:
-        """Show a stage that takes the traces of layers, in so many rounds at most."""
-        mine = self._mine(layers)
-        work = rounds * sum(self._work(name) for name in mine)
-        return stage(name, rounds * len(mine) or None, unit="layers", work=work)
-
-    def _work(self, name: str) -> float:
-        """How long a layer's trace takes beside others, by what it has to compute."""
-        linear = self.targets[name]
-        inputs = linear.in_features ** (2 if self.config.method == "obs" else 1)
-        return float(linear.out_features * inputs)
-
-    def _permute(self, layers: list[TransformerLayer], bar: Stage) -> None:
-        budget = self.budgets[0]
-        share = max(0.0, 1 - budget.needed / budget.blocks)
-        names = {name for layer in layers for name in layer.names()}
-        coupled = {name: linear for name, linear in self.targets.items() if name in names}
-        shape = self.config.block_shape
-        before = block_saliency_kept(coupled, self.statistics, shape, share)
-        moves = self._moves("sorting", lambda: sorting_moves(layers, self.targets, self.statistics))
-        self.statistics = apply_moves(moves, self.targets, self.statistics)
-        order = self._permute_stream(coupled)
-        moves = self._moves("packing", lambda: self._packed(layers, bar))
-        self.statistics = apply_moves(moves, self.targets, self.statistics)
-        after = block_saliency_kept(coupled, self.statistics, shape, share)
-        self.permutation = {
-            "block_share": share,
-            "saliency_kept_before": before,
-            "saliency_kept_after": after,
-            "residual_order": order,
-        }
-
-    def _packed(self, layers: list[TransformerLayer], bar: Stage) -> list[Move]:
-        shape = self.config.block_shape
-        each = [packing_moves([layer], self.targets, self.statistics, shape) for layer in bar.over(layers)]
-        return [move for moves in each for move in moves]
-
-    def _moves(self, which: str, choose: Callable[[], list[Move]]) -> list[Move]:
-        return self.state.moves(which, lambda: self._first_process_says(choose()))
-
-    def _permute_stream(self, linears: dict[str, nn.Linear]) -> list[int] | None:
-        """The new order of the residual stream; None where it stays, or was not found."""
-        stream = find_residual_stream(self.model) if self.config.permutes_stream else None
-        if stream is None:
-            return None
-        shape = self.config.block_shape
-        order = self.state.order(
-            "stream", lambda: self._first_process_says(choose_order(stream, linears, self.statistics, shape))
-        )
-        permute_stream(self.model, stream, order)
-        self.statistics = permute_statistics(stream, self.statistics, order)
-        return order.tolist()
-
-    def _first_process_says(self, value: Any) -> Any:
-        """The same object on every process: rounding may let ties fall differently."""
-        from accelerate.utils import broadcast_object_list
-
-        shared = [value]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(shared)
-        return shared[0]
-
-    def _with(self, statistics: dict[str, LayerStatistics]) -> list[str]:
-        """The layers with statistics, or all where the method needs none."""
-        return [name for name in self.targets if name in statistics] or list(self.targets)
-
-    def _mine(self, names: list[str]) -> list[str]:
-        """This process's share of layers."""
-        return names[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    def _traces(self, statistics: dict[str, LayerStatistics], bar: Stage) -> dict[str, RemovalTrace]:
-        """Traces of the layers that `_with` names; each made by one process."""
-        from accelerate.utils import gather_object
-
-        names, made = self._with(statistics), []
-        number, self._times_traced = self._times_traced, self._times_traced + 1
-        kept = {name: self.state.trace(number, name, self.targets[name].weight.device) for name in names}
-        for name in [name for name in self._mine(names) if kept[name] is not None]:
-            bar.advance(work=self._work(name), measured=False)
-        for name in self._mine([name for name in names if kept[name] is None]):
-            start = perf_counter()
-            trace = self._trace(name, statistics.get(name))
-            made.append((name, (trace, perf_counter() - start)))
-            self.state.keep_trace(number, name, *made[-1][1])
-            bar.advance(work=self._work(name))
-        every: dict[str, Any] = kept | dict(gather_object(made) if self.accelerator.num_processes > 1 else made)
-        for name in names:
-            self.trace_seconds[name] = self.trace_seconds.get(name, 0.0) + every[name][1]
-        return {name: every[name][0] for name in names}
-
-    def _trace(self, name: str, statistics: LayerStatistics | None) -> RemovalTrace:
-        weight, config = self.targets[name].weight.detach(), self.config
-        settings = {"damping": config.damping, "memory_bytes": config.memory_mb << 20}
-        try:
-            trace = removal_trace(weight, statistics, config.block_shape, config.method, **settings)
-            return gone_first(trace, self.gone[name]) if name in self.gone else trace
-        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-            raise ModelError(
-                f"{name}: its inputs are too dependent for obs ({error}); raise damping or use more calibration images"
-            ) from error
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise ModelError(f"{name}: too little memory for even one block row at a time ({error})") from error
-
-    def _allocate(self, traces: dict[str, RemovalTrace], budgets: list[CostBudget]) -> Allocation:
-        factors = self.loss_factors
+    def _allocate(
+        self, traces: dict[str, RemovalTrace], budgets: list[ModelBudget], factors: dict[str, float]
+    ) -> Allocation:
         traces = {name: replace(trace, loss=trace.loss * factors.get(name, 1.0)) for name, trace in traces.items()}
-        return meet_devices(self._once, traces, budgets, self.devices)
+        return meet_devices(self._once, traces, budgets)
 
     def _once(self, traces: dict[str, RemovalTrace], budgets: list[CostBudget]) -> Allocation:
         return allocate(
@@ -238,45 +121,46 @@ class Selection:
             budgets,
             power=block_power(self.targets, self.flops, self.config.block_shape),
             min_kept=self.config.min_kept_per_layer,
-            power_weight=0.0 if self.config.method == "magnitude" else self.config.power_weight,
+            power_weight=self.config.power_weight if self.config.scoring.loss else 0.0,
             balance=self.config.balance,
         )
 
     def _coupled(
-        self, layers: list[TransformerLayer], traces: dict[str, RemovalTrace]
+        self, tracer: Tracer, traces: dict[str, RemovalTrace], factors: dict[str, float]
     ) -> tuple[Allocation, dict[str, RemovalTrace]]:
         """Allocate, then again with traces that know what the last allocation left of the neighbours.
 
         Returns:
             The allocation, and the traces that it was made from.
         """
+        layers, shape = self.layers, self.config.block_shape
         rounds = self.config.coupling_rounds if layers else 0
         names = {name for layer in layers for name in layer.names()}
         coupled = [name for name in self.targets if name in names]
-        with self._stage("allocation", coupled, rounds) as bar:
-            allocation = self._allocate(traces, self.budgets)
+        with tracer.stage("allocation", coupled, rounds) as bar:
+            allocation = self._allocate(traces, self.budgets, factors)
             for _ in range(rounds):
-                corrected = correct(layers, self.targets, self.statistics, allocation.masks, self.config.block_shape)
-                traces = {**traces, **self._traces(corrected, bar)}
-                before, allocation = allocation, self._allocate(traces, self.budgets)
+                corrected = correct(layers, self.targets, self.statistics, allocation.masks, shape)
+                traces = {**traces, **tracer.traces(corrected, bar)}
+                before, allocation = allocation, self._allocate(traces, self.budgets, factors)
                 if all(torch.equal(mask, before.masks[name]) for name, mask in allocation.masks.items()):
                     break
         return allocation, traces
 
     def _without_unused(
-        self, layers: list[TransformerLayer], allocation: Allocation, traces: dict[str, RemovalTrace]
+        self, allocation: Allocation, traces: dict[str, RemovalTrace], factors: dict[str, float]
     ) -> Allocation:
         """Give up blocks that neighbours made useless, and spend what they cost on others.
 
         More to spend keeps other features alive, so how much more is found by bisection.
         """
-        best = self._used_part(layers, allocation)
-        spare = self._left(best)
+        best = self._used_part(allocation)
+        spare = [budget.left(best.masks) for budget in self.budgets]
         low, share, high = 0.0, 1.0, 1.0
         with stage("spending", SPENDING_ROUNDS, unit="rounds") as bar:
             for _ in bar.over(range(SPENDING_ROUNDS)):
-                current = self._spent(layers, traces, [share * more for more in spare])
-                if current is not None and min(self._left(current)) >= 0:
+                current = self._spent(traces, factors, [share * more for more in spare])
+                if current is not None and min(b.left(current.masks) for b in self.budgets) >= 0:
                     low, best = share, max(best, current, key=lambda a: a.kept_cost[0])
                 else:
                     high = share
@@ -286,49 +170,26 @@ class Selection:
         return best
 
     def _spent(
-        self, layers: list[TransformerLayer], traces: dict[str, RemovalTrace], more: list[float]
+        self, traces: dict[str, RemovalTrace], factors: dict[str, float], more: list[float]
     ) -> Allocation | None:
         """The used part of an allocation under more than each budget, or None where there is none."""
         loose = [
-            replace(b, ratio=min(1.0, b.ratio + extra / b.whole)) for b, extra in zip(self.budgets, more, strict=True)
+            b.with_ratio(min(1.0, b.blocks.ratio + extra / b.blocks.whole))
+            for b, extra in zip(self.budgets, more, strict=True)
         ]
         try:
-            return self._used_part(layers, self._allocate(traces, loose))
+            return self._used_part(self._allocate(traces, loose, factors))
         except BudgetError:  # blocks may be too coarse for what lies in between
             return None
 
-    def _left(self, allocation: Allocation) -> list[float]:
-        """What each budget has left, in its unit."""
-        used = zip(self.budgets, self.devices, allocation.kept_cost, strict=True)
-        return [
-            b.ratio * b.whole - (device.of(allocation.masks) if device else kept + b.fixed) for b, device, kept in used
-        ]
+    def _used_part(self, allocation: Allocation) -> Allocation:
+        masks = drop_unused(self.layers, allocation.masks, self.targets, self.config.block_shape)
+        return replace(allocation, masks=masks, kept_cost=tuple(b.blocks.kept(masks) for b in self.budgets))
 
-    def account(self, allocation: Allocation) -> list[dict[str, Any]]:
-        """What each budget asked for, and what remains of the dense model's cost, in its unit: the promise."""
-        left = self._left(allocation)
-        return [
-            {
-                "metric": wanted.metric,
-                "device": wanted.device,
-                "batch": wanted.batch,
-                "unit": UNITS[wanted.metric],
-                "dense": b.whole,
-                "asked": b.ratio * b.whole,
-                "reached": b.ratio * b.whole - spare,
-            }
-            for wanted, b, spare in zip(self._wanted, self.budgets, left, strict=True)
-        ]
-
-    def _used_part(self, layers: list[TransformerLayer], allocation: Allocation) -> Allocation:
-        masks = drop_unused(layers, allocation.masks, self.targets, self.config.block_shape)
-        costs = tuple(sum(float(b.costs[name][mask].sum()) for name, mask in masks.items()) for b in self.budgets)
-        return replace(allocation, masks=masks, kept_cost=costs)
-
-    def _measure(self, layers: list[TransformerLayer], allocation: Allocation) -> None:
-        """Correct the factors of all Linears by the true losses of this allocation, group by group."""
+    def _measured(self, factors: dict[str, float], allocation: Allocation, number: int) -> dict[str, float]:
+        """All Linears' factors, corrected by the true losses of this allocation, group by group."""
         assert self.pixels is not None
-        groups = [pair for layer in layers for pair in layer.pairs()]
+        groups = [pair for layer in self.layers for pair in layer.pairs()]
         grouped = {name for pair in groups for name in pair}
         groups += [(name,) for name in self.targets if name not in grouped]
         losses = true_losses(
@@ -341,31 +202,25 @@ class Selection:
             accelerator=self.accelerator,
             damping=self.config.damping,
             state=self.state,
-            number=self._times_measured,
+            number=number,
         )
-        self._times_measured += 1
         predicted = [sum(allocation.loss[name] for name in group) for group in groups]
-        for group, factor in zip(groups, loss_factors(losses, predicted), strict=True):
-            for name in group:
-                self.loss_factors[name] = self.loss_factors.get(name, 1.0) * factor
+        corrections = loss_factors(losses, predicted)
+        measured = {name: c for group, c in zip(groups, corrections, strict=True) for name in group}
+        return factors | {name: factors.get(name, 1.0) * correction for name, correction in measured.items()}
 
 
 def selection_stages(config: BlockPruneConfig) -> list[str]:
     """The stages of a selection that are shown."""
-    obs = config.method == "obs"
-    measured = ["true losses", "allocation"] * (config.true_loss_rounds if obs else 0)
-    return [
-        *(["permutation"] if config.permutes else []),
-        "saliency",
-        "allocation",
-        *measured,
-        *(["spending"] if obs and config.coupling_rounds and not config.balance else []),
-    ]
+    measured = ["true losses", "allocation"] * _true_loss_rounds(config)
+    spending = ["spending"] if config.scoring.fisher and _spends(config) else []
+    return ["saliency", "allocation", *measured, *spending]
 
 
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add up how long a stage took."""
-    start = perf_counter()
-    yield
-    seconds[stage] = round(seconds.get(stage, 0.0) + perf_counter() - start, 3)
+def _true_loss_rounds(config: BlockPruneConfig) -> int:
+    return config.true_loss_rounds if config.scoring.fisher else 0
+
+
+def _spends(config: BlockPruneConfig) -> bool:
+    """Balanced rows cannot do without blocks that other rows have, used or not."""
+    return config.coupling_rounds > 0 and not config.balance

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .changes import Changes
 from .families import Family, family_of
 
 
@@ -88,15 +89,19 @@ def _fits(names: dict[str, Any], targets: dict[str, nn.Linear], heads: int) -> b
 
 
 @torch.no_grad()
-def fold_scales(model: Any) -> int:
+def fold_scales(model: Any, changes: Changes | None = None) -> int:
     """Multiply the scales of layers' branches into the Linears before them, in place; the function stays the same.
 
     What a Linear adds to the residual stream is then its own output, as in a plain ViT.
 
+    Args:
+        model: any; those without such scales stay as they are.
+        changes: notes what is done, so that it can be undone.
+
     Returns:
         Number of scales that are ones now.
     """
-    family, count = family_of(model), 0
+    family, changes, count = family_of(model), changes or Changes(), 0
     if family is None:
         return 0
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -108,10 +113,10 @@ def fold_scales(model: Any) -> int:
             if scale is None or names[part] is None:
                 continue
             linear = linears[names[part]]
-            linear.weight.mul_(scale[:, None])
+            changes.overwrite(linear.weight, linear.weight * scale[:, None])
             if linear.bias is not None:
-                linear.bias.mul_(scale)
-            scale.fill_(1.0)
+                changes.overwrite(linear.bias, linear.bias * scale)
+            changes.overwrite(scale, torch.ones_like(scale))
             count += 1
     return count
 

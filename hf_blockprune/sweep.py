@@ -44,7 +44,7 @@ class Grid:
     Attributes:
         budgets: what may remain.
         block_shapes: (rows, cols).
-        methods: "obs", "taylor" or "magnitude".
+        methods: names of `methods.METHODS`.
     """
 
     budgets: tuple[Budget, ...]
@@ -188,9 +188,9 @@ class _Sweep:
 
     def _settings(self) -> dict[str, Any]:
         """All that decides the results, as JSON-ready values."""
-        calibration, taylor = None, any(config.method == "taylor" for config in self.configs.values())
+        calibration, labels = None, any(config.scoring.gradients for config in self.configs.values())
         if self.job.dataset is not None:
-            calibration = load_images(self.job.dataset, split=self.job.split, labels=taylor).identity
+            calibration = load_images(self.job.dataset, split=self.job.split, labels=labels).identity
         evaluation = load_images(self.job.evaluation, prefer_splits=EVALUATION_SPLITS).identity
         return {
             "model": self.dense.name,

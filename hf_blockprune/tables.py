@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from .config import shape_text
@@ -243,3 +244,10 @@ def sweep_table(values: dict[str, Any]) -> Table:
         if point["status"] != "done":
             table.add_row("!", point["name"], "failed", style="red")
     return table
+
+
+class PruneReport(dict[str, Any]):
+    """A report as plain values, which JSON can write; `rich.print` shows it as tables."""
+
+    def __rich__(self) -> Group:
+        return Group(layer_table(self), summary_table(self))

@@ -78,13 +78,15 @@ def true_losses(
         for index in bar.over(mine):
             group = list(groups[index])
             before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
-            for name in group:
-                _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
-            have, _ = _outputs(model, pixels)
+            try:
+                for name in group:
+                    _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
+                have, _ = _outputs(model, pixels)
+            finally:
+                for parameter, value in before:
+                    parameter.data = value
             losses.append((index, float(task.divergence(wanted, have).mean())))
             state.keep_loss(number, index, len(groups), losses[-1][1])
-            for parameter, value in before:
-                parameter.data = value
     every: dict[int, Any] = kept | dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
     return [every[i] for i in range(len(groups))]
 

@@ -34,16 +34,16 @@ POINTS = st.lists(st.tuples(st.integers(1, 5), st.integers(-20, 20)), min_size=1
 
 
 def make_trace(losses, grid, seed=0):
-    """A trace whose units share the layer's blocks in random order. losses: [units, n + 1]."""
+    """A trace whose queues share the layer's blocks in random order. losses: [queues, n + 1]."""
     losses = torch.as_tensor(losses, dtype=torch.float64)
     order = torch.randperm(math.prod(grid), generator=torch.Generator().manual_seed(seed))
     return RemovalTrace(order.view(losses.shape[0], losses.shape[1] - 1), losses, grid)
 
 
-def convex_losses(rng, units, steps):
+def convex_losses(rng, queues, steps):
     """Running sums of growing increments."""
-    increments = np.sort(rng.uniform(0.1, 5, (units, steps)), axis=1)
-    return np.concatenate([np.zeros((units, 1)), increments.cumsum(axis=1)], axis=1)
+    increments = np.sort(rng.uniform(0.1, 5, (queues, steps)), axis=1)
+    return np.concatenate([np.zeros((queues, 1)), increments.cumsum(axis=1)], axis=1)
 
 
 def even_costs(grid, budget=1.0, power=1.0):
@@ -65,18 +65,18 @@ def removed_counts(allocation):
 
 
 def best_objective(traces, costs, saved_cost, power_weight, most_removed):
-    """The least loss + weighted power over every choice of removals per unit that saves the same cost.
+    """The least loss + weighted power over every choice of removals per queue that saves the same cost.
 
     Without a power term saving more is allowed too: it can only add loss.
     """
-    units = [(name, unit) for name, trace in traces.items() for unit in range(len(trace.order))]
+    queues = [(name, queue) for name, trace in traces.items() for queue in range(len(trace.order))]
     best = math.inf
-    for counts in itertools.product(*(range(traces[name].order.shape[1] + 1) for name, _ in units)):
+    for counts in itertools.product(*(range(traces[name].order.shape[1] + 1) for name, _ in queues)):
         objective = saved = 0.0
         by_layer = dict.fromkeys(traces, 0)
-        for (name, unit), k in zip(units, counts, strict=True):
-            gone = traces[name].order[unit, :k]
-            objective += float(traces[name].loss[unit, k])
+        for (name, queue), k in zip(queues, counts, strict=True):
+            gone = traces[name].order[queue, :k]
+            objective += float(traces[name].loss[queue, k])
             objective -= power_weight * float(costs[name].power.flatten()[gone].sum())
             saved += float(costs[name].budget.flatten()[gone].sum())
             by_layer[name] += k
@@ -128,7 +128,7 @@ def test_convex_losses_are_solved_exactly(power_weight, min_kept, seed):
 
 @pytest.mark.parametrize("min_kept", [0.0, 0.5])
 @pytest.mark.parametrize("removed", [1, 3, 6])
-def test_units_of_one_layer_are_solved_together(min_kept, removed):
+def test_queues_of_one_layer_are_solved_together(min_kept, removed):
     """They are cheap to remove, and share the minimum of their layer."""
     rng = np.random.default_rng(removed)
     traces = {
@@ -369,5 +369,5 @@ def test_balanced_layers_keep_as_many_blocks_in_every_block_row(removed):
 
 
 def test_balance_without_a_trace_for_each_block_row_is_refused():
-    with pytest.raises(ValueError, match="a unit for each block row"):
+    with pytest.raises(ValueError, match="a queue for each block row"):
         allocate({"one": make_trace([[0, 1, 2]], (2, 1))}, {"one": even_costs((2, 1))}, ratio=0.5, balance=True)

@@ -12,7 +12,9 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, RecoveryConfig, sparsify
+from hf_blockprune.block_costs import model_budgets
 from hf_blockprune.blocks import expand_mask, grid_shape
+from hf_blockprune.changes import Changes
 from hf_blockprune.coupling import drop_unused
 from hf_blockprune.cutting import cut_hidden_units
 from hf_blockprune.errors import BlockSparseFormatError
@@ -20,7 +22,9 @@ from hf_blockprune.hardware.flops import count_flops
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.inspection import inspect_checkpoint
 from hf_blockprune.recovery import recover
-from hf_blockprune.selection import Selection
+from hf_blockprune.reordering import Reordering
+from hf_blockprune.selection import Selector
+from hf_blockprune.selection_state import SelectionState
 from hf_blockprune.structure import find_transformer_layers
 from hf_blockprune.targets import find_targets
 
@@ -195,11 +199,13 @@ def test_no_chosen_block_is_unused_and_the_budget_is_spent(accelerator, ratio):
         block_shape=(8, 8), budget={"metric": "flops", "ratio": ratio}, min_kept_per_layer=0, true_loss_rounds=0
     )
     flops = count_flops(model)
-    selection = Selection(model, targets, statistics, flops, config, accelerator)
-    allocation = selection.run()
+    budgets = model_budgets(config, model, targets, flops)
+    reordering = Reordering(model, layers, targets, config, accelerator, Changes(), SelectionState())
+    statistics = reordering.run(statistics, 0.5).statistics
+    allocation = Selector(model, targets, statistics, flops, budgets, config, accelerator).select().allocation
     used = drop_unused(layers, allocation.masks, targets, (8, 8))
     assert all(torch.equal(used[name], mask) for name, mask in allocation.masks.items())
-    budget = selection.budgets[0]
+    budget = budgets[0].blocks
     spare = budget.blocks - budget.needed - allocation.kept_cost[0]
     assert 0 <= spare < 0.02 * budget.blocks
     kept = sum(float(budget.costs[name][mask].sum()) for name, mask in allocation.masks.items())

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hf_blockprune import layer_statistics, saliency
 from hf_blockprune.blocks import grid_shape
 from hf_blockprune.layer_statistics import LayerStatistics
-from hf_blockprune.saliency import obs_trace, removal_trace
+from hf_blockprune.methods import TraceSettings, find_method
+from hf_blockprune.saliency import obs_trace
 
 TINY = 1e-12  # damping that changes no digit that is compared
 
@@ -245,7 +246,7 @@ def test_low_precision_weights_are_worked_on_in_float64():
     torch.testing.assert_close(low.loss, high.loss, rtol=0, atol=0)
 
 
-def test_removal_trace_is_in_units_of_one_image(monkeypatch):
+def test_the_methods_trace_is_in_units_of_one_image(monkeypatch):
     """Half the weighted squared change of the outputs, the mean taken out, summed over an image's tokens."""
     monkeypatch.setattr(layer_statistics, "ROUNDING", 0.0)  # these moments are exact
     images, tokens = 6, 5
@@ -258,7 +259,7 @@ def test_removal_trace_is_in_units_of_one_image(monkeypatch):
         num_tokens=images * tokens,
         num_images=images,
     )
-    trace = removal_trace(weight, statistics, (2, 2), "obs", damping=1e-10)
+    trace = find_method("obs").trace(weight, statistics, (2, 2), TraceSettings(damping=1e-10))
     centred = x - x.mean(0)
     total = (centred @ weight.t()).square() * importance / 2 / images  # all weights gone
     torch.testing.assert_close(trace.loss[:, -1], total.sum(0).view(2, 2).sum(1), rtol=1e-6, atol=0)
@@ -273,7 +274,7 @@ def test_removal_trace_is_in_units_of_one_image(monkeypatch):
             assert float(trace.loss[row, step]) == pytest.approx(error, rel=1e-5)
 
 
-def test_removal_trace_passes_the_damping_on(monkeypatch):
+def test_the_methods_trace_passes_the_damping_on(monkeypatch):
     monkeypatch.setattr(layer_statistics, "ROUNDING", 0.0)
     weight, covariance = random_tensor(0, 4, 6), covariance_of(1, 6, 50)
     statistics = LayerStatistics(
@@ -283,7 +284,7 @@ def test_removal_trace_passes_the_damping_on(monkeypatch):
         num_tokens=2,
         num_images=1,
     )
-    trace = removal_trace(weight, statistics, (2, 2), "obs", damping=0.5)
+    trace = find_method("obs").trace(weight, statistics, (2, 2), TraceSettings(damping=0.5))
     check_against_brute_force(trace, weight, torch.ones(4, dtype=torch.float64), damped(covariance, 0.5), (2, 2))
 
 
@@ -294,4 +295,4 @@ FULL = {"mean": torch.zeros(4), "second_moment": torch.eye(4), "output_weight": 
 def test_obs_without_fisher_statistics_is_refused(missing):
     statistics = missing and LayerStatistics(**{**FULL, missing: None}, num_tokens=1, num_images=1)
     with pytest.raises(ValueError, match="'obs' needs Fisher statistics; collect them with fisher=True"):
-        removal_trace(torch.ones(4, 4), statistics, (2, 2), "obs")
+        find_method("obs").trace(torch.ones(4, 4), statistics, (2, 2), TraceSettings())

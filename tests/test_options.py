@@ -10,10 +10,10 @@ from typer.main import get_command
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, CalibrationConfig, FinetuneConfig, RecoveryConfig, __version__
 from hf_blockprune.cli import app, checkpoints, options, pruning, training
-from hf_blockprune.config import METHODS
 from hf_blockprune.finetune_config import PRECISIONS
 from hf_blockprune.hardware.profile_names import profile_names
 from hf_blockprune.hub.blockprune_systolic import DATAFLOWS
+from hf_blockprune.methods import METHODS
 from hf_blockprune.sources import LABELS_BY
 from hf_blockprune.sweep import KEEP
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_blockprune.blocks import expand_mask, grid_shape
-from hf_blockprune.saliency import magnitude_trace, removal_trace, taylor_trace
+from hf_blockprune.methods import METHODS, TraceSettings, find_method
+from hf_blockprune.saliency import magnitude_trace, taylor_trace
 
 SIZES = st.integers(1, 7)
 SHAPES = st.tuples(SIZES, SIZES)
@@ -103,7 +104,7 @@ def test_loss_starts_at_nothing_and_never_decreases(method, shape, block_shape, 
     statistics = SimpleNamespace(
         gradient=gradients.mean(0), block_gradients=block_products(gradients, weight, block_shape).float()
     )
-    trace = removal_trace(weight.float(), statistics, block_shape, method)
+    trace = find_method(method).trace(weight.float(), statistics, block_shape, TraceSettings())
     assert trace.loss.dtype == torch.float64
     assert trace.loss.shape == (1, trace.order.shape[1] + 1)
     assert trace.loss[0, 0] == 0
@@ -132,13 +133,17 @@ def test_low_precision_weights_are_summed_in_float64():
 )
 def test_taylor_without_gradients_is_refused(statistics):
     with pytest.raises(ValueError, match="'taylor' needs gradient statistics; collect them with gradients=True"):
-        removal_trace(torch.ones(4, 4), statistics, (2, 2), "taylor")
+        find_method("taylor").trace(torch.ones(4, 4), statistics, (2, 2), TraceSettings())
 
 
 def test_magnitude_needs_no_statistics():
-    assert removal_trace(torch.ones(4, 4), None, (2, 2), "magnitude").order.shape == (1, 4)
+    assert find_method("magnitude").trace(torch.ones(4, 4), None, (2, 2), TraceSettings()).order.shape == (1, 4)
 
 
 def test_unknown_method_is_refused():
     with pytest.raises(ValueError, match="unknown method 'guess'"):
-        removal_trace(torch.ones(4, 4), None, (2, 2), "guess")
+        find_method("guess").trace(torch.ones(4, 4), None, (2, 2), TraceSettings())
+
+
+def test_methods_are_found_by_their_names():
+    assert [find_method(name).name for name in METHODS] == list(METHODS)

@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_blockprune import BlockPruneConfig, BlockPruner
+from hf_blockprune.block_costs import model_budgets
 from hf_blockprune.blocks import expand_mask
 from hf_blockprune.calibration import collect
 from hf_blockprune.data import load_pixels
 from hf_blockprune.hardware.flops import count_flops
-from hf_blockprune.selection import Selection
+from hf_blockprune.selection import Selector
 from hf_blockprune.true_loss import LARGEST_FACTOR, loss_factors, true_losses
 
 from .conftest import tiny_model
@@ -94,42 +95,42 @@ def test_factors_are_positive_and_within_reach_of_each_other(pairs):
     assert max(factors) <= LARGEST_FACTOR**2 * min(factors) * (1 + 1e-9)
 
 
-def selection_of(statistics, pixels, accelerator, **changes):
+def selector_of(statistics, pixels, accelerator, **changes):
     model = tiny_model().double()
     config = BlockPruneConfig(block_shape=SHAPE, budget={"metric": "flops", "ratio": 0.6}, permute=False, **changes)
     flops = count_flops(model)
-    return Selection(model, linears_of(model), statistics, flops, config, accelerator, pixels)
+    budgets = model_budgets(config, model, linears_of(model), flops)
+    return Selector(model, linears_of(model), statistics, flops, budgets, config, accelerator, pixels)
 
 
 def test_layers_that_cost_more_than_predicted_keep_more(statistics, pixels, accelerator):
-    selection = selection_of(statistics, pixels, accelerator, true_loss_rounds=0)
-    before = selection.run().masks
+    selector = selector_of(statistics, pixels, accelerator, true_loss_rounds=0)
+    before = selector.select().allocation.masks
     dear = [name for name in before if "layers.1.mlp" in name]
-    selection.loss_factors = dict.fromkeys(dear, 100.0)
-    after = selection.run().masks
+    after = selector.select(dict.fromkeys(dear, 100.0)).allocation.masks
     assert len(dear) == 2
     assert sum(int(after[n].sum()) for n in dear) > sum(int(before[n].sum()) for n in dear)
 
 
 def test_a_round_measures_every_linear_with_those_it_depends_on(statistics, pixels, accelerator):
-    selection = selection_of(statistics, pixels, accelerator)
-    first = selection_of(statistics, pixels, accelerator, true_loss_rounds=0).run()
-    allocation = selection.run()
-    factors = selection.loss_factors
+    selector = selector_of(statistics, pixels, accelerator)
+    first = selector_of(statistics, pixels, accelerator, true_loss_rounds=0).select().allocation
+    selection = selector.select()
+    allocation, factors = selection.allocation, selection.loss_factors
     assert set(factors) == set(linears_of(tiny_model()))
     for name in factors:
         if name.endswith("fc1"):
             pair = (name, name.replace("fc1", "fc2"))
             assert factors[pair[0]] == factors[pair[1]]
             measured = true_losses(
-                selection.model,
+                selector.model,
                 [pair],
                 first.masks,
                 statistics,
                 SHAPE,
                 pixels,
                 accelerator=accelerator,
-                damping=selection.config.damping,
+                damping=selector.config.damping,
             )
             assert factors[name] == pytest.approx(measured[0] / sum(first.loss[n] for n in pair))
     assert any(not torch.equal(mask, first.masks[name]) for name, mask in allocation.masks.items())

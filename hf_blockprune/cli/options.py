@@ -14,11 +14,12 @@ from rich.table import Table
 from ..config import BlockPruneConfig, Budget, RecoveryConfig, budget_text, shape_text
 from ..errors import ConfigError
 from ..hardware.profile_names import profile_names
+from ..methods import MethodName, names_where
 from ..processes import is_first_process
 from .terminal import emit, set_quiet
 
 DEFAULTS, RECOVERY = BlockPruneConfig(), RecoveryConfig()
-Choice = Literal["obs", "taylor", "magnitude"]
+REFITS = f"with {' and '.join(names_where(lambda method: method.refits))} alone"
 
 
 def parse_block_shape(text: str) -> tuple[int, int]:
@@ -226,7 +227,7 @@ class Choosing:
     ] = None
     budget: BudgetOption = None
     method: Annotated[
-        Choice | None,
+        MethodName | None,
         typer.Option("--method", help="How blocks are scored.", show_default=DEFAULTS.method),
     ] = None
     ignore: Ignore = None
@@ -247,7 +248,7 @@ class Repair:
 
     refit: Annotated[
         bool | None,
-        typer.Option("--refit/--no-refit", help="Solve for the surviving weights.", show_default="with obs alone"),
+        typer.Option("--refit/--no-refit", help="Solve for the surviving weights.", show_default=REFITS),
     ] = None
     recover: Annotated[
         bool | None,

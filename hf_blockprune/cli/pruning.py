@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..config import METHODS, shape_text
+from ..config import shape_text
+from ..methods import METHODS
 from .options import (
     DEFAULTS,
     Calibration,
