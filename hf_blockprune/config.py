@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,10 @@ from .checks import is_number as _is_number
 from .checks import refuse as _refuse
 from .errors import ConfigError
 from .methods import METHODS, Method, MethodName, find_method, names_where, quoted
+from .settings_file import OLD_DENSITY, read_settings, with_todays_budgets
 
 FORMAT_VERSION = 1
 BUDGET_METRICS = ("flops", "params", "density", "latency", "energy")
-OLD_DENSITY = "sparsity"  # its name in older files, though sparsity is what is removed
-OLD_RATIO = 0.5  # what such a budget kept without a ratio
 DEVICE_METRICS = {"latency": "ms", "energy": "mJ"}  # and the units of their absolute values
 MAX_SEED = 2**32
 # What leaves DeiT-Ti, which is small and has little to spare, worth keeping; of larger models it was not measured.
@@ -383,39 +381,3 @@ class BlockPruneConfig:
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         else:
             path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-
-
-def with_todays_budgets(values: Mapping[str, Any], *, saved: bool) -> dict[str, Any]:
-    """Settings in which older files' `sparsity` budgets, which said what is kept, are called density.
-
-    Args:
-        values: of a file, with budgets among them.
-        saved: whether this package wrote it. Others get a warning, since people may have meant what is removed.
-    """
-    new = dict(values)
-    for key in ("budget", "second_budget"):
-        budget = new.get(key)
-        if isinstance(budget, Mapping) and budget.get("metric") == OLD_DENSITY:
-            new[key] = {"ratio": OLD_RATIO, **budget, "metric": "density"}
-            if not saved:
-                kept = f"keeps {new[key]['ratio']} of the blocks"
-                warnings.warn(f"{key}: sparsity {kept}, as ever; write density", FutureWarning, stacklevel=3)
-    return new
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, or a JSON file when its name ends in .json.
-
-    Raises:
-        ConfigError: the file cannot be read, or does not hold a mapping.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML or JSON ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
-    return values

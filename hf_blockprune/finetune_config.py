@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .checks import check_keys, check_number, check_whole, is_number, refuse
-from .config import MAX_SEED, BlockPruneConfig, Budget, read_settings, with_todays_budgets
+from .config import MAX_SEED, BlockPruneConfig, Budget
 from .errors import ConfigError
 from .methods import METHODS, Method, MethodName, find_method
+from .settings_file import read_settings, with_todays_budgets
 
 FORMAT_VERSION = 1
 USUAL_WARMUP = 5.0  # epochs, of DeiT's training

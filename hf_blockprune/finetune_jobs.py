@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from .beforehand import check_inputs
 from .checkpoint import check_output
-from .config import read_settings
 from .data import ImageSet
 from .display import planned, stage
 from .errors import ConfigError
@@ -15,6 +14,7 @@ from .finetune_config import FinetuneConfig
 from .jobs import job_values
 from .measuring import evaluation_stages
 from .pruner import BlockPruner
+from .settings_file import read_settings
 from .sources import DataSource
 from .unfinished import unfinished_run
 

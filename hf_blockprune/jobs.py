@@ -7,7 +7,7 @@ from typing import Any
 
 from .beforehand import check_inputs
 from .checkpoint import check_output
-from .config import BlockPruneConfig, read_settings
+from .config import BlockPruneConfig
 from .data import ImageSet
 from .display import planned, stage
 from .errors import ConfigError
@@ -16,6 +16,7 @@ from .measuring import evaluation_stages
 from .pruner import BlockPruner
 from .pruning import pruning_stages
 from .recovery import recovery_stages
+from .settings_file import read_settings
 from .shared_statistics import SharedStatistics
 from .sources import DataSource
 from .unfinished import unfinished_run

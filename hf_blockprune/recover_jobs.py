@@ -6,11 +6,12 @@ from typing import Any
 
 from .beforehand import check_inputs
 from .checkpoint import check_output
-from .config import RecoveryConfig, read_settings
+from .config import RecoveryConfig
 from .data import ImageSet
 from .errors import ConfigError
 from .jobs import PruneJob
 from .pruner import BlockPruner
+from .settings_file import read_settings
 from .sources import DataSource
 from .unfinished import unfinished_run
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import with_todays_budgets
 from .errors import CheckpointError
 from .measured import MeasuredScores, Measurements
 from .report_parts import FLAT, Part
+from .settings_file import with_todays_budgets
 
 FORMAT_VERSION = 1  # of the file; one that does not say is of the first, and is written without
 LATER = frozenset({"finetuning", "size_bytes", "dense_size_bytes", "predicted", "card_sha256", "format_version"})

@@ -14,8 +14,8 @@ import torch
 from transformers import DeiTConfig, DeiTForImageClassification, SwinConfig, SwinForImageClassification
 
 from hf_blockprune import FinetuneConfig
-from hf_blockprune.config import read_settings
 from hf_blockprune.hardware.flops import count_flops
+from hf_blockprune.settings_file import read_settings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SWIN: dict[str, Any] = {"image_size": 224, "patch_size": 4, "window_size": 7, "num_labels": 1000}

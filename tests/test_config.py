@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_blockprune import BlockPruneConfig, BlockPruneError, Budget, CalibrationConfig, ConfigError, FinetuneConfig
 from hf_blockprune.checkpoint import read_report
-from hf_blockprune.config import read_settings
+from hf_blockprune.settings_file import read_settings
 from hf_blockprune.sweep import Grid
 
 SHARES = st.floats(min_value=0, max_value=1, exclude_min=True)
