@@ -1,4 +1,4 @@
-"""Statistics of a model's layers on calibration images: the only place with hooks.
+"""Statistics of a model's layers on calibration images, which hooks look at while the images pass.
 
 Images pass once, in batches, on any number of processes. Sums are kept in float64 and added up over processes at the
 end, so that one process and several give the same statistics. Memory does not depend on the number of images.
