@@ -6,6 +6,30 @@ kind in `blockprune_profiles` says what the keys are; what is left out here is a
 
 from typing import Any
 
+
+def _generic_array(side: int) -> dict[str, Any]:
+    """A generic array of side x side multiply-add elements at 1 GHz with float16 numbers, outputs stationary, folds
+    overlapped, and one DDR4-3200 channel pair (51.2 GB/s).
+
+    Energy: Jouppi et al., ISCA 2021, table 2 (7 nm): fp16 multiply with fp32 add 0.72 pJ, 32 KB SRAM 8.5 pJ and DDR4
+    1300 pJ for 64 bits.
+    """
+    return {
+        "kind": "systolic",
+        "name": f"systolic-{side}",
+        "rows": side,
+        "cols": side,
+        "ghz": 1.0,
+        "dram_gb_s": 51.2,
+        "dataflow": "os",
+        "overlap": True,
+        "pj_per_mac": 0.72,
+        "pj_per_sram_byte": 1.0625,
+        "pj_per_dram_byte": 162.5,
+        "source": "generic; Jouppi et al., ISCA 2021",
+    }
+
+
 DEVICES: dict[str, dict[str, Any]] = {
     # NVIDIA A100 80GB SXM data sheet (2021): 108 multiprocessors, 312 TFLOP/s bfloat16 without sparsity, 19.5 TFLOP/s
     # float32, 2.04 TB/s, 40 MB L2, 400 W. Energy: Jouppi et al., ISCA 2021, table 2 (7 nm). l2_gb_s, idle_w and the
@@ -88,57 +112,7 @@ DEVICES: dict[str, dict[str, Any]] = {
         "idle_w": 25,
         "source": "NVIDIA Ada white paper; Jouppi et al., ISCA 2021; not fitted",
     },
-    # A generic array of 16 x 16 multiply-add elements at 1 GHz with float16 numbers, outputs stationary, folds
-    # overlapped, and one DDR4-3200 channel pair (51.2 GB/s). Energy: Jouppi et al., ISCA 2021, table 2 (7 nm): fp16
-    # multiply with fp32 add 0.72 pJ, 32 KB SRAM 8.5 pJ and DDR4 1300 pJ for 64 bits.
-    "systolic-16": {
-        "kind": "systolic",
-        "name": "systolic-16",
-        "rows": 16,
-        "cols": 16,
-        "ghz": 1.0,
-        "dram_gb_s": 51.2,
-        "dataflow": "os",
-        "overlap": True,
-        "pj_per_mac": 0.72,
-        "pj_per_sram_byte": 1.0625,
-        "pj_per_dram_byte": 162.5,
-        "source": "generic; Jouppi et al., ISCA 2021",
-    },
-    # A generic array of 32 x 32 multiply-add elements at 1 GHz with float16 numbers, outputs stationary, folds
-    # overlapped, and one DDR4-3200 channel pair (51.2 GB/s). Energy: Jouppi et al., ISCA 2021, table 2 (7 nm): fp16
-    # multiply with fp32 add 0.72 pJ, 32 KB SRAM 8.5 pJ and DDR4 1300 pJ for 64 bits.
-    "systolic-32": {
-        "kind": "systolic",
-        "name": "systolic-32",
-        "rows": 32,
-        "cols": 32,
-        "ghz": 1.0,
-        "dram_gb_s": 51.2,
-        "dataflow": "os",
-        "overlap": True,
-        "pj_per_mac": 0.72,
-        "pj_per_sram_byte": 1.0625,
-        "pj_per_dram_byte": 162.5,
-        "source": "generic; Jouppi et al., ISCA 2021",
-    },
-    # A generic array of 64 x 64 multiply-add elements at 1 GHz with float16 numbers, outputs stationary, folds
-    # overlapped, and one DDR4-3200 channel pair (51.2 GB/s). Energy: Jouppi et al., ISCA 2021, table 2 (7 nm): fp16
-    # multiply with fp32 add 0.72 pJ, 32 KB SRAM 8.5 pJ and DDR4 1300 pJ for 64 bits.
-    "systolic-64": {
-        "kind": "systolic",
-        "name": "systolic-64",
-        "rows": 64,
-        "cols": 64,
-        "ghz": 1.0,
-        "dram_gb_s": 51.2,
-        "dataflow": "os",
-        "overlap": True,
-        "pj_per_mac": 0.72,
-        "pj_per_sram_byte": 1.0625,
-        "pj_per_dram_byte": 162.5,
-        "source": "generic; Jouppi et al., ISCA 2021",
-    },
+    **{f"systolic-{side}": _generic_array(side) for side in (16, 32, 64)},
     # The size of the ViTCoD accelerator (HPCA 2023, arXiv 2210.09573) as its public simulator states it (GATECH-
     # EIC/ViTCoD, Hardware/Simulator): 64 x 64 elements at 500 MHz, 76.8 GB/s. Modelled as an output-stationary array
     # here, which its engines for sparse attention are not. Energy: Jouppi et al., ISCA 2021, table 2.
