@@ -30,9 +30,9 @@ def with_finetuning(report: Report | None, run: Finetuning, config: BlockPruneCo
     if report is None:
         described = Report(**_describe(run, config, name), absent=LATER | {"encoder"})  # which nobody looked at
     elif run.gradual is not None:
-        described = replace(report, **_describe(run, config, name), measured=replace(report.measured))
+        described = replace(report.copy(), **_describe(run, config, name))
     else:
-        described = replace(report, measured=replace(report.measured))
+        described = report.copy()
     if report is None or run.gradual is not None:
         add_cuts(described.masks, cut_unused(run.model))
     history = run.history

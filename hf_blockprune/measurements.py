@@ -165,7 +165,7 @@ def save(folder: Path, measured: Measurements, weights: str) -> Report:
             raise CheckpointError(f"{folder}: has no {REPORT_FILE} to keep measurements in")
         if file.is_symlink():
             raise CheckpointError(f"{file}: is a link, as in the Hub's cache, where nothing is changed")
-        before = replace(stored, measured=replace(stored.measured))
+        before = stored.copy()
         drop_stale(stored.measured, weights)
         merge(stored.measured, measured)
         stored.measured.weights_sha256 = weights

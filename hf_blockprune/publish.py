@@ -3,7 +3,6 @@
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +131,7 @@ def _card(folder: Path, repo_id: str, scratch: Path) -> Path | None:
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     if report is None:
         return card if card.is_file() else None
-    current = replace(report, measured=replace(report.measured))
+    current = report.copy()
     if any_held(current.measured):
         drop_stale(current.measured, files_fingerprint(folder))
     new = scratch / CARD_FILE

@@ -1,6 +1,6 @@
 """What is known of how a pruned model was made, and of how good it is: the content of `blockprune_report.json`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import CheckpointError
@@ -226,6 +226,10 @@ class Report(Part):
                 f"{prefix}format_version: this code reads {FORMAT_VERSION}, got {self.format_version}; "
                 "a newer hf_blockprune may read it"
             )
+
+    def copy(self) -> "Report":
+        """A copy with measurements of its own, which can be dropped or added to while this one keeps its."""
+        return replace(self, measured=replace(self.measured))
 
     @property
     def residual_order(self) -> list[int] | None:
