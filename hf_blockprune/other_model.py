@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import ModelError
 from .evaluation import Outputs, Predictions
 from .fidelity import Embeddings
 from .hub.blockprune_quantizer import block_sparse_layers
-
-if TYPE_CHECKING:
-    from .loaded_model import LoadedModel
+from .loaded_model import LoadedModel
 
 AGAINST, TEACHER = "to compare with (against=, --against)", "as teacher"  # what it is wanted for
 ENCODER = "is an encoder, which has no accuracy"
@@ -38,7 +36,7 @@ class OtherModel:
         given: a name, a folder, a pruner, or answers.
     """
 
-    asker: "LoadedModel"
+    asker: LoadedModel
     given: Any
 
     @cached_property
@@ -47,7 +45,7 @@ class OtherModel:
         return self.given if isinstance(self.given, ANSWERS) else None
 
     @cached_property
-    def pruner(self) -> "LoadedModel":
+    def pruner(self) -> LoadedModel:
         """The model with its processor.
 
         Raises:
@@ -69,7 +67,7 @@ class OtherModel:
 
 
 def find_other(
-    asker: "LoadedModel", given: Any, wanted: str = AGAINST, *, answers: tuple[type, ...] = ()
+    asker: LoadedModel, given: Any, wanted: str = AGAINST, *, answers: tuple[type, ...] = ()
 ) -> OtherModel | None:
     """What a caller means by another model; None where he named none.
 
@@ -82,8 +80,6 @@ def find_other(
     Raises:
         ModelError: it is something else.
     """
-    from .loaded_model import LoadedModel
-
     if given is None:
         return None
     if not isinstance(given, (str, Path, LoadedModel, *answers)):
