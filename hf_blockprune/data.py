@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader
 
 from .columns import label_of
 from .errors import DataError, first_names
+from .hub.blockprune_skeleton import channels_of
 from .image_set import ImageSet
 from .labels import Labels
 from .model_input import ModelInput, preprocess, stacked
 from .opening import load_images
 from .pictures import BROKEN, decode_image, name_of, stored_pixels
 from .reading import read_errors, reason
-from .skeleton import channels_of
 from .tasks import NO_LABEL
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from .display import planned, stage
 from .errors import CheckpointError, ConfigError, ModelError
 from .hub.blockprune_fusion import unfuse
 from .hub.blockprune_quantizer import block_sparse_layers, pack_weights
+from .hub.blockprune_skeleton import channels_of
 from .inner_width import cut_units, leave_units_out, narrow
 from .loading import load_model, model_class_of
 from .model_input import picture_size
 from .outputs import answers, classifies
-from .skeleton import channels_of
 
 FORMATS = ("dense", "onnx", "torch-export")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")

@@ -28,9 +28,9 @@ from .finetune_schedule import LearningRates, PruningSteps
 from .finetune_state import weights_of
 from .finetune_student import Student, is_sharded, stored_masks
 from .hub.blockprune_quantizer import block_sparse_layers, choose_storage, pack_weights
+from .hub.blockprune_skeleton import channels_of
 from .model_input import picture_size
 from .progress import Progress, weights_fingerprint
-from .skeleton import channels_of
 from .tasks import Regression, missing, task_of
 from .version import __version__
 

@@ -18,10 +18,10 @@ from .data import ImageSet
 from .errors import DataError
 from .finetune_augment import ORDER, PAIR, draws, erase, mix, view
 from .finetune_config import FinetuneConfig
+from .hub.blockprune_skeleton import channels_of
 from .model_input import ModelInput, preprocess
 from .pictures import BROKEN, name_of, stored_pixels
 from .reading import read_errors, reason
-from .skeleton import channels_of
 from .tasks import MULTI, NO_LABEL, SINGLE, task_of
 
 

@@ -13,8 +13,8 @@ from .environment import machine_of
 from .hardware.stopwatch import by_turns, median, ratio
 from .hub.blockprune_backends import choose_backend
 from .hub.blockprune_quantizer import block_sparse_layers
+from .hub.blockprune_skeleton import channels_of
 from .modes import evaluating
-from .skeleton import channels_of
 
 
 def measure_latency(

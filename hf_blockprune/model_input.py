@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .errors import DataError, ModelError, first_line
 from .hardware.flops import image_size
+from .hub.blockprune_skeleton import channels_of
 from .modes import evaluating
 from .pictures import MODES
-from .skeleton import channels_of
 
 PROBES = ((160, 120), (96, 144))  # (width, height) of pictures that show whether all are brought to one size
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .hardware.flops import dry_run, dtype_of, image_size
-from .skeleton import skeleton
+from .hub.blockprune_skeleton import skeleton
 from .tasks import Regression, Task, task_of
 
 

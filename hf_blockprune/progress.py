@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .files import partial_file
-from .hub.blockprune_saving import packed_states
+from .hub.blockprune_layers import packed_states
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

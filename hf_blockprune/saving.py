@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from . import checkpoint, measurements
 from .card import card_digest, model_card
+from .hub.blockprune_skeleton import skeleton
 from .inspection import describe_checkpoint, open_checkpoint
 from .loaded_model import LoadedModel
 from .publish import upload_checkpoint
 from .report import Report
 from .simulation import predict_checkpoint
-from .skeleton import skeleton
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo

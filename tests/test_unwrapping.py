@@ -13,7 +13,7 @@ from hf_blockprune import BlockPruneConfig, BlockPruner, ModelError
 from hf_blockprune.copying import copied
 from hf_blockprune.hardware.flops import count_flops
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.skeleton import skeleton
+from hf_blockprune.hub.blockprune_skeleton import skeleton
 
 from .conftest import tiny_model
 

@@ -206,7 +206,8 @@ FLOAT32_BREAK_EVEN = 1.0
 BREAK_EVEN = {torch.float32: FLOAT32_BREAK_EVEN, torch.bfloat16: _bfloat16_break_even()}
 
 
-# What `beats_dense` weighs, in multiplications of torch's product on one thread, from benchmarks/small_models.py.
+# What `beats_dense` weighs, in multiplications of torch's product on one thread: fitted to times of single layers on an
+# AMD EPYC with AVX-512 and with AVX2 kernels. benchmarks/small_models.py shows what comes of it.
 CALL = 280_000  # what calling the kernels takes longer than calling torch: 6 us
 BFLOAT16_MARGIN = 1.4  # the layers of a DeiT-Ti break even with that much fewer blocks than those of a DeiT-B
 READ_MATRIX, READ_STRIPS, READ_BLOCKS = 4.4, 7, 11  # for each weight, whatever the tokens

@@ -37,7 +37,7 @@ from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
 from .blockprune_names import by_module, find_linears
 from .blockprune_saving import block_sparse_layers, forget, install, native_class, stored_config
-from .blockprune_storage import DEFAULT_TOKENS, least_tokens
+from .blockprune_storage import DEFAULT_TOKENS, PIECE, least_tokens
 
 
 class BlockPruneHfQuantizer(HfQuantizer):
@@ -120,7 +120,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
 def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of another dtype, made in pieces too small for torch to start threads: the process may fork next."""
     converted = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-    for to, piece in zip(converted.view(-1).split(16384), tensor.reshape(-1).split(16384), strict=True):
+    for to, piece in zip(converted.view(-1).split(PIECE), tensor.reshape(-1).split(PIECE), strict=True):
         to.copy_(piece)
     return converted
 

@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, describes
-from .blockprune_layers import block_sparse_layers
+from .blockprune_layers import block_sparse_layers, packed_states
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_model_cost import hardware_cost
 from .blockprune_names import stored_layer_names, unconverted
@@ -144,19 +143,6 @@ def _packed_state(layers: dict[str, Any], state: Mapping[str, Any]) -> dict[str,
         if (weight := state.get(f"{name}.weight")) is not None and weight.dim() == 2:
             packed[f"{name}.weight"] = layer.packed_like(weight)
     return packed
-
-
-@contextmanager
-def packed_states(model: nn.Module) -> Iterator[None]:
-    """While it lasts, a model's `state_dict()` has blocks alone, whichever form the weights of its layers have."""
-    layers = [layer for _, layer in block_sparse_layers(model)]
-    for layer in layers:
-        layer.saves_packed = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("saves_packed", None)
 
 
 def _building(original: Callable[..., Any]) -> Any:
