@@ -3,16 +3,15 @@
 Both move on from layer to layer, so no part of the network is run again from its beginning.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from .data import ImageSet, batches
 from .errors import ModelError
+from .layers import Layer, hidden_states
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,31 +21,6 @@ HELD_BACK_EVERY = 8  # every eighth image chooses settings, the others are fitte
 
 class StopForward(Exception):
     """Ends a forward pass once everything that was wanted has been seen."""
-
-
-@dataclass
-class Unit:
-    """A layer of a chain: it takes the hidden states that the one before it gives.
-
-    Attributes:
-        name: of the module in the model.
-        module: itself.
-        args, kwargs: what it is called with beside hidden states; known after `learn_calls`.
-    """
-
-    name: str
-    module: nn.Module
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def run(self, states: Tensor, module: nn.Module | None = None) -> Tensor:
-        """The hidden states after the layer, or after another module in its place."""
-        return hidden_states((module or self.module)(states, *self.args, **self.kwargs))
-
-
-def hidden_states(output: Any) -> Tensor:
-    """A layer's output without what some give beside it, such as attention's probabilities."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 @dataclass
@@ -64,45 +38,8 @@ class BoundaryBatch:
     held_back: Tensor
 
 
-def layer_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of each list of layers: each ModuleList, or where there is none each Sequential of alike ones."""
-    # A parametrized weight holds its parametrizations in a list, which is none of layers.
-    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, ParametrizationList)]
-    found: list[tuple[str, nn.Module]] = [(n, module) for n, module in modules if isinstance(module, nn.ModuleList)]
-    return found or [(name, module) for name, module in modules if _is_sequence(module)]
-
-
-def _is_sequence(module: nn.Module) -> bool:
-    """Whether it is several layers of one class that have parts, as timm's models hold theirs."""
-    children = list(module.children())
-    alike = len(children) > 1 and len({type(child) for child in children}) == 1
-    return isinstance(module, nn.Sequential) and alike and all(list(child.children()) for child in children)
-
-
-def layer_chain(model: nn.Module, names: Any) -> list[Unit]:
-    """The layers of the list that holds all named modules; those of its stages where the list is one of stages.
-
-    Raises:
-        ModelError: they do not lie in one list.
-    """
-    for name, module in layer_lists(model):
-        if all(target.startswith(f"{name}.") for target in names):
-            return list(_units(name, module))
-    raise ModelError(f"{type(model).__name__}: the pruned Linears lie in several lists of layers; refit needs one")
-
-
-def _units(name: str, module: nn.Module) -> Iterator[Unit]:
-    """Layers of a list, or of a stage: a module that holds a list of layers and perhaps others before or after it."""
-    for child_name, child in module.named_children():
-        full = f"{name}.{child_name}"
-        if isinstance(child, nn.ModuleList) or any(isinstance(part, nn.ModuleList) for part in child.children()):
-            yield from _units(full, child)
-        elif next(child.parameters(), None) is not None:
-            yield Unit(full, child)
-
-
 @torch.no_grad()
-def learn_calls(model: nn.Module, units: list[Unit], pixels: Tensor) -> None:
+def learn_calls(model: nn.Module, units: list[Layer], pixels: Tensor) -> None:
     """Run some images, and note what each layer is called with beside hidden states.
 
     Args:
@@ -116,12 +53,12 @@ def learn_calls(model: nn.Module, units: list[Unit], pixels: Tensor) -> None:
     last: list[Any] = []
     broken: list[str] = []
 
-    def before(unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(unit: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not args or (last and args[0] is not last[-1][1]):
             broken.append(unit.name)
         unit.args, unit.kwargs = args[1:], kwargs
 
-    def after(unit: Unit, output: Any) -> None:
+    def after(unit: Layer, output: Any) -> None:
         last.append((unit.name, hidden_states(output)))
 
     handles = []
@@ -170,7 +107,7 @@ def at_boundary(model: nn.Module, layer: nn.Module, pixels: Tensor) -> Tensor:
 
 def first_inputs(
     model: nn.Module,
-    units: list[Unit],
+    units: list[Layer],
     images: ImageSet,
     processor: Any,
     *,
@@ -196,7 +133,7 @@ def held_back(index: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def advance(unit: Unit, dense: nn.Module, kept: list[BoundaryBatch]) -> None:
+def advance(unit: Layer, dense: nn.Module, kept: list[BoundaryBatch]) -> None:
     """Move on to the boundary of the next layer; `dense` is the layer as it was before it was pruned."""
     for batch in kept:
         batch.dense, batch.pruned = unit.run(batch.dense, dense), unit.run(batch.pruned)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from . import display
 from .blocks import expand_mask
-from .boundary import BoundaryBatch, StopForward, Unit, advance, first_inputs, layer_chain
+from .boundary import BoundaryBatch, StopForward, advance, first_inputs
 from .copying import copied
 from .data import ImageSet
 from .errors import ModelError
+from .layers import Layer, layer_chain
 from .modes import evaluating
 from .progress import Progress
 from .reconstruction import RIDGES, Moments, Refit, refit
@@ -129,7 +130,7 @@ def _part(index: int) -> str:
     return f"layer-{index}"
 
 
-def _restore_all(units: list[Unit], progress: Progress | None) -> dict[str, LayerRefit] | None:
+def _restore_all(units: list[Layer], progress: Progress | None) -> dict[str, LayerRefit] | None:
     """The refit of a run that was interrupted after it, without a pass of the images; None where a layer is missing."""
     if progress is None or not progress.resumed.issuperset(map(_part, range(len(units)))):
         return None
@@ -157,7 +158,7 @@ def _restore(layer: nn.Module, progress: Progress | None, part: str) -> dict[str
 class _LayerJob:
     """The refit of one layer's Linears; `names` gives their names in the model by those in the layer."""
 
-    unit: Unit
+    unit: Layer
     dense: nn.Module
     names: dict[str, str]
     masks: dict[str, Tensor]
@@ -271,7 +272,7 @@ def _watching(layer: nn.Module, names: list[str], seen: _Seen, *, stop: bool) ->
             handle.remove()
 
 
-def _shared_stages(unit: Unit, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator") -> list[_Stage]:
+def _shared_stages(unit: Layer, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator") -> list[_Stage]:
     """The stages as the first process sees them: another may have been left without images."""
     from accelerate.utils import broadcast_object_list
 
@@ -282,7 +283,7 @@ def _shared_stages(unit: Unit, names: list[str], kept: list[BoundaryBatch], acce
 
 
 @torch.no_grad()
-def _stages(unit: Unit, names: list[str], states: Tensor) -> list[_Stage]:
+def _stages(unit: Layer, names: list[str], states: Tensor) -> list[_Stage]:
     """Linears of a dense layer by the tensor that they read, in forward order; finds those that write to the stream."""
     seen = _Seen()
     with _watching(unit.module, names, seen, stop=False):
@@ -301,7 +302,7 @@ def _stages(unit: Unit, names: list[str], states: Tensor) -> list[_Stage]:
     return stages
 
 
-def _is_added_last(unit: Unit, name: str, states: Tensor, out: Tensor) -> bool:
+def _is_added_last(unit: Layer, name: str, states: Tensor, out: Tensor) -> bool:
     """Whether what is added to a Linear's output is added to the layer's output, no more and no less."""
     more = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device) * out.std()
 
@@ -324,7 +325,7 @@ class _StageSums:
     """Weighted sums over tokens for the Linears of a stage, apart for fitted and held-back images."""
 
     def __init__(
-        self, stage: _Stage, unit: Unit, token_weights: dict[str, Tensor | None], inputs: dict[str, Tensor]
+        self, stage: _Stage, unit: Layer, token_weights: dict[str, Tensor | None], inputs: dict[str, Tensor]
     ) -> None:
         self.stage, self.unit, self.token_weights, self.inputs = stage, unit, token_weights, inputs
         self.sums: dict[tuple[str, bool], list[Tensor]] = {}

@@ -132,6 +132,28 @@ class Progress:
         return self.folder / f"{part}.safetensors"
 
 
+@dataclass
+class KeptParts:
+    """Parts of a run that are kept where it has a folder for them.
+
+    Args:
+        progress: of the run, None where nothing is kept.
+    """
+
+    progress: Progress | None = None
+
+    def read(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """As `Progress.read`."""
+        return None if self.progress is None else self.progress.read(part)
+
+    def write(
+        self, part: str, tensors: dict[str, Tensor], values: dict[str, Any], done: str, *, own: bool = False
+    ) -> None:
+        """As `Progress.write`, where something is kept."""
+        if self.progress is not None:
+            self.progress.write(part, tensors, values, done=done, own=own)
+
+
 def fingerprint(values: dict[str, Any]) -> str:
     """The same for equal JSON-ready values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,7 @@ from .data import ImageSet, load_images, load_pixels
 from .display import planned
 from .environment import environment
 from .errors import ConfigError, ModelError
+from .folding import fold_scales
 from .hardware.flops import ModelFlops, count_flops
 from .hub.blockprune_quantizer import sparsify
 from .layer_statistics import LayerStatistics
@@ -30,11 +31,12 @@ from .modes import evaluating
 from .outputs import classifies
 from .progress import Progress, weights_fingerprint
 from .reordering import Reordering
+from .reordering_state import ReorderingState
 from .report import BudgetReport, CalibrationReport, PermutationReport, Report
 from .selection import Selection, Selector, selection_stages
 from .selection_state import SELECTION, UNTIL_SELECTED, SelectionState
 from .shared_statistics import SharedStatistics
-from .structure import find_transformer_layers, fold_scales
+from .structure import find_transformer_layers
 from .targets import check_storable, find_targets
 from .timing import timed
 from .unwrapping import check_prunable, check_unshared
@@ -174,9 +176,9 @@ class Pruning:
             if images is not None:
                 with timed(seconds, "calibration"):
                     statistics, calibration = self._calibrate(images, found, progress)
-            pixels, state = self._judging_pixels(images), SelectionState(progress)
+            pixels = self._judging_pixels(images)
             budgets = model_budgets(self.config, self.model, self.targets, self.flops)
-            statistics, permutation = self._reordered(statistics, budgets, state, changes, seconds)
+            statistics, permutation = self._reordered(statistics, budgets, progress, changes, seconds)
             selection = Selector(
                 self.model,
                 self.targets,
@@ -186,7 +188,7 @@ class Pruning:
                 self.config,
                 self.accelerator,
                 pixels,
-                state=state,
+                state=SelectionState(progress),
             ).select()
         seconds |= selection.seconds
         report = self._describe(selection, budgets, permutation, calibration, seconds)
@@ -211,7 +213,7 @@ class Pruning:
         self,
         statistics: dict[str, LayerStatistics],
         budgets: list[ModelBudget],
-        state: SelectionState,
+        progress: Progress | None,
         changes: Changes,
         seconds: dict[str, float],
     ) -> tuple[dict[str, LayerStatistics], dict[str, Any] | None]:
@@ -220,6 +222,7 @@ class Pruning:
         if not layers:
             return statistics, None
         with timed(seconds, "permutation"):
+            state = ReorderingState(progress)
             reordering = Reordering(self.model, layers, self.targets, self.config, self.accelerator, changes, state)
             done = reordering.run(statistics, budgets[0].blocks.block_share)
         return done.statistics, done.permutation

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from .augment import views
-from .boundary import Unit, at_boundary, held_back, hidden_states, layer_chain, learn_calls
+from .boundary import at_boundary, held_back, learn_calls
 from .config import RecoveryConfig
 from .copying import copied
 from .data import ImageSet, load_pixels
 from .display import Stage, stage
 from .errors import ModelError
 from .hub.blockprune_quantizer import block_sparse_layers
+from .layers import Layer, hidden_states, layer_chain
 from .outputs import answers, output_of, task_for
 from .progress import Progress
 from .recovery_state import Place, RecoveryState
@@ -137,7 +138,7 @@ class _Call:
     task: Task
 
 
-def _call(model: nn.Module, layers: list[Unit], pixels: Tensor) -> _Call:
+def _call(model: nn.Module, layers: list[Layer], pixels: Tensor) -> _Call:
     hidden: list[Tensor] = []
 
     def record(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -262,7 +263,7 @@ class _Run:
                 inputs = _advanced(unit, inputs)
 
     def _layer_loss(
-        self, unit: Unit, inputs: Tensor, targets: Tensor, token_weight: Tensor
+        self, unit: Layer, inputs: Tensor, targets: Tensor, token_weight: Tensor
     ) -> Callable[[Tensor, slice], Tensor]:
         """Weighted mean squared error of a layer's outputs, over their variance."""
         spread = targets.var()
@@ -274,7 +275,7 @@ class _Run:
         return loss
 
     @torch.no_grad()
-    def _boundary(self, model: nn.Module, unit: Unit) -> Tensor:
+    def _boundary(self, model: nn.Module, unit: Layer) -> Tensor:
         parts = [at_boundary(model, unit.module, self._some(chosen)) for chosen in self.learned.split(IMAGES_AT_ONCE)]
         return torch.cat(parts)
 
@@ -376,7 +377,7 @@ def _schedule(optimizer: Any, steps: int, done: int) -> Any:
 
 
 @torch.no_grad()
-def _advanced(unit: Unit, states: Tensor, module: nn.Module | None = None) -> Tensor:
+def _advanced(unit: Layer, states: Tensor, module: nn.Module | None = None) -> Tensor:
     """States after a layer, or after another in its place; written over those before it where they fit."""
     ends = None
     for chosen in torch.arange(len(states)).split(IMAGES_AT_ONCE):

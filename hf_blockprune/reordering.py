@@ -14,7 +14,7 @@ from .display import Stage, stage
 from .layer_statistics import LayerStatistics
 from .permutation import Move, apply_moves, block_saliency_kept, packing_moves, sorting_moves
 from .residual import choose_order, permute_statistics, permute_stream
-from .selection_state import SelectionState
+from .reordering_state import ReorderingState
 from .structure import TransformerLayer, find_residual_stream
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Reordering:
     config: BlockPruneConfig
     accelerator: "Accelerator"
     changes: Changes
-    state: SelectionState
+    state: ReorderingState
 
     def run(self, statistics: dict[str, LayerStatistics], share: float) -> Reordered:
         """Reorder the model in place.

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
-from .changes import Changes
 from .families import Family, family_of
 
 
@@ -47,21 +45,21 @@ def find_transformer_layers(model: Any, targets: dict[str, nn.Linear]) -> list[T
     if family is None:
         return []
     layers = []
-    for prefix in _layer_names(model):
-        names = _part_names(prefix, family, targets)
+    for prefix in layer_names(model):
+        names = part_names(prefix, family, targets)
         heads = _heads(model, names["query"]) if all(names.values()) else None
         if heads and _fits(names, targets, heads):
             layers.append(TransformerLayer(heads=heads, heads_stay=family.heads_stay, **names))  # type: ignore[arg-type]
     return layers
 
 
-def _layer_names(model: nn.Module) -> list[str]:
+def layer_names(model: nn.Module) -> list[str]:
     """Names of the modules in lists."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     return [f"{name}.{index}" for name, modules in lists for index in range(len(modules))]
 
 
-def _part_names(prefix: str, family: Family, linears: dict[str, nn.Linear]) -> dict[str, Any]:
+def part_names(prefix: str, family: Family, linears: dict[str, nn.Linear]) -> dict[str, Any]:
     """Name of each part's Linear in a layer, None where it is missing."""
     return {
         part: next((f"{prefix}.{name}" for name in choices if f"{prefix}.{name}" in linears), None)
@@ -86,39 +84,6 @@ def _fits(names: dict[str, Any], targets: dict[str, nn.Linear], heads: int) -> b
         and width == linear["key"].out_features == linear["value"].out_features == linear["out"].in_features
         and linear["fc1"].out_features == linear["fc2"].in_features
     )
-
-
-@torch.no_grad()
-def fold_scales(model: Any, changes: Changes | None = None) -> int:
-    """Multiply the scales of layers' branches into the Linears before them, in place; the function stays the same.
-
-    What a Linear adds to the residual stream is then its own output, as in a plain ViT.
-
-    Args:
-        model: any; those without such scales stay as they are.
-        changes: notes what is done, so that it can be undone.
-
-    Returns:
-        Number of scales that are ones now.
-    """
-    family, changes, count = family_of(model), changes or Changes(), 0
-    if family is None:
-        return 0
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    parameters = dict(model.named_parameters())
-    for prefix in _layer_names(model):
-        names = _part_names(prefix, family, linears)
-        for part, scale_name in family.scales.items():
-            scale = parameters.get(f"{prefix}.{scale_name}")
-            if scale is None or names[part] is None:
-                continue
-            linear = linears[names[part]]
-            changes.overwrite(linear.weight, linear.weight * scale[:, None])
-            if linear.bias is not None:
-                changes.overwrite(linear.bias, linear.bias * scale)
-            changes.overwrite(scale, torch.ones_like(scale))
-            count += 1
-    return count
 
 
 @dataclass(frozen=True)

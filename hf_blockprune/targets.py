@@ -7,7 +7,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .blocks import check_block_fits
-from .boundary import layer_lists
+from .layers import layer_lists
 from .config import BlockPruneConfig
 from .errors import ConfigError, ModelError
 from .hub.blockprune_names import unstorable

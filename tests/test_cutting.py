@@ -24,7 +24,7 @@ from hf_blockprune.inspection import inspect_checkpoint
 from hf_blockprune.recovery import recover
 from hf_blockprune.reordering import Reordering
 from hf_blockprune.selection import Selector
-from hf_blockprune.selection_state import SelectionState
+from hf_blockprune.reordering_state import ReorderingState
 from hf_blockprune.structure import find_transformer_layers
 from hf_blockprune.targets import find_targets
 
@@ -200,7 +200,7 @@ def test_no_chosen_block_is_unused_and_the_budget_is_spent(accelerator, ratio):
     )
     flops = count_flops(model)
     budgets = model_budgets(config, model, targets, flops)
-    reordering = Reordering(model, layers, targets, config, accelerator, Changes(), SelectionState())
+    reordering = Reordering(model, layers, targets, config, accelerator, Changes(), ReorderingState())
     statistics = reordering.run(statistics, 0.5).statistics
     allocation = Selector(model, targets, statistics, flops, budgets, config, accelerator).select().allocation
     used = drop_unused(layers, allocation.masks, targets, (8, 8))

@@ -7,10 +7,11 @@ from transformers import AutoModelForImageClassification
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, ModelError
 from hf_blockprune.blocks import expand_mask, grid_shape
-from hf_blockprune.boundary import first_inputs, layer_chain
+from hf_blockprune.boundary import first_inputs
 from hf_blockprune.data import decode_image, load_images
 from hf_blockprune.finetune_config import FinetuneConfig
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, sparsify
+from hf_blockprune.layers import layer_chain
 from hf_blockprune.layerwise import _stages, refit_layers
 from hf_blockprune.reconstruction import RIDGES
 
