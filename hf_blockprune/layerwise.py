@@ -272,7 +272,9 @@ def _watching(layer: nn.Module, names: list[str], seen: _Seen, *, stop: bool) ->
             handle.remove()
 
 
-def _shared_stages(unit: Layer, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator") -> list[_Stage]:
+def _shared_stages(
+    unit: Layer, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator"
+) -> list[_Stage]:
     """The stages as the first process sees them: another may have been left without images."""
     from accelerate.utils import broadcast_object_list
 

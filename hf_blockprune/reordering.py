@@ -13,8 +13,8 @@ from .config import BlockPruneConfig
 from .display import Stage, stage
 from .layer_statistics import LayerStatistics
 from .permutation import Move, apply_moves, block_saliency_kept, packing_moves, sorting_moves
-from .residual import choose_order, permute_statistics, permute_stream
 from .reordering_state import ReorderingState
+from .residual import choose_order, permute_statistics, permute_stream
 from .structure import TransformerLayer, find_residual_stream
 
 if TYPE_CHECKING:

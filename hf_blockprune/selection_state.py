@@ -1,6 +1,5 @@
 """The choice of masks as parts of an unfinished run: what took long is kept, all in between is made again from it."""
 
-
 import torch
 
 from .calibration_state import CALIBRATION

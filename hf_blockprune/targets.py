@@ -7,10 +7,10 @@ from torch import nn
 from transformers.utils import logging
 
 from .blocks import check_block_fits
-from .layers import layer_lists
 from .config import BlockPruneConfig
 from .errors import ConfigError, ModelError
 from .hub.blockprune_names import unstorable
+from .layers import layer_lists
 
 logger = logging.get_logger(__name__)
 

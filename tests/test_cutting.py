@@ -23,8 +23,8 @@ from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.inspection import inspect_checkpoint
 from hf_blockprune.recovery import recover
 from hf_blockprune.reordering import Reordering
-from hf_blockprune.selection import Selector
 from hf_blockprune.reordering_state import ReorderingState
+from hf_blockprune.selection import Selector
 from hf_blockprune.structure import find_transformer_layers
 from hf_blockprune.targets import find_targets
 

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModel, ViTModel
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, BudgetError
+from hf_blockprune.folding import fold_scales
 from hf_blockprune.inspection import inspect_checkpoint
 from hf_blockprune.permutation import block_saliency_kept
 from hf_blockprune.residual import choose_order, permute_statistics, permute_stream
-from hf_blockprune.folding import fold_scales
 from hf_blockprune.structure import find_residual_stream
 from hf_blockprune.tables import inspect_table
 from hf_blockprune.targets import find_targets

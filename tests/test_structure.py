@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_blockprune import families
-from hf_blockprune.permutation import Move, apply_moves
 from hf_blockprune.folding import fold_scales
+from hf_blockprune.permutation import Move, apply_moves
 from hf_blockprune.structure import find_transformer_layers
 
 from .conftest import ALL_FAMILIES, tiny_model
