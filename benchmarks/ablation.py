@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.timing import load, save
 from hf_blockprune import BlockPruneConfig, BlockPruner
-from hf_blockprune.data import load_images, load_pixels
-from hf_blockprune.environment import environment
-from hf_blockprune.tasks import SingleLabel
+from hf_blockprune.data.batches import load_images, load_pixels
+from hf_blockprune.model.tasks import SingleLabel
+from hf_blockprune.runs.environment import environment
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},

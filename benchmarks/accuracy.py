@@ -22,7 +22,7 @@ from typing import Any
 import _root  # noqa: F401
 
 from benchmarks.timing import load, save
-from hf_blockprune.environment import environment
+from hf_blockprune.runs.environment import environment
 
 KEYS = ("method", "block_shape", "budget", "seed", "samples")
 

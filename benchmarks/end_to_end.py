@@ -26,13 +26,13 @@ from transformers.utils import logging
 from benchmarks.kernels import torch_bsr
 from benchmarks.timing import device_file, random_mask, store
 from hf_blockprune import BlockPruneConfig, sparsify
-from hf_blockprune.blocks import grid_shape
 from hf_blockprune.cli.options import parse_block_shape
-from hf_blockprune.environment import environment
-from hf_blockprune.export import to_onnx
-from hf_blockprune.hardware.stopwatch import by_turns, median, ratio
+from hf_blockprune.export.forms import to_onnx
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.targets import find_targets
+from hf_blockprune.measure.stopwatch import by_turns, median, ratio
+from hf_blockprune.model.targets import find_targets
+from hf_blockprune.runs.environment import environment
+from hf_blockprune.score.blocks import grid_shape
 
 ARCHS = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}
 TOKENS = 197

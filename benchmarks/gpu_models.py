@@ -9,9 +9,9 @@ import torch
 from benchmarks.end_to_end import random_pair
 from benchmarks.timing import recorded
 from hf_blockprune import micro_batch
-from hf_blockprune.hardware.energy import energy_counter, measure_energy
-from hf_blockprune.hardware.stopwatch import by_turns, median, ratio
-from hf_blockprune.microbatch import whole_batches
+from hf_blockprune.measure.energy import energy_counter, measure_energy
+from hf_blockprune.measure.microbatch import whole_batches
+from hf_blockprune.measure.stopwatch import by_turns, median, ratio
 
 PART_SIZES = (8, 16, 32, 64)
 TOKENS = 197

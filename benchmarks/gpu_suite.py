@@ -32,11 +32,11 @@ from benchmarks.kernels import measure as measure_kernel
 from benchmarks.rivals import rivals
 from benchmarks.timing import device_file, random_mask, store
 from hf_blockprune import BlockSparseLinear
-from hf_blockprune.hardware.calibrate import Measurement, blank_gpu, fit_profile, rank_correlation
-from hf_blockprune.hardware.profiles import load_profile
+from hf_blockprune.cost.profiles import load_profile
 from hf_blockprune.hub.blockprune_cost import Linear
 from hf_blockprune.hub.blockprune_layout import grid_shape
 from hf_blockprune.hub.blockprune_ops import block_sparse_linear
+from hf_blockprune.measure.calibrate import Measurement, blank_gpu, fit_profile, rank_correlation
 
 MINUTES = {"correctness": 1.0, "kernels": 3.5, "end_to_end": 4.0, "fit": 0.1}
 MAX_RELATIVE_ERROR = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3}

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import device_file, random_mask, recorded, store
-from hf_blockprune.environment import environment
-from hf_blockprune.hardware.stopwatch import by_turns, median, ratio
 from hf_blockprune.hub.blockprune_backends import available_backends
 from hf_blockprune.hub.blockprune_layout import grid_shape
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.hub.blockprune_ops import block_sparse_linear
+from hf_blockprune.measure.stopwatch import by_turns, median, ratio
+from hf_blockprune.runs.environment import environment
 
 WIDTHS = {"deit-tiny": 192, "deit-small": 384, "deit-base": 768}
 BLOCK_SHAPES = ((64, 32), (64, 64), (32, 32), (16, 16), (64, 1), (32, 4))

@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 from benchmarks.end_to_end import random_pair
 from benchmarks.timing import device_file, store
-from hf_blockprune.hardware.calibrate import calibrate, rank_correlation
-from hf_blockprune.hardware.profiles import save_profile
-from hf_blockprune.hardware.stopwatch import by_turns, median
-from hf_blockprune.simulation import predict
+from hf_blockprune.checkpoint.simulation import predict
+from hf_blockprune.cost.profiles import save_profile
+from hf_blockprune.measure.calibrate import calibrate, rank_correlation
+from hf_blockprune.measure.stopwatch import by_turns, median
 
 BLOCK_SHAPE = (32, 32)
 CASES = list(product(("deit-base", "deit-small", "deit-tiny"), (0.5, 0.7), (1, 8)))

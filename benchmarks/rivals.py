@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import random_mask, recorded
-from hf_blockprune.hardware.stopwatch import by_turns, ratio
+from hf_blockprune.measure.stopwatch import by_turns, ratio
 
 BSR_BLOCK = 64
 SPARSITIES = (0.5, 0.7)

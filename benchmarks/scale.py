@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from benchmarks.timing import load, save
 from hf_blockprune import BlockPruneConfig, BlockPruner
-from hf_blockprune.environment import environment
+from hf_blockprune.runs.environment import environment
 
 WIDTHS = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}
 MEASURED_LAYERS = (1, 2, 3)

@@ -17,8 +17,8 @@ from transformers.utils import logging
 from benchmarks.end_to_end import random_pair
 from benchmarks.timing import device_file, store
 from hf_blockprune._cpu.library import find_library
-from hf_blockprune.hardware.stopwatch import by_turns, median, ratio
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+from hf_blockprune.measure.stopwatch import by_turns, median, ratio
 
 # The model of `blockprune demo`, and DeiT-Ti: changes of the latter, and the pixels of a side.
 MODELS: dict[str, tuple[dict[str, int], int]] = {

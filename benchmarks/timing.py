@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_blockprune.environment import environment
+from hf_blockprune.runs.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 # What tells rows of a result file apart.

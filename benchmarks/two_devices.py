@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from benchmarks.ablation import judges, logits
 from benchmarks.timing import save
 from hf_blockprune import BlockPruneConfig, BlockPruner
-from hf_blockprune.environment import environment
+from hf_blockprune.checkpoint.simulation import predict
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.simulation import predict
-from hf_blockprune.tasks import SingleLabel
+from hf_blockprune.model.tasks import SingleLabel
+from hf_blockprune.runs.environment import environment
 
 DEVICES = ("cpu-avx512", "systolic-32")
 

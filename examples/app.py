@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from hf_blockprune import BlockPruneError, BlockPruner, BlockSparseFormatError, ModelError
+from hf_blockprune.data.model_input import channels_of, shared_picture_size
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.model_input import channels_of, shared_picture_size
-from hf_blockprune.outputs import classifies
-from hf_blockprune.pictures import Decoding, decode_image
-from hf_blockprune.tasks import SINGLE, task_of
+from hf_blockprune.model.outputs import classifies
+from hf_blockprune.model.tasks import SINGLE, task_of
+from hf_blockprune.sources.pictures import Decoding, decode_image
 
 SHOWN = 5
 TIMING_SECONDS = 2.0

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
         HubError,
         ModelError,
     )
-    from .evaluation import Evaluation
-    from .finetune_config import AugmentConfig, DistillationConfig, FinetuneConfig, GradualConfig
-    from .html_report import write_report
+    from .evaluate.accuracy import Evaluation
+    from .finetune.config import AugmentConfig, DistillationConfig, FinetuneConfig, GradualConfig
     from .hub.blockprune_linear import BlockSparseLinear
     from .hub.blockprune_quantizer import BlockPruneQuantizationConfig, sparsify
-    from .microbatch import micro_batch
-    from .pruner import BlockPruner
-    from .sources import DataSource
+    from .measure.microbatch import micro_batch
+    from .pages.page import write_report
+    from .pruner.pruner import BlockPruner
+    from .sources.named import DataSource
 
 # The names that are imported when they are asked for, by module.
 _LAZY = {
@@ -44,14 +44,14 @@ _LAZY = {
         "HubError",
         "ModelError",
     ],
-    "evaluation": ["Evaluation"],
-    "finetune_config": ["AugmentConfig", "DistillationConfig", "FinetuneConfig", "GradualConfig"],
-    "html_report": ["write_report"],
+    "evaluate.accuracy": ["Evaluation"],
+    "finetune.config": ["AugmentConfig", "DistillationConfig", "FinetuneConfig", "GradualConfig"],
+    "pages.page": ["write_report"],
     "hub.blockprune_linear": ["BlockSparseLinear"],
     "hub.blockprune_quantizer": ["BlockPruneQuantizationConfig", "sparsify"],
-    "microbatch": ["micro_batch"],
-    "pruner": ["BlockPruner"],
-    "sources": ["DataSource"],
+    "measure.microbatch": ["micro_batch"],
+    "pruner.pruner": ["BlockPruner"],
+    "sources.named": ["DataSource"],
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -79,7 +79,7 @@ def _extend_transformers() -> None:
 
 
 def _extend_peft() -> None:
-    from . import lora
+    from .finetune import lora
 
     lora.teach()
 

@@ -14,7 +14,7 @@ from .checks import check_whole as _check_whole
 from .checks import is_number as _is_number
 from .checks import refuse as _refuse
 from .errors import ConfigError
-from .methods import METHODS, Method, MethodName, find_method, names_where, quoted
+from .score.methods import METHODS, Method, MethodName, find_method, names_where, quoted
 from .settings_file import OLD_DENSITY, read_settings, with_todays_budgets
 
 FORMAT_VERSION = 1

@@ -1,4 +1,4 @@
-"""Run every family through tests/test_families.py and write down what passed, for docs/compatibility.md.
+"""Run every family through tests/model/test_families.py and write down what passed, for docs/compatibility.md.
 
 python scripts/compatibility.py --output benchmarks/results/families.json && python benchmarks/tables.py
 """
@@ -19,7 +19,7 @@ CASE = re.compile(r"test_(?P<capability>\w+)\[(?P<family>[\w-]+)\]")
 def main() -> None:
     """Write the outcome of every test; failures are outcomes too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tests", type=Path, default=ROOT / "tests/test_families.py")
+    parser.add_argument("--tests", type=Path, default=ROOT / "tests/model/test_families.py")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -29,7 +29,7 @@ def main() -> None:
         outcomes = read(report)
     sys.path.insert(0, str(ROOT))
     from benchmarks.timing import save
-    from hf_blockprune.environment import environment
+    from hf_blockprune.runs.environment import environment
 
     save(options.output, {"families": outcomes, "environment": environment()})
 

@@ -14,7 +14,7 @@ import torch
 from transformers import DeiTConfig, DeiTForImageClassification, SwinConfig, SwinForImageClassification
 
 from hf_blockprune import FinetuneConfig
-from hf_blockprune.hardware.flops import count_flops
+from hf_blockprune.cost.flops import count_flops
 from hf_blockprune.settings_file import read_settings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers.utils import logging
 
 from benchmarks.timing import save
-from hf_blockprune.environment import environment
+from hf_blockprune.runs.environment import environment
 from tests.fuzzing import Damage, check, damages, forge
 
 

@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["hf_blockprune"]):
     import hf_blockprune  # noqa: F401
 
 from hf_blockprune import BlockPruneError, BlockSparseFormatError
-from hf_blockprune.inspection import inspect_checkpoint
+from hf_blockprune.checkpoint.inspection import inspect_checkpoint
 from tests.fuzzing import FIXTURE
 
 CONFIG, WEIGHTS = (FIXTURE / "config.json").read_bytes(), (FIXTURE / "model.safetensors").read_bytes()

@@ -13,10 +13,10 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_blockprune import sparsify
-from hf_blockprune.blocks import grid_shape
-from hf_blockprune.cutting import cut_hidden_units
 from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
-from hf_blockprune.structure import find_transformer_layers
+from hf_blockprune.model.structure import find_transformer_layers
+from hf_blockprune.reorder.cutting import cut_hidden_units
+from hf_blockprune.score.blocks import grid_shape
 
 BLOCK_SHAPE = (8, 8)
 

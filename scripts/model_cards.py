@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_blockprune.card import model_card
-from hf_blockprune.hardware.flops import count_flops
-from hf_blockprune.report import Report
+from hf_blockprune.checkpoint.card import model_card
+from hf_blockprune.cost.flops import count_flops
+from hf_blockprune.report.values import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/accuracy-deit-tiny.json"

@@ -36,13 +36,13 @@ TESTS = (
     "tests/hub/test_parts.py",
     "tests/hub/test_storage.py",
     "tests/hub/test_fusion.py",
-    "tests/test_format.py",
-    "tests/test_safety.py",
-    "tests/test_pruner.py",
-    "tests/test_data.py",
-    "tests/test_evaluation.py",
-    "tests/test_push.py",
-    "tests/test_cli.py",
+    "tests/hub/test_format.py",
+    "tests/checkpoint/test_safety.py",
+    "tests/pruner/test_pruner.py",
+    "tests/data/test_batches.py",
+    "tests/evaluate/test_accuracy.py",
+    "tests/checkpoint/test_publish.py",
+    "tests/cli/test_commands.py",
 )
 # torch 2.6 warns of a setting of its own when it compiles.
 TOLERATED = ("-W", "ignore:Skipping serialization:UserWarning")

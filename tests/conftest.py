@@ -50,11 +50,10 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from hf_blockprune.blocks import grid_shape
-from hf_blockprune.data import load_images
+from hf_blockprune.data.batches import load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-
-from .forking import plain_forks
+from hf_blockprune.score.blocks import grid_shape
+from tests.forking import plain_forks
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes/prune.py"

@@ -10,12 +10,12 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 from hf_blockprune import BlockPruner, FinetuneConfig
-from hf_blockprune.data import load_images
-from hf_blockprune.finetune import Finetuning
-from hf_blockprune.finetune_pruning import masks_of
-from hf_blockprune.finetune_state import whole
-from hf_blockprune.finetune_student import Student
+from hf_blockprune.data.batches import load_images
+from hf_blockprune.finetune.gradual import masks_of
+from hf_blockprune.finetune.student import Student
+from hf_blockprune.finetune.training import Finetuning
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+from hf_blockprune.runs.training_state import whole
 
 
 def check_masks(model, masks):

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_blockprune import BlockPruneError, BlockSparseFormatError
+from hf_blockprune.checkpoint.inspection import inspect_checkpoint
 from hf_blockprune.hub.blockprune_names import stored_layer_names
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.inspection import inspect_checkpoint
-from hf_blockprune.loading import load_model
+from hf_blockprune.model.loading import load_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "format-2"
 PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)

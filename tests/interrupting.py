@@ -10,10 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
-from hf_blockprune import progress
 from hf_blockprune.errors import BlockPruneError
-from hf_blockprune.interruption import interruptible
-from hf_blockprune.jobs import PruneJob, run_prune
+from hf_blockprune.jobs.prune import PruneJob, run_prune
+from hf_blockprune.runs import resume as progress
+from hf_blockprune.runs.interruption import interruptible
 
 
 def say(line):

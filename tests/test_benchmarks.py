@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from .conftest import ROOT
+from tests.conftest import ROOT
 
 pytest.importorskip("triton")
 SUITE = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--dry-run"]

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_blockprune import BlockPruneConfig, BlockPruneError, Budget, CalibrationConfig, ConfigError, FinetuneConfig
-from hf_blockprune.checkpoint import read_report
+from hf_blockprune.checkpoint.folder import read_report
+from hf_blockprune.jobs.sweep import Grid
 from hf_blockprune.settings_file import read_settings
-from hf_blockprune.sweep import Grid
 
 SHARES = st.floats(min_value=0, max_value=1, exclude_min=True)
 PATTERNS = st.lists(st.text(min_size=1, max_size=12), max_size=3)

@@ -16,12 +16,11 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from hf_blockprune.finetune_jobs import FinetuneJob
-from hf_blockprune.jobs import PruneJob
-
-from .conftest import NUM_LABELS, ROOT, tiny_model, write_images
-from .fake_hub import FakeHub
-from .forking import Forks
+from hf_blockprune.jobs.finetune import FinetuneJob
+from hf_blockprune.jobs.prune import PruneJob
+from tests.conftest import NUM_LABELS, ROOT, tiny_model, write_images
+from tests.fake_hub import FakeHub
+from tests.forking import Forks
 
 pytestmark = pytest.mark.slow
 

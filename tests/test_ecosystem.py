@@ -8,8 +8,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-
-from .conftest import NUM_LABELS, tiny_model
+from tests.conftest import NUM_LABELS, tiny_model
 
 PIXELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 

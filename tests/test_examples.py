@@ -15,10 +15,9 @@ from transformers import pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, ModelError
-
-from .browser import needs_browser
-from .conftest import ROOT, tiny_model
-from .forking import plain_forks
+from tests.browser import needs_browser
+from tests.conftest import ROOT, tiny_model
+from tests.forking import plain_forks
 
 pytestmark = pytest.mark.slow
 

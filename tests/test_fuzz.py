@@ -5,9 +5,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_blockprune import ModelError
-from hf_blockprune.inspection import inspect_checkpoint
-
-from .fuzzing import Damage, check, damages, forge
+from hf_blockprune.checkpoint.inspection import inspect_checkpoint
+from tests.fuzzing import Damage, check, damages, forge
 
 
 def test_the_fixture_itself_loads(tmp_path):

@@ -15,7 +15,46 @@ from hf_blockprune.hub.blockprune_backends import available_backends
 
 PACKAGE = Path(hf_blockprune.__file__).parent
 NAME = "hf_blockprune"
-PURE = ("saliency", "allocation", "blocks", "reconstruction", "permutation", "packing", "residual")
+# Rooms, folders and modules that stand alone: each may import from those above it only.
+ORDER = (
+    "hub",
+    "version errors checks files stored_values settings_file after_import",
+    "_cpu",
+    "runs",
+    "display",
+    "score",
+    "config",
+    "cost",
+    "model",
+    "measure",
+    "sources",
+    "data",
+    "evaluate",
+    "calibration",
+    "reorder",
+    "refit",
+    "choose",
+    "report",
+    "recover",
+    "checkpoint",
+    "export",
+    "pages",
+    "finetune",
+    "pruner",
+    "jobs",
+    "cli",
+)
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
+PURE = (
+    "score/blocks",
+    "score/saliency",
+    "score/statistics",
+    "choose/allocation",
+    "refit/solve",
+    "reorder/hidden",
+    "reorder/order",
+    "reorder/stream",
+)
 NOT_IN_PURE = ("transformers", "datasets", "accelerate", f"{NAME}.calibration", f"{NAME}.pruner", f"{NAME}.hub")
 MAY_USE_TYPER = "cli"
 
@@ -65,8 +104,14 @@ def wrong_arrows_of_hub(source):
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-PURE_FILES = [path for path in FILES if path.parent == PACKAGE and path.stem in PURE]
+PURE_FILES = [path for path in FILES if str(path.relative_to(PACKAGE).with_suffix("")) in PURE]
 HUB_FILES = [path for path in FILES if path.parent == PACKAGE / "hub"]
+
+
+def room_of(module):
+    """The room of a name such as hf_blockprune.score.blocks; None for names of the package itself."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == NAME and len(parts) > 1 and parts[1] in LEVEL else None
 
 
 def file_id(path):
@@ -74,8 +119,21 @@ def file_id(path):
 
 
 def test_the_walk_finds_the_package():
-    assert {path.stem for path in PURE_FILES} >= {"saliency", "allocation", "blocks"}
+    assert {path.stem for path in PURE_FILES} == {name.rpartition("/")[2] for name in PURE}
     assert {path.stem for path in HUB_FILES} >= {"blockprune_layout", "blockprune_linear", "blockprune_quantizer"}
+
+
+def test_every_room_has_its_place_in_the_order():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
+    assert rooms == {*LEVEL}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != PACKAGE / "__init__.py"], ids=file_id)
+def test_a_room_imports_from_rooms_above_it_only(path):
+    module, package = module_of(path)
+    here = room_of(module)
+    rooms = {room_of(name) for name in imported(path.read_text(encoding="utf-8"), package)} - {here, None}
+    assert {room for room in rooms if LEVEL[room] > LEVEL[here]} == set()
 
 
 @pytest.mark.parametrize("path", PURE_FILES, ids=file_id)
@@ -123,7 +181,7 @@ def test_nothing_imports_the_command_line(path):
         ("def f():\n    from datasets import Image", {"datasets", "datasets.Image"}),
         ("from . import calibration", {f"{NAME}.calibration"}),
         ("from .hub import blockprune_cost", {f"{NAME}.hub", f"{NAME}.hub.blockprune_cost"}),
-        ("import hf_blockprune.pruner as p", {f"{NAME}.pruner"}),
+        ("import hf_blockprune.pruner.pruner as p", {f"{NAME}.pruner.pruner"}),
         ("import accelerated", set()),
     ],
 )
@@ -137,7 +195,7 @@ def test_wrong_arrows_of_pure_modules_are_seen(source, wrong):
         ("from .blockprune_layout import pack\nfrom transformers import AutoConfig\nimport torch", set()),
         ("from ..blocks import block_sums", {"..blocks"}),
         ("from . import blockprune_layout", {"."}),
-        ("import hf_blockprune.blocks", {f"{NAME}.blocks"}),
+        ("import hf_blockprune.score.blocks", {f"{NAME}.score.blocks"}),
         ("def f():\n    from hf_blockprune.hub.blockprune_layout import pack", {f"{NAME}.hub.blockprune_layout"}),
     ],
 )
@@ -238,5 +296,5 @@ def test_a_version_that_cannot_be_extended_is_warned_of(monkeypatch):
 def test_deciding_what_to_remove_loads_no_training_libraries():
     """Read from its files alone, without the package's __init__, which imports everything else."""
     stub = f"import types; p = types.ModuleType('{NAME}'); p.__path__ = [{str(PACKAGE)!r}]; sys.modules['{NAME}'] = p"
-    loaded = modules_after(f"{stub}\nimport {NAME}.saliency, {NAME}.allocation, {NAME}.blocks")
+    loaded = modules_after(f"{stub}\nimport {NAME}.score.saliency, {NAME}.choose.allocation, {NAME}.refit.solve")
     assert loaded & {"transformers", "datasets", "accelerate", "huggingface_hub"} == set()

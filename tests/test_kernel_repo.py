@@ -15,8 +15,7 @@ from torch import nn
 from hf_blockprune import BlockSparseLinear
 from hf_blockprune._cpu.library import PATH as LIBRARY
 from hf_blockprune.hub.blockprune_ops import block_sparse_linear
-
-from .conftest import ROOT
+from tests.conftest import ROOT
 
 CPU = [] if not LIBRARY.exists() else [f"torch-stable-abi26-cpu-{platform.machine()}-linux"]
 BUILDS = ["torch-cpu", "torch-cuda", *CPU]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from tests.conftest import ROOT
 
 LIBRARY = "hf_blockprune/_cpu/libblockprune_cpu.so"
 PLUGIN = "optimum/commands/register/register_blockprune.py"
@@ -62,8 +62,9 @@ main()
 def test_without_a_compiler_the_package_builds_without_kernels(tmp_path):
     wheel = build_wheel(tmp_path, CC="/bin/false", CXX="/bin/false")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "hf_blockprune/_cpu/backend.py" in names
-    assert {f"hf_blockprune/templates/{path.name}" for path in (ROOT / "hf_blockprune/templates").iterdir()} <= {*names}
+    package = ROOT / "hf_blockprune"
+    wanted = [path for kind in ("*.py", "*.j2", "*.md", "*.txt", "py.typed") for path in package.rglob(kind)]
+    assert {str(path.relative_to(ROOT)) for path in wanted} <= {*names}
     assert LIBRARY not in names
 
 

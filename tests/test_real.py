@@ -8,9 +8,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_blockprune import BlockPruneConfig, BlockPruner
-from hf_blockprune.inspection import inspect_checkpoint
-
-from .conftest import whole_masks
+from hf_blockprune.checkpoint.inspection import inspect_checkpoint
+from tests.conftest import whole_masks
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

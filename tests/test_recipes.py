@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from typer.main import get_command
 
 from hf_blockprune import AugmentConfig, DistillationConfig, FinetuneConfig, GradualConfig
-from hf_blockprune.finetune_jobs import FinetuneJob
-from hf_blockprune.jobs import PruneJob
-
-from .conftest import RECIPE, ROOT, accelerate_launch
+from hf_blockprune.jobs.finetune import FinetuneJob
+from hf_blockprune.jobs.prune import PruneJob
+from tests.conftest import RECIPE, ROOT, accelerate_launch
 
 TRAINING = sorted((ROOT / "recipes").glob("finetune-*.yaml"))
 RECIPES = sorted(set((ROOT / "recipes").glob("*.yaml")) - set(TRAINING))

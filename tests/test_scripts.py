@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from scripts import compare_folders, rooms
-
-from .conftest import ROOT
-from .forking import plain_forks
+from tests.conftest import ROOT
+from tests.forking import plain_forks
 
 
 def differences(one, other):

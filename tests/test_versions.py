@@ -8,8 +8,7 @@ from packaging.version import Version
 
 from benchmarks.tables import versions_table
 from scripts.test_versions import MATRIX, count, read_matrix, write
-
-from .conftest import ROOT
+from tests.conftest import ROOT
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="test_fine" />

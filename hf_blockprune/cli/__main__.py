@@ -1,3 +1,3 @@
-from . import app
+from ..cli import app
 
 app()

@@ -19,8 +19,8 @@ def inspect(
 ) -> None:
     """Show what a pruned model keeps, layer by layer, and check its format."""
     shown.begin()
-    from ..inspection import inspect_checkpoint
-    from ..tables import inspect_table
+    from ..checkpoint.inspection import inspect_checkpoint
+    from ..report.tables import inspect_table
 
     shown.result(inspect_checkpoint(source, revision=revision), inspect_table)
 
@@ -48,8 +48,8 @@ def simulate(
 ) -> None:
     """Work out what a pruned and a dense model take on a device: cycles, utilisation, latency and energy."""
     shown.begin()
-    from ..simulation import simulate_checkpoint
-    from ..tables import simulation_table
+    from ..checkpoint.simulation import simulate_checkpoint
+    from ..report.tables import simulation_table
 
     options = {"dataflow": dataflow, "overlap": overlap, "arrays": arrays, "batch": batch_size}
     options["revision"] = revision
@@ -77,8 +77,8 @@ def report(
 ) -> None:
     """Write one HTML page about pruned models: what they keep, cost and get right."""
     shown.begin()
-    from ..html_report import write_report
-    from ..tables import plain_table
+    from ..pages.page import write_report
+    from ..report.tables import plain_table
 
     made = write_report(checkpoints, output, devices=device, batch_size=batch_size, overwrite=overwrite)
     values = {"output": str(output), "checkpoints": [checkpoint.values for checkpoint in made]}
@@ -103,8 +103,8 @@ def export(
 ) -> None:
     """Write a pruned model in another form, and check that it answers alike."""
     shown.begin()
-    from ..export import FORMATS, export_checkpoint
-    from ..tables import plain_table
+    from ..export.forms import FORMATS, export_checkpoint
+    from ..report.tables import plain_table
 
     chosen = [form for form, wanted in zip(FORMATS, (dense, onnx, torch_export), strict=True) if wanted]
     if len(chosen) != 1:
@@ -130,8 +130,8 @@ def push(
 ) -> None:
     """Check a pruned model and upload it to the Hub."""
     shown.begin()
-    from ..publish import upload_checkpoint
-    from ..tables import plain_table
+    from ..checkpoint.publish import upload_checkpoint
+    from ..report.tables import plain_table
 
     options = {"private": private, "revision": revision, "create_pr": create_pr, "commit_message": message}
     commit = upload_checkpoint(directory, repo_id, **options)

@@ -20,9 +20,9 @@ def calibrate(
 ) -> None:
     """Measure this machine and write its device profile, for budgets and simulate."""
     shown.begin()
-    from ..hardware.calibrate import calibrate, rank_correlation
-    from ..hardware.profiles import save_profile
-    from ..tables import plain_table
+    from ..cost.profiles import save_profile
+    from ..measure.calibrate import calibrate, rank_correlation
+    from ..report.tables import plain_table
 
     if output.exists() and not overwrite:
         raise ConfigError(f"{output}: exists; name another file, or allow --overwrite")
@@ -36,8 +36,8 @@ def calibrate(
 def env(shown: Shown) -> None:
     """Show the machine, the versions, and what multiplies with block-sparse weights here."""
     shown.begin()
-    from ..environment import backends, environment
-    from ..tables import environment_table
+    from ..report.tables import environment_table
+    from ..runs.environment import backends, environment
 
     shown.result({**environment(), "backends": backends()}, environment_table)
 
@@ -53,6 +53,6 @@ def demo(
 ) -> None:
     """Train a small vision transformer on scikit-learn's digits, prune it, load it back. No network."""
     shown.begin()
-    from ..demo import demo_table, run_demo
+    from ..jobs.demo import demo_table, run_demo
 
     shown.result(run_demo(output, budget=budget, overwrite=overwrite), demo_table)

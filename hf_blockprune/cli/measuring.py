@@ -25,9 +25,9 @@ def evaluate(
 ) -> None:
     """Measure accuracy, or what else measures the model's task, and the change against another model."""
     shown.begin()
-    from ..measure_jobs import run_evaluate
-    from ..sources import DataSource
-    from ..tables import evaluation_table, fidelity_table
+    from ..jobs.measure import run_evaluate
+    from ..report.tables import evaluation_table, fidelity_table
+    from ..sources.named import DataSource
 
     source = DataSource.of(dataset, **columns.source())
     result, why_not_kept = run_evaluate(model, source, against=against, batch_size=batch_size, save=save)
@@ -56,8 +56,8 @@ def benchmark(
 ) -> None:
     """Time a pruned and the dense model on this machine, by turns."""
     shown.begin()
-    from ..measure_jobs import run_benchmark
-    from ..tables import latency_table
+    from ..jobs.measure import run_benchmark
+    from ..report.tables import latency_table
 
     sizes = tuple(batch_size or [1])
     values, why_not_kept = run_benchmark(

@@ -12,10 +12,10 @@ import typer
 from rich.table import Table
 
 from ..config import BlockPruneConfig, Budget, RecoveryConfig, budget_text, shape_text
+from ..cost.profile_names import profile_names
 from ..errors import ConfigError
-from ..hardware.profile_names import profile_names
-from ..methods import MethodName, names_where
-from ..processes import is_first_process
+from ..runs.processes import is_first_process
+from ..score.methods import MethodName, names_where
 from .terminal import emit, set_quiet
 
 DEFAULTS, RECOVERY = BlockPruneConfig(), RecoveryConfig()

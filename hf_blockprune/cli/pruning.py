@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..config import shape_text
-from ..methods import METHODS
+from ..score.methods import METHODS
 from .options import (
     DEFAULTS,
     Calibration,
@@ -59,8 +59,8 @@ def prune(
 ) -> None:
     """Prune a model and save it block-sparse."""
     shown.begin()
-    from ..jobs import PruneJob, run_prune
-    from ..tables import summary_table
+    from ..jobs.prune import PruneJob, run_prune
+    from ..report.tables import summary_table
 
     settings = {**choosing.settings(), **repair.settings(), **training.settings(), **calibration.settings()}
     if choosing.budget is not None:
@@ -88,8 +88,8 @@ def recover(
 ) -> None:
     """Train a pruned model to behave like the dense one, without labels; its masks stay as they are."""
     shown.begin()
-    from ..recover_jobs import RecoverJob, run_recover
-    from ..tables import summary_table
+    from ..jobs.recover import RecoverJob, run_recover
+    from ..report.tables import summary_table
 
     job = RecoverJob.read(
         config,
@@ -147,9 +147,9 @@ def sweep(
 ) -> None:
     """Prune a model at every point of a grid and compare them; the same command goes on where it stopped."""
     shown.begin()
-    from ..jobs import PruneJob
-    from ..sweep import Grid, run_sweep
-    from ..tables import sweep_table
+    from ..jobs.prune import PruneJob
+    from ..jobs.sweep import Grid, run_sweep
+    from ..report.tables import sweep_table
 
     settings = {**repair.settings(), **training.settings(), **calibration.settings(), "ignore": ignore or None}
     job = PruneJob.read(config, model=model, dataset=dataset, output=output, evaluation=evaluate_on, **settings)

@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..console import table_console
+from ..display.console import table_console
 from ..errors import first_names
-from ..interruption import interruptible
+from ..runs.interruption import interruptible
 
 err = Console(stderr=True)
 

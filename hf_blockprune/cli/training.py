@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..finetune_config import FinetuneConfig
+from ..finetune.config import FinetuneConfig
 from .options import Output, PrunedModel, Recipe, Shown, Training, Unfinished
 from .pruning import ModelOption, Teacher, one_model
 from .terminal import command
@@ -64,8 +64,8 @@ def finetune(
 ) -> None:
     """Train a pruned model with labels, a dense model's answers or both, and save it block-sparse."""
     shown.begin()
-    from ..finetune_jobs import FinetuneJob, run_finetune
-    from ..tables import summary_table
+    from ..jobs.finetune import FinetuneJob, run_finetune
+    from ..report.tables import summary_table
 
     settings: dict[str, Any] = {
         "epochs": epochs,

@@ -12,9 +12,9 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from hf_blockprune import ModelError
-from hf_blockprune.export import export_checkpoint
+from hf_blockprune.checkpoint.inspection import inspect_checkpoint
+from hf_blockprune.export.forms import export_checkpoint
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.inspection import inspect_checkpoint
 from tests.conftest import tiny_config, tiny_settings
 from tests.hub.saved_models import answer, answers_of, assert_same, pruned, sparse_model
 

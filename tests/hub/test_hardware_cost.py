@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, ConfigError, ModelError
+from hf_blockprune.checkpoint.simulation import predict, simulate_checkpoint
 from hf_blockprune.hub import blockprune_linear
 from hf_blockprune.hub.blockprune_cost import Cost
 from hf_blockprune.hub.blockprune_devices import DEVICES
@@ -28,11 +29,10 @@ from hf_blockprune.hub.blockprune_flops import UncountableError
 from hf_blockprune.hub.blockprune_profiles import CpuProfile, DeviceError, named_profile
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, pack_weights
 from hf_blockprune.hub.blockprune_saving import install
-from hf_blockprune.simulation import predict, simulate_checkpoint
+from tests.checkpoint.test_publish import Client
 from tests.conftest import WITHOUT_THE_PACKAGE, tiny_config, tiny_model
 from tests.fake_hub import FakeHub
 from tests.hub.saved_models import run, sparse_model
-from tests.test_push import Client
 
 REPO = "someone/tiny-pruned"
 # Calls cost little there, so that even the tiny models of the tests are faster with fewer blocks.

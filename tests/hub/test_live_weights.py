@@ -13,8 +13,7 @@ from hf_blockprune import BlockSparseFormatError, BlockSparseLinear
 from hf_blockprune.hub.blockprune_backends import LayerArguments, available_backends, choose_backend
 from hf_blockprune.hub.blockprune_layout import pack
 from hf_blockprune.hub.blockprune_ops import block_sparse_linear
-
-from .test_ops import assert_matches
+from tests.hub.test_ops import assert_matches
 
 OUT, IN = 96, 80
 BLOCK_SHAPES = [(16, 16), (8, 8), (12, 20), (1, 1), (32, 64)]

@@ -20,11 +20,10 @@ from hf_blockprune.hub.blockprune_backends import LayerArguments, beats_dense
 from hf_blockprune.hub.blockprune_layout import expand_mask, pack, unpack
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, choose_storage, pack_weights
 from hf_blockprune.hub.blockprune_storage import is_best_packed, least_tokens, unpack_in_pieces
-from hf_blockprune.progress import weights_fingerprint
+from hf_blockprune.runs.resume import weights_fingerprint
 from tests.conftest import ALL_FAMILIES, tiny_model
-
-from .saved_models import PIXELS, answer, assert_same, run, sparse_model
-from .test_ops import assert_matches
+from tests.hub.saved_models import PIXELS, answer, assert_same, run, sparse_model
+from tests.hub.test_ops import assert_matches
 
 OUT, IN = 52, 40
 SHAPES = [(16, 16), (8, 8), (12, 20), (1, 1), (64, 48)]

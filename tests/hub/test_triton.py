@@ -17,9 +17,9 @@ from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.hub.blockprune_triton import k_major, launch
 from hf_blockprune.hub.blockprune_triton_backend import BLOCK_ROWS, TritonBackend
 from hf_blockprune.hub.blockprune_tuning import Config
+from tests.hub.test_ops import ACTIVATIONS, OUT, make_case, reference, run, shape_id
 
 from . import test_ops
-from .test_ops import ACTIVATIONS, OUT, make_case, reference, run, shape_id
 
 # NumPy's word for exp(large) = inf in the interpreter; GELU wants just that.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")

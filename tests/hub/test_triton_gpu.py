@@ -5,12 +5,11 @@ import torch
 from torch import nn
 
 from hf_blockprune import BlockPruneConfig, micro_batch, sparsify
-from hf_blockprune.blocks import grid_shape
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
-from hf_blockprune.targets import find_targets
-
-from ..conftest import tiny_model
-from .test_ops import MAX_RELATIVE_ERROR, shape_id
+from hf_blockprune.model.targets import find_targets
+from hf_blockprune.score.blocks import grid_shape
+from tests.conftest import tiny_model
+from tests.hub.test_ops import MAX_RELATIVE_ERROR, shape_id
 
 pytestmark = pytest.mark.gpu
 

@@ -14,8 +14,7 @@ pytest.importorskip("triton")
 from hf_blockprune.hub.blockprune_backends import LayerArguments
 from hf_blockprune.hub.blockprune_triton_backend import TritonBackend
 from hf_blockprune.hub.blockprune_tuning import Choice, Config, Problem, Tuner, cache_folder, candidates
-
-from .test_ops import assert_matches, make_case, reference
+from tests.hub.test_ops import assert_matches, make_case, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBLEM = Problem("bfloat16", 2, "ieee", 64, 32, 12608, 3072, 768, 0.5)

@@ -1,0 +1,330 @@
+"""What a saved block-sparse checkpoint holds, read without running its code and without its weights."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # as in model/loading.py
+
+from ..cost.flops import ModelFlops, count_flops, image_size
+from ..errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
+from ..hub.blockprune_backends import LayerArguments, choose_backend
+from ..hub.blockprune_cost import linear_flops
+from ..hub.blockprune_headers import (
+    ELEMENT_BYTES,
+    INDEX_NAMES,
+    TENSOR_NAMES,
+    DamagedFileError,
+    StoredTensor,
+    read_headers,
+)
+from ..hub.blockprune_layout import PackedWeight, block_mask, check_indices, grid_shape
+from ..hub.blockprune_quantizer import QUANT_METHOD, BlockPruneQuantizationConfig, match_layers, tokens_of_layers
+from ..hub.blockprune_storage import is_best_packed
+from ..model.loading import build, model_class_of
+from ..score.blocks import block_sizes
+from .fetching import checkpoint_folder
+from .folder import CONFIG_FILE, PROCESSOR_FILE, REPORT_FILE, read_json, read_report
+
+LAYER_COUNTS = ("num_hidden_layers", "depths")
+WEIGHTS_FILE = "model.safetensors"
+SHARDS_FILE = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A block-sparse layer of a checkpoint.
+
+    Attributes:
+        name: as stored.
+        module: in the model.
+        values: what `inspect_checkpoint` says of it.
+        mask: bool [block_rows, block_cols] of what is stored, cut rows and columns left out.
+    """
+
+    name: str
+    module: str
+    values: dict[str, Any]
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A checkpoint whose indices were checked.
+
+    Attributes:
+        architecture: the dense model, without weights.
+        flops: of the dense model.
+        layers: the block-sparse ones in forward order.
+        size_bytes: of all weight files.
+    """
+
+    architecture: Any
+    flops: ModelFlops
+    layers: list[StoredLayer]
+    size_bytes: int
+
+
+def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """What a saved block-sparse checkpoint holds, checked against the format's rules; no weight is loaded.
+
+    Args:
+        source: a folder written by `BlockPruner.save_pretrained`, or a name on the Hub.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        JSON-ready values: `flops_ratio` (whole model), `linear_flops_ratio` (pruned layers alone), `params_ratio`
+        (weights of the whole model), `density`, `size_bytes` and `dense_size_bytes` (weights on disk, and what they
+        would be dense), `stream_reordered` (whether features of hidden states, and so of embeddings, come in another
+        order than the dense model's, None where no sound report lies beside the weights), and `layers`, a list of
+        {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes, cpu_backend}, the
+        last being what would multiply with it on this machine's CPU ("unpacked" where torch's own product with the
+        whole matrix is expected to be faster).
+
+    Raises:
+        CheckpointError: there is no block-sparse checkpoint, or it is damaged.
+        BlockSparseFormatError: config and tensors disagree.
+        ConfigError: a revision of a folder.
+    """
+    folder = checkpoint_folder(source, revision)
+    values = describe_checkpoint(open_checkpoint(folder))
+    layers = values.pop("layers")
+    return {**values, "stream_reordered": _stream_reordered(folder), "layers": layers}
+
+
+def _stream_reordered(folder: Path) -> bool | None:
+    try:
+        report = read_report(folder / REPORT_FILE)
+    except CheckpointError:  # the weights are what they are without it
+        report = None
+    return None if report is None else bool(report.residual_order)
+
+
+def describe_checkpoint(stored: StoredModel) -> dict[str, Any]:
+    """What `inspect_checkpoint` says of a checkpoint that was opened."""
+    removed_flops, target_flops, removed_weights = 0.0, 0.0, 0.0
+    for layer in stored.layers:
+        linear = stored.architecture.get_submodule(layer.module)
+        shape, block_shape = _pair(layer.values["stored_shape"]), _pair(layer.values["block_shape"])
+        kept = float(block_sizes(shape, block_shape)[layer.mask].sum())
+        tokens, weights = stored.flops.linear_tokens[layer.module], linear.out_features * linear.in_features
+        removed_flops += linear_flops(tokens, weights - kept)
+        target_flops += linear_flops(tokens, weights)
+        removed_weights += weights - kept
+    return {
+        "flops_ratio": 1 - removed_flops / stored.flops.total,
+        "linear_flops_ratio": 1 - removed_flops / target_flops if target_flops else 1.0,
+        "params_ratio": 1 - removed_weights / stored.flops.parameters,
+        "dense_flops": stored.flops.total,
+        **_totals(stored),
+        "layers": [{"name": layer.name, "module": layer.module, **layer.values} for layer in stored.layers],
+    }
+
+
+def open_checkpoint(directory: str | Path, architecture: Any = None) -> StoredModel:
+    """Read and check a checkpoint's config and indices.
+
+    Args:
+        directory: a folder written by `BlockPruner.save_pretrained`, or downloaded from the Hub.
+        architecture: the dense model on the meta device, where it is at hand; by default what config.json describes.
+
+    Raises:
+        CheckpointError: the folder is no block-sparse checkpoint, or is damaged.
+        BlockSparseFormatError: config and tensors disagree.
+        ModelError: its config describes no classifier or encoder of images.
+    """
+    folder = Path(directory).expanduser()
+    values = read_json(folder / CONFIG_FILE)
+    stored = values.get("quantization_config")
+    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"{directory}: is no block-sparse checkpoint (its config.json names no {QUANT_METHOD} format)"
+        )
+    config = BlockPruneQuantizationConfig(**stored)
+    files = weight_files(folder)
+    headers = _read_headers(files)
+    _check_sizes(folder, values, headers)
+    architecture = _dense_architecture(folder, headers) if architecture is None else architecture
+    modules, found = match_layers(architecture, config, headers)
+    _check_dense(architecture, found, set(modules.values()))
+    flops = _flops(folder, architecture)
+    stored_names = {module: name for name, module in modules.items()}
+    layers, indices = [], _read_indices(config, headers)
+    tokens = tokens_of_layers(architecture, stored_names)
+    for module, linear in architecture.named_modules():
+        if module in stored_names:
+            name = stored_names[module]
+            values, mask = _inspect_layer(name, linear, config, headers, indices, tokens[module])
+            layers.append(StoredLayer(name, module, values, mask))
+    return StoredModel(architecture, flops, layers, sum(file.stat().st_size for file in files))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would load: one, or the shards that the index names.
+
+    Raises:
+        CheckpointError: there are none, or the index names files that are not the folder's own.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if not (folder / SHARDS_FILE).is_file():
+        raise CheckpointError(f"{folder}: holds no safetensors file")
+    shards = read_json(folder / SHARDS_FILE).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{folder / SHARDS_FILE}: its weight_map must give each tensor's file")
+    names = sorted(set(shards.values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{folder / SHARDS_FILE}: {name!r} is no file of this folder; download it again")
+    return [folder / name for name in names]
+
+
+def _read_headers(files: list[Path]) -> dict[str, StoredTensor]:
+    try:
+        return read_headers(files)
+    except DamagedFileError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _check_sizes(folder: Path, native: dict[str, Any], headers: dict[str, StoredTensor]) -> None:
+    """Refuse a config whose model would be larger than the files, before anything of that size is built.
+
+    Raises:
+        ModelError: naming the key.
+    """
+    most = max(sum(math.prod(entry.shape) for entry in headers.values()), 1)
+    for key, value in native.items():
+        bound = len(headers) if key in LAYER_COUNTS else most
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > bound:
+                raise ModelError(f"{folder}: config.json declares {key} {number}, more than its files hold")
+
+
+def _check_dense(architecture: Any, found: dict[str, StoredTensor], sparse: set[str]) -> None:
+    """Refuse dense tensors of another shape than the architecture's.
+
+    Raises:
+        BlockSparseFormatError: naming the first.
+    """
+    for name, tensor in architecture.state_dict().items():
+        entry = found.get(name)
+        if entry is not None and name.rpartition(".")[0] not in sparse and entry.shape != tuple(tensor.shape):
+            raise BlockSparseFormatError(
+                f"{name}: shape {entry.shape} in the checkpoint, but config.json declares {tuple(tensor.shape)}"
+            )
+
+
+def _dense_architecture(folder: Path, headers: dict[str, StoredTensor]) -> Any:
+    """The dense model on the meta device, from the native config alone (the folder's code is not run)."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")
+        with torch.device("meta"):
+            return build(model_class_of(config), config, headers)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers refuses a stranger's values in many ways
+        raise ModelError(f"{folder}: its config.json describes no classifier or encoder of images ({error})") from error
+
+
+def _flops(folder: Path, architecture: Any) -> ModelFlops:
+    processing = _processing(folder)
+    try:
+        flops = count_flops(architecture, image_size(architecture.config, processing))
+    except BlockPruneError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{folder}: its config.json describes no classifier or encoder of images ({error})") from error
+    if not flops.total > 0:
+        raise ModelError(f"{folder}: its config.json describes a model that multiplies nothing")
+    return flops
+
+
+def _processing(folder: Path) -> dict[str, Any] | None:
+    """Settings of the image processor beside a checkpoint; what its file leaves out is as its class has it.
+
+    It makes no picture here, and a class of the folder's own is not run: its settings count as they stand.
+    """
+    file = folder / PROCESSOR_FILE
+    if not file.is_file():
+        return None
+    stored = read_json(file)
+    try:
+        return {**stored, **AutoImageProcessor.from_pretrained(folder, trust_remote_code=False).to_dict()}
+    except Exception:  # what a stranger's settings make transformers raise has no common class
+        return stored
+
+
+def _inspect_layer(
+    name: str,
+    linear: nn.Linear,
+    config: BlockPruneQuantizationConfig,
+    headers: dict[str, StoredTensor],
+    indices: dict[str, Tensor],
+    tokens: int,
+) -> tuple[dict[str, Any], Tensor]:
+    nnz_blocks, block_shape = config.layers[name], _pair(config.block_shape)
+    dense = (linear.out_features, linear.in_features)
+    shape = config.shape_of(name, dense)
+    keys = {tensor: f"{name}.{tensor}" for tensor in TENSOR_NAMES}
+    crow, col = (indices[keys[index]] for index in INDEX_NAMES)
+    block_cols = grid_shape(*shape, block_shape)[1]
+    check_indices(name, crow, col, block_cols)
+    blocks = math.prod(grid_shape(*dense, block_shape))
+    dtype = headers[keys["weight"]].dtype
+    layer = {
+        "shape": list(dense),
+        "stored_shape": list(shape),
+        "block_shape": list(block_shape),
+        "kept_blocks": nnz_blocks,
+        "blocks": blocks,
+        "density": nnz_blocks / blocks,
+        "size_bytes": sum(headers[key].size_bytes for key in keys.values()),
+        "dense_size_bytes": dense[0] * dense[1] * ELEMENT_BYTES[dtype],
+        "cpu_backend": _cpu_backend(DTYPES[dtype], shape, block_shape, crow, col, tokens),
+    }
+    empty = torch.empty(nnz_blocks, 0, 0)
+    return layer, block_mask(PackedWeight(empty, crow, col), block_cols)
+
+
+def _pair(block_shape: list[int]) -> tuple[int, int]:
+    return block_shape[0], block_shape[1]
+
+
+def _read_indices(config: BlockPruneQuantizationConfig, headers: dict[str, StoredTensor]) -> dict[str, Tensor]:
+    """Index tensors of all layers by name; each file is opened once."""
+    keys = [f"{layer}.{index}" for layer in config.layers for index in INDEX_NAMES]
+    found: dict[str, Tensor] = {}
+    for path in {headers[key].file for key in keys}:
+        with safe_open(path, framework="pt") as file:
+            found |= {key: file.get_tensor(key) for key in keys if headers[key].file == path}
+    return found
+
+
+def _cpu_backend(
+    dtype: torch.dtype, shape: tuple[int, int], block_shape: tuple[int, int], crow: Tensor, col: Tensor, tokens: int
+) -> str:
+    """Name of the backend that would multiply with a layer on this machine's CPU, or "unpacked"."""
+    zero = torch.zeros((), dtype=dtype)  # which blocks there are decides, not what is in them
+    layer = LayerArguments(zero.expand(len(col), *block_shape), crow, col, None, shape[0])
+    if not is_best_packed(layer, shape[1], tokens):
+        return "unpacked"
+    return choose_backend(zero.expand(1, shape[1]), layer)
+
+
+def _totals(stored: StoredModel) -> dict[str, Any]:
+    layers = [layer.values for layer in stored.layers]
+    saved = sum(layer["dense_size_bytes"] - layer["size_bytes"] for layer in layers)
+    blocks = sum(layer["blocks"] for layer in layers)
+    return {
+        "density": sum(layer["kept_blocks"] for layer in layers) / blocks if blocks else 1.0,
+        "size_bytes": stored.size_bytes,
+        "dense_size_bytes": stored.size_bytes + saved,
+    }

@@ -1,0 +1,1 @@
+"""Which parts go under a budget."""

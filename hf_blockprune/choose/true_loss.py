@@ -1,0 +1,133 @@
+"""How far a layer's predicted loss is from what pruning it really does to the model's predictions.
+
+The Fisher information is a second-order picture of the dense model, and is off by a different factor in each layer: it
+takes errors for independent, and knows nothing of what softmax and norms forgive. Each group of Linears that feed each
+other is therefore pruned alone, as an allocation says, with its surviving weights adapted; the divergence of the
+model's predictions over the predicted loss is the factor by which the group's losses are corrected (in the spirit of
+SPDY, Frantar and Alistarh 2022, arXiv 2201.13096, which searches for such factors instead).
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cost.flops import dtype_of
+from ..display.stages import stage
+from ..errors import ModelError
+from ..model.outputs import output_of, task_for
+from ..model.tasks import Regression, Task
+from ..refit.solve import Moments, solve
+from ..score.blocks import expand_mask
+from ..score.statistics import LayerStatistics
+from .state import SelectionState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+IMAGES_AT_ONCE = 32
+LARGEST_FACTOR = 30.0
+LEAST_LOSS = 1e-30  # nats; less is nothing, and its ratios would underflow
+
+
+@torch.no_grad()
+def true_losses(
+    model: nn.Module,
+    groups: Sequence[Sequence[str]],
+    masks: dict[str, Tensor],
+    statistics: dict[str, LayerStatistics],
+    block_shape: tuple[int, int],
+    pixels: Tensor,
+    *,
+    accelerator: "Accelerator",
+    damping: float,
+    state: SelectionState | None = None,
+    number: int = 0,
+) -> list[float]:
+    """Divergence of the predictions when one group of Linears is pruned and the others are dense.
+
+    Args:
+        model: the dense model, left as it was.
+        groups: module names; groups are shared out over processes.
+        masks: bool [block_rows, block_cols] by module name.
+        statistics: by module name.
+        block_shape: (rows, cols).
+        pixels: [images, channels, height, width], the same on every process.
+        accelerator: device and processes.
+        damping: of the surviving weights' solution.
+        state: keeps each group's loss, and gives back those of an interrupted run.
+        number: how often losses were measured before.
+
+    Returns:
+        KL(dense || pruned) of what the model's task makes of its outputs, in nats for each group, the mean over images.
+
+    Raises:
+        ModelError: a layer's surviving weights cannot be solved for.
+    """
+    from accelerate.utils import gather_object
+
+    wanted, task = _outputs(model, pixels)
+    if isinstance(task, Regression):
+        task = task.scaled(wanted)
+    state, losses = state or SelectionState(), []
+    kept = {i: state.loss(number, i) for i in range(len(groups))}
+    missing = [i for i, loss in kept.items() if loss is None]
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    with stage("true losses", len(mine), unit="groups of layers") as bar:
+        for index in bar.over(mine):
+            group = list(groups[index])
+            before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
+            try:
+                for name in group:
+                    _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
+                have, _ = _outputs(model, pixels)
+            finally:
+                for parameter, value in before:
+                    parameter.data = value
+            losses.append((index, float(task.divergence(wanted, have).mean())))
+            state.keep_loss(number, index, len(groups), losses[-1][1])
+    every: dict[int, Any] = kept | dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
+    return [every[i] for i in range(len(groups))]
+
+
+def _prune(
+    name: str, linear: Any, mask: Tensor, statistics: LayerStatistics, block_shape: tuple[int, int], damping: float
+) -> None:
+    """Give the Linear the surviving weights that `obs` reckons with; its mean output stays where there is a bias."""
+    weight, covariance = linear.weight.data, statistics.safe_covariance
+    columns = expand_mask(mask.any(dim=0, keepdim=True), (1, weight.shape[1]), (1, block_shape[1]))[0]
+    kept = columns.nonzero().squeeze(1).to(weight.device)
+    mean = statistics.need("mean")
+    moments = Moments(mean[kept], mean[:0], covariance[kept][:, kept], weight.double() @ covariance[:, kept], 0.0)
+    try:
+        solution = solve(weight[:, kept], mask[:, mask.any(dim=0)].to(weight.device), block_shape, moments, damping)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise ModelError(
+            f"{name}: its inputs are too dependent ({error}); raise damping or use more calibration images"
+        ) from error
+    pruned = torch.zeros_like(weight)
+    pruned[:, kept] = solution.to(weight.dtype)
+    linear.weight.data = pruned
+    if linear.bias is not None:
+        linear.bias.data = linear.bias.data + ((weight - pruned).double() @ mean).to(weight.dtype)
+
+
+def _outputs(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Task]:
+    """Float64 [images, outputs], and what they mean."""
+    parts = [model(pixel_values=part.to(dtype_of(model))) for part in pixels.split(IMAGES_AT_ONCE)]
+    return torch.cat([output_of(model, part) for part in parts]).double(), task_for(model, parts[0])
+
+
+def loss_factors(losses: Sequence[float], predicted: Sequence[float]) -> list[float]:
+    """True over predicted loss of each group, at most `LARGEST_FACTOR` from the median either way.
+
+    A group that lost nothing takes the median, so that it stays comparable with the others.
+    """
+    pairs = list(zip(losses, predicted, strict=True))
+    ratios = sorted(loss / guess for loss, guess in pairs if loss > LEAST_LOSS and guess > LEAST_LOSS)
+    if not ratios:
+        return [1.0] * len(losses)
+    middle = ratios[len(ratios) // 2]
+    least, most = middle / LARGEST_FACTOR, middle * LARGEST_FACTOR
+    return [min(max(loss / guess, least), most) if guess > LEAST_LOSS else middle for loss, guess in pairs]

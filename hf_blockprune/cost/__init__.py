@@ -1,0 +1,1 @@
+"""What shapes and masks cost on a device; the formulas travel with checkpoints, see `hub`."""

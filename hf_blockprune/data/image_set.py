@@ -1,0 +1,144 @@
+"""A data set of images that are not decoded yet, and samples of it."""
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..sources.columns import LabelColumn
+from ..sources.pictures import Decoding
+from ..sources.reading import is_url
+from .labels import Labels
+from .model_input import ModelInput, find_input
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set of images, not decoded yet.
+
+    Attributes:
+        dataset: a `datasets.Dataset`, or an `IterableDataset` when streaming.
+        name: for messages.
+        image_column: the column with the images.
+        labelled: the column with labels, None where there is none.
+        shuffle_buffer: images that a stream's sample is drawn from, 0 to take the first ones.
+        most: images that were taken of a stream, which may hold fewer; None for all.
+        decoding: how its pictures become images.
+        preprocessed: its images are pixel_values that an image processor made, and are taken as they are.
+        left_out: files beside the images that may be pictures and cannot be read, by their path in the folder.
+        model_input: what the model takes, where that was looked at; else it follows from its config.
+        labels_by: how labels become the model's; see `DataSource`.
+        split: which of its splits it is, None where it has none or one alone.
+    """
+
+    dataset: Any
+    name: str
+    image_column: str
+    labelled: LabelColumn | None
+    shuffle_buffer: int = 0
+    most: int | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    preprocessed: bool = False
+    left_out: tuple[str, ...] = ()
+    model_input: ModelInput | None = None
+    labels_by: str = "name"
+    split: str | None = None
+
+    @property
+    def label_column(self) -> str | None:
+        """Name of the column with labels, None where there is none."""
+        return None if self.labelled is None else self.labelled.name
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes by index, where the data set knows them."""
+        return None if self.labelled is None else self.labelled.class_names
+
+    def fitted(self, model: Any, processor: Any) -> "ImageSet":
+        """For a model and its image processor.
+
+        Raises:
+            ModelError: pictures cannot be made into what the model takes.
+        """
+        return replace(self, model_input=find_input(model, processor))
+
+    @property
+    def streaming(self) -> bool:
+        return not hasattr(self.dataset, "__len__")
+
+    @property
+    def public_name(self) -> str:
+        """The name without the folders of this machine and the keys in URLs, for reports that may be published."""
+        if is_url(self.name):
+            return re.sub(r"[?#]\S*", "", re.sub(r"//[^/]*@", "//", self.name))
+        path = Path(self.name).expanduser()
+        return "/".join((path.resolve() if path.exists() else path).parts[-2:])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a sample is determined by, with the seed, as JSON-ready values."""
+        keys = ("image_column", "label_column", "labels_by", "streaming", "shuffle_buffer")
+        options = {key: getattr(self, key) for key in keys}
+        if self.decoding.white is not None:
+            options["white"] = self.decoding.white
+        return {"name": self.public_name, "split": str(getattr(self.dataset, "split", None)), **options}
+
+    def without_labels(self) -> "ImageSet":
+        """The same images; their labels are not even read."""
+        dataset = self.dataset
+        if hasattr(dataset, "select_columns"):
+            dataset = dataset.select_columns([self.image_column])
+        return replace(self, dataset=dataset, labelled=None)
+
+    def labels_for(self, model_config: Any) -> Labels | None:
+        """What turns its labels into those of a model; None where it has none.
+
+        Raises:
+            DataError: a label is none of the model's. A stream's, which are not known yet, are refused as they come.
+        """
+        if self.labelled is None:
+            return None
+        column = self.labelled
+        labels = Labels(
+            column.class_names,
+            model_config,
+            self.name,
+            listed=column.listed,
+            fixed=column.fixed,
+            by=self.labels_by,
+        )
+        if not self.streaming and not column.listed and column.name in getattr(self.dataset, "column_names", ()):
+            for label in dict.fromkeys(self.dataset.select_columns([column.name])[:][column.name]):
+                labels(label)
+        return labels
+
+    def sample(self, samples: int, seed: int) -> "ImageSet":
+        """At most `samples` images, drawn without replacement; of a stream, the first ones, or out of its buffer.
+
+        A smaller sample of the same seed is the beginning of a larger one, so that an image at a position that is held
+        back is held back from every step.
+        """
+        if self.streaming:
+            stream = self.dataset
+            if self.shuffle_buffer:
+                stream = stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+            return replace(self, dataset=stream.take(samples), most=samples)
+        chosen = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:samples]
+        return replace(self, dataset=self.dataset.select(chosen.tolist()))
+
+    def file_name(self, index: int) -> str:
+        """The name of an image by its position, or the position where it has no name."""
+        record = next(iter(self.dataset.skip(index))) if self.streaming else self.dataset[index]
+        stored = record[self.image_column]
+        path = stored.get("path") if isinstance(stored, dict) else None
+        return Path(path).name if path else f"number {index}"
+
+    def every(self, step: int, most: int) -> "ImageSet":
+        """At most `most` images, one in `step`, or all where there are fewer than that; of a stream, the first ones."""
+        if self.streaming:
+            most = most if self.most is None else min(most, self.most)
+            return replace(self, dataset=self.dataset.take(most), most=most)
+        chosen = list(range(step - 1, len(self.dataset), step)) or list(range(len(self.dataset)))
+        return replace(self, dataset=self.dataset.select(chosen[:most]))

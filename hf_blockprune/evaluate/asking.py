@@ -1,0 +1,57 @@
+"""Asking a model about every image of a data set, on all processes."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..data.batches import CorruptImages, ImageSet, batches, num_batches
+from ..display.stages import stage
+from ..model.modes import evaluating
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def ask(
+    model: nn.Module,
+    images: ImageSet,
+    processor: Any,
+    answers: Callable[[dict[str, Any]], Iterable[tuple[Any, ...]]],
+    *,
+    accelerator: "Accelerator",
+    batch_size: int,
+    name: str,
+) -> tuple[list[tuple[Any, ...]], list[str]]:
+    """What a model answers; each process gets all answers, in the data set's order.
+
+    Args:
+        model: of transformers.
+        images: those to ask about.
+        processor: the model's image processor.
+        answers: what to keep of a batch (see `data.batches`), for each image a tuple that begins with its position.
+        accelerator: device and processes.
+        batch_size: images in one pass on each process.
+        name: of the stage that is shown.
+
+    Returns:
+        (answers, files that could not be decoded).
+
+    Raises:
+        DataError: labels that do not fit the model, or more than 1 % corrupt images.
+    """
+    from accelerate.utils import gather_object
+
+    model.to(accelerator.device)
+    rows: list[tuple[Any, ...]] = []
+    corrupt = CorruptImages(images.name)
+    stream = batches(images, processor, batch_size=batch_size, accelerator=accelerator, model_config=model.config)
+    total = num_batches(images, batch_size, accelerator.num_processes)
+    with stage(name, total, unit="batches") as bar, evaluating(model):
+        for batch in bar.over(stream):
+            corrupt.count(batch)
+            if "pixel_values" in batch:
+                rows += answers(batch)
+    corrupt.gather()
+    corrupt.check()
+    return sorted(gather_object(rows), key=lambda row: row[0]), corrupt.files

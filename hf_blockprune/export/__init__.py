@@ -1,0 +1,1 @@
+"""Pruned models in forms that need nothing of this package."""

@@ -1,0 +1,85 @@
+"""How wide the MLPs are in other forms of a model whose hidden units were cut out (see `reorder.cutting`).
+
+`model.dequantize()` fills a layer up to its `dense_shape`, so what stands there decides.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..hub.blockprune_quantizer import block_sparse_layers
+from ..model.loading import build, model_class_of
+
+# Settings of all layers: an MLP's hidden units, and their ratio to its inputs.
+WIDTH, RATIO = "intermediate_size", "mlp_ratio"
+
+
+def cut_units(model: nn.Module) -> int:
+    """Hidden units that the layers of a block-sparse model lack of what `dequantize` fills them up to."""
+    return sum(layer.dense_shape[0] - layer.out_features for layer in _cut_layers(model).values())
+
+
+def leave_units_out(model: nn.Module) -> None:
+    """Let `dequantize` keep every layer as small as it is, for forms in which each may have another width."""
+    for layer in _cut_layers(model).values():
+        layer.dense_shape = None
+
+
+def narrow(model: Any) -> None:
+    """Let the config, and so `dequantize`, make all MLPs as wide as the widest of a block-sparse model, in place.
+
+    Nothing changes where one is whole, or other parts of the model would change too.
+    """
+    layers = _cut_layers(model)
+    for holder, setting, value in _settings(model.config, list(layers.values())):
+        changed = copy.deepcopy(model.config)
+        setattr(getattr(changed, holder) if holder else changed, setting, value)
+        with torch.device("meta"):
+            made = build(model_class_of(changed), changed, model.state_dict())
+        if _holds(made, model, layers):
+            setattr(getattr(model.config, holder) if holder else model.config, setting, value)
+            for name, layer in layers.items():
+                layer.dense_shape = tuple(made.get_submodule(name).weight.shape)
+            return
+
+
+def _cut_layers(model: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in block_sparse_layers(model) if layer.dense_shape is not None}
+
+
+def _settings(config: Any, layers: list[Any]) -> Iterator[tuple[str, str, int | float]]:
+    """(name of the config within the config, or nothing; name; value) that give room for just the widest layer."""
+    writers = [layer for layer in layers if layer.out_features < layer.dense_shape[0]]
+    if not writers:
+        return
+    width = max(layer.out_features for layer in writers)
+    ratio = max(layer.out_features / layer.in_features for layer in writers)
+    for holder in ("", "vision_config"):
+        part = getattr(config, holder, None) if holder else config
+        if isinstance(getattr(part, WIDTH, None), int):
+            yield holder, WIDTH, width
+        if isinstance(getattr(part, RATIO, None), int):
+            yield holder, RATIO, math.ceil(ratio)
+        elif hasattr(part, RATIO):
+            # Models round ratio * inputs down, and the ratio itself is rounded.
+            yield from ((holder, RATIO, value) for value in (ratio, math.nextafter(ratio, math.inf)))
+
+
+def _holds(made: nn.Module, model: nn.Module, cut: dict[str, Any]) -> bool:
+    """Whether a new model has a place for all that a block-sparse one holds, with less to fill up, and nothing else."""
+    linears = {name: tuple(m.weight.shape) for name, m in made.named_modules() if isinstance(m, nn.Linear)}
+    sizes = {name: (layer.out_features, layer.in_features) for name, layer in block_sparse_layers(model)}
+    before = {name: cut[name].dense_shape if name in cut else size for name, size in sizes.items()}
+    if not all(
+        name in linears and all(a <= b <= c for a, b, c in zip(size, linears[name], before[name], strict=True))
+        for name, size in sizes.items()
+    ):
+        return False
+    if all(linears[name] == shape for name, shape in before.items()):  # a setting that the model does not read
+        return False
+    others = {name: t.shape for name, t in model.state_dict().items() if name.rpartition(".")[0] not in sizes}
+    return others == {name: t.shape for name, t in made.state_dict().items() if name.rpartition(".")[0] not in sizes}

@@ -1,0 +1,91 @@
+"""The work behind `blockprune evaluate` and `blockprune benchmark`: look at everything that is named, measure, keep.
+
+What costs least is looked at first, so that a wrong name ends a command before a model's weights are read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, ConfigError, ModelError
+from ..hub.blockprune_config import describes
+from ..hub.blockprune_quantizer import block_sparse_layers
+from ..pruner.pruner import BlockPruner
+from .beforehand import check_inputs
+
+
+def run_evaluate(
+    model: str, dataset: Any, *, against: str | None = None, batch_size: int = 32, save: bool = True
+) -> tuple[Any, str | None]:
+    """Measure how good a saved model is at its task, and keep the result with it.
+
+    Args:
+        model: a folder or a name on the Hub, of a dense or a pruned model.
+        dataset: labelled images, named as for `BlockPruner.evaluate`; of encoders any.
+        against: a model to compare with.
+        batch_size: images in one pass.
+        save: keep the result in the folder of a pruned model.
+
+    Returns:
+        (what `BlockPruner.evaluate` gives, why the result could not be kept or None).
+
+    Raises:
+        BackendError: `BLOCKPRUNE_BACKEND` names none.
+        ModelError: there is no such model, or an encoder is compared with none.
+        DataError: the images cannot be used.
+    """
+    _, images = check_inputs(model, evaluation=dataset, other=against, compared=against is not None)
+    pruner = BlockPruner.from_pretrained(model)
+    result = pruner.evaluate(images, against=against, batch_size=batch_size)
+    return result, _keep(pruner, model) if save else None
+
+
+def run_benchmark(
+    model: str,
+    *,
+    against: str | None = None,
+    batch_sizes: tuple[int, ...] = (1,),
+    seconds: float = 10.0,
+    threads: int | None = None,
+    save: bool = True,
+) -> tuple[dict[str, Any], str | None]:
+    """Time a saved pruned model and the dense one by turns, and keep the result with it.
+
+    Args:
+        model: a folder or a name on the Hub.
+        against: the dense model; by default the pruned one with zeros.
+        batch_sizes: images in one pass.
+        seconds: about how long to measure each batch size.
+        threads: of the CPU, for this process from now on; None changes nothing.
+        save: keep the result in the model's folder.
+
+    Returns:
+        (what `BlockPruner.benchmark` gives, why the result could not be kept or None).
+
+    Raises:
+        BackendError: `BLOCKPRUNE_BACKEND` names none.
+        ConfigError: no batch size was given, or one below 1.
+        ModelError: there is no such model, or it is not pruned.
+    """
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ConfigError(f"batch sizes: expected whole numbers from 1, got {list(batch_sizes)}")
+    config, _ = check_inputs(model, other=against)
+    if not describes(config):
+        raise ModelError(f"{model} has no block-sparse layers to measure; name a pruned model")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    pruner = BlockPruner.from_pretrained(model)
+    values = pruner.benchmark(against=against, batch_sizes=batch_sizes, seconds=seconds)
+    return values, _keep(pruner, model) if save else None
+
+
+def _keep(pruner: BlockPruner, model: str) -> str | None:
+    """Keep what was measured; why that was not possible, where somebody might expect it."""
+    try:
+        kept = pruner.save_measurements()
+    except CheckpointError as error:
+        return f"the result was not kept: {error}"
+    if kept or not any(block_sparse_layers(pruner.model)) or not Path(model).expanduser().is_dir():
+        return None
+    return f"the result was not kept: {model} has no report to keep it in; --no-save says that none is wanted"

@@ -1,0 +1,1 @@
+"""What this machine takes: time and energy, measured."""

@@ -1,0 +1,1 @@
+"""What a vision transformer consists of, and what it answers."""

@@ -1,0 +1,72 @@
+"""The repeated layers of a model: where they are listed, and the chain that hidden states pass along."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ..errors import ModelError
+
+
+@dataclass
+class Layer:
+    """A layer of a chain: it takes the hidden states that the one before it gives.
+
+    Attributes:
+        name: of the module in the model.
+        module: itself.
+        args, kwargs: what it is called with beside hidden states; known after `learn_calls`.
+    """
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, states: Tensor, module: nn.Module | None = None) -> Tensor:
+        """The hidden states after the layer, or after another module in its place."""
+        return hidden_states((module or self.module)(states, *self.args, **self.kwargs))
+
+
+def hidden_states(output: Any) -> Tensor:
+    """A layer's output without what some give beside it, such as attention's probabilities."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def layer_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of each list of layers: each ModuleList, or where there is none each Sequential of alike ones."""
+    # A parametrized weight holds its parametrizations in a list, which is none of layers.
+    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, ParametrizationList)]
+    found: list[tuple[str, nn.Module]] = [(n, module) for n, module in modules if isinstance(module, nn.ModuleList)]
+    return found or [(name, module) for name, module in modules if _is_sequence(module)]
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether it is several layers of one class that have parts, as timm's models hold theirs."""
+    children = list(module.children())
+    alike = len(children) > 1 and len({type(child) for child in children}) == 1
+    return isinstance(module, nn.Sequential) and alike and all(list(child.children()) for child in children)
+
+
+def layer_chain(model: nn.Module, names: Iterable[str]) -> list[Layer]:
+    """The layers of the list that holds all named modules; those of its stages where the list is one of stages.
+
+    Raises:
+        ModelError: they do not lie in one list.
+    """
+    for name, module in layer_lists(model):
+        if all(target.startswith(f"{name}.") for target in names):
+            return list(_chained(name, module))
+    raise ModelError(f"{type(model).__name__}: the pruned Linears lie in several lists of layers; refit needs one")
+
+
+def _chained(name: str, module: nn.Module) -> Iterator[Layer]:
+    """Layers of a list, or of a stage: a module that holds a list of layers and perhaps others before or after it."""
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}"
+        if isinstance(child, nn.ModuleList) or any(isinstance(part, nn.ModuleList) for part in child.children()):
+            yield from _chained(full, child)
+        elif next(child.parameters(), None) is not None:
+            yield Layer(full, child)

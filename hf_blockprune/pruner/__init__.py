@@ -1,0 +1,1 @@
+"""The public class, and one run from images to a pruned model."""

@@ -1,0 +1,1 @@
+"""Survivors learn without labels."""

@@ -1,0 +1,1 @@
+"""Survivors of pruning solved for."""

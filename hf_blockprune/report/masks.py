@@ -1,0 +1,74 @@
+"""What masks keep of a model, for its report."""
+
+from torch import Tensor, nn
+
+from ..cost.flops import ModelFlops
+from ..hub.blockprune_cost import linear_flops
+from ..refit.layerwise import LayerRefit
+from ..score.blocks import block_sizes
+from .values import LayerReport, MaskReport
+
+
+def describe_masks(
+    targets: dict[str, nn.Linear],
+    flops: ModelFlops,
+    masks: dict[str, Tensor],
+    losses: dict[str, float],
+    block_shape: tuple[int, int],
+    loss_factors: dict[str, float],
+    trace_seconds: dict[str, float],
+) -> MaskReport:
+    """What the masks keep, in all and layer by layer.
+
+    Args:
+        targets: the Linears by name.
+        flops: FLOPs of the dense model.
+        masks: bool [block_rows, block_cols] by name.
+        losses: what they are predicted to cost, by name.
+        block_shape: (rows, cols).
+        loss_factors: true over predicted loss by name, empty where it was not measured; predicted losses hold it.
+        trace_seconds: time that each layer's removal traces took, by name.
+    """
+    layers, dense, removed, removed_weights = [], 0.0, 0.0, 0
+    for name, mask in masks.items():
+        shape = (targets[name].out_features, targets[name].in_features)
+        sizes, tokens = block_sizes(shape, block_shape), flops.linear_tokens[name]
+        dense += linear_flops(tokens, float(sizes.sum()))
+        removed += linear_flops(tokens, float(sizes[~mask].sum()))
+        removed_weights += int(sizes[~mask].sum())
+        layers.append(
+            LayerReport(
+                name=name,
+                shape=list(shape),
+                block_shape=list(block_shape),
+                kept_blocks=int(mask.sum()),
+                blocks=mask.numel(),
+                density=float(mask.float().mean()),
+                predicted_loss=losses[name],
+                loss_factor=loss_factors.get(name),
+                seconds=round(trace_seconds[name], 3),
+            )
+        )
+    return MaskReport(
+        flops_ratio=1 - removed / flops.total,
+        linear_flops_ratio=1 - removed / dense,
+        params_ratio=1 - removed_weights / flops.parameters,
+        dense_flops=flops.total,
+        density=sum(layer.kept_blocks for layer in layers) / sum(layer.blocks for layer in layers),
+        layers=layers,
+    )
+
+
+def add_refits(masks: MaskReport, refits: dict[str, LayerRefit]) -> None:
+    """Write into the layers what the refit came to, by name."""
+    for layer in masks.layers:
+        refit = refits.get(layer.name)
+        if refit is not None:
+            layer.ridge, layer.error_after_refit = refit.ridge, refit.error
+            layer.seconds = round((layer.seconds or 0.0) + refit.seconds, 3)
+
+
+def add_cuts(masks: MaskReport, cuts: dict[str, int]) -> None:
+    """Write into the layers how many of an fc1's outputs were cut, with fc2's inputs, by its name."""
+    for layer in masks.layers:
+        layer.cut_units = cuts.get(layer.name, 0)

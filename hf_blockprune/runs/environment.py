@@ -1,0 +1,71 @@
+"""Where a result was produced: recorded in reports and benchmark files."""
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+PACKAGES = ("hf_blockprune", "torch", "transformers", "accelerate", "datasets", "triton")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, threads and accelerator of this process, as JSON-ready values."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def machine_of(model: nn.Module) -> dict[str, Any]:
+    """The processor that a model is on, its dtype and the environment, as JSON-ready values."""
+    device, dtype = next((p.device, p.dtype) for p in model.parameters())
+    found = environment()
+    return {
+        "device": found["gpu" if device.type == "cuda" else "cpu"],
+        "dtype": str(dtype).removeprefix("torch."),
+        "environment": found,
+    }
+
+
+def backends() -> dict[str, Any]:
+    """What can multiply with block-sparse weights here, as JSON-ready values.
+
+    Returns:
+        `registered` (names, most preferred first), `cpu` (which compiled kernels run, or why there are none) and
+        `cpu_break_even` (by dtype, the share of multiplications left up to which they are preferred to `dense`).
+    """
+    from .._cpu.backend import BREAK_EVEN
+    from .._cpu.library import find_library
+    from ..hub.blockprune_backends import available_backends
+
+    library, description = find_library()
+    return {
+        "registered": ", ".join(available_backends()),
+        "cpu": description,
+        "cpu_break_even": None
+        if library is None
+        else {str(k).removeprefix("torch."): v for k, v in BREAK_EVEN.items()},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

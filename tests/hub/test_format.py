@@ -1,0 +1,44 @@
+"""Checkpoints written by earlier versions load for ever, with the predictions that they had then."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from hf_blockprune.checkpoint.inspection import inspect_checkpoint
+from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
+from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+from tests.conftest import ROOT
+
+FIXTURES = ROOT / "tests" / "fixtures"
+PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_a_checkpoint_of_every_format_loads(version):
+    folder = FIXTURES / f"format-{version}"
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == version
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert len(list(block_sparse_layers(model))) == 6
+    with torch.no_grad():
+        logits = model(PICTURE).logits
+    expected = torch.tensor(json.loads((folder / "logits.json").read_text()))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("version", "shape", "kept"), [(1, [32, 16], 4), (2, [16, 16], 2), (3, [16, 16], 2)])
+def test_every_format_can_be_inspected(version, shape, kept):
+    layers = inspect_checkpoint(FIXTURES / f"format-{version}")["layers"]
+    fc1 = next(layer for layer in layers if layer["shape"] == [32, 16])
+    assert (fc1["stored_shape"], fc1["kept_blocks"]) == (shape, kept)
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_saving_again_writes_the_same_tensors(version, tmp_path):
+    folder = FIXTURES / f"format-{version}"
+    AutoModelForImageClassification.from_pretrained(folder).save_pretrained(tmp_path)
+    again, before = (load_file(path / "model.safetensors") for path in (tmp_path, folder))
+    assert again.keys() == before.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
