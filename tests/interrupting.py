@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hf_blockprune.errors import BlockPruneError
 from hf_blockprune.jobs.prune import PruneJob, run_prune
-from hf_blockprune.runs import resume as progress
+from hf_blockprune.runs import resume
 from hf_blockprune.runs.interruption import interruptible
 
 
@@ -22,7 +22,7 @@ def say(line):
 
 def stop_at(begin, times, name):
     """Let the process that writes a part get a signal right after it is there."""
-    write, seen = progress.Progress.write, []
+    write, seen = resume.RunState.write, []
 
     def watched(self, part, *args, **kwargs):
         write(self, part, *args, **kwargs)
@@ -30,13 +30,13 @@ def stop_at(begin, times, name):
         if sum(p.startswith(begin) for p in seen) == times and part.startswith(begin):
             os.kill(os.getpid(), getattr(signal, name))
 
-    progress.Progress.write = watched
+    resume.RunState.write = watched
 
 
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
     # What changes all the time is kept each time.
-    progress.SECONDS_BETWEEN, progress.LARGEST_SHARE = 0.0, float("inf")
+    resume.SECONDS_BETWEEN, resume.LARGEST_SHARE = 0.0, float("inf")
     # Whoever runs the tests in the background may have had it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if job.get("stop"):

@@ -18,7 +18,7 @@ NAME = "hf_blockprune"
 # Rooms, folders and modules that stand alone: each may import from those above it only.
 ORDER = (
     "hub",
-    "version errors checks files stored_values settings_file after_import",
+    "version types errors checks files stored_values settings_file after_import",
     "_cpu",
     "runs",
     "display",

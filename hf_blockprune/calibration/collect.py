@@ -17,7 +17,7 @@ from ..errors import DataError
 from ..model.modes import evaluating
 from ..model.outputs import output_of, task_for
 from ..model.tasks import missing
-from ..runs.resume import Progress
+from ..runs.resume import RunState
 from ..score.blocks import block_sums, grid_shape
 from ..score.statistics import LayerStatistics
 from .state import RunningSums
@@ -42,7 +42,7 @@ def collect(
     fisher: bool = False,
     block_shape: tuple[int, int] = (1, 1),
     seed: int = 0,
-    state: Progress | None = None,
+    state: RunState | None = None,
 ) -> tuple[dict[str, LayerStatistics], CorruptImages]:
     """Run the images through the model and collect statistics of its target Linears.
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..runs.resume import Progress
+from ..runs.resume import RunState
 from ..score.statistics import LayerStatistics
 
 if TYPE_CHECKING:
@@ -16,11 +16,11 @@ PARTS = ("mean", "second_moment", "output_weight", "token_weight", "gradient", "
 ORIGIN = "origin"
 
 
-def keep_statistics(progress: Progress, statistics: dict[str, LayerStatistics], corrupt: list[str]) -> None:
+def keep_statistics(run_state: RunState, statistics: dict[str, LayerStatistics], corrupt: list[str]) -> None:
     """Keep what calibration came to.
 
     Args:
-        progress: of the run.
+        run_state: of the run.
         statistics: by name of a Linear.
         corrupt: files that cannot be decoded.
     """
@@ -32,16 +32,16 @@ def keep_statistics(progress: Progress, statistics: dict[str, LayerStatistics], 
     }
     counts = {name: [s.num_tokens, s.num_images] for name, s in statistics.items()}
     values = {"counts": counts, "corrupt": corrupt}
-    progress.write(CALIBRATION, tensors, values, done="calibration", instead_of=(RUNNING,))
+    run_state.write(CALIBRATION, tensors, values, done="calibration", instead_of=(RUNNING,))
 
 
-def kept_statistics(progress: Progress) -> tuple[dict[str, LayerStatistics], list[str]] | None:
+def kept_statistics(run_state: RunState) -> tuple[dict[str, LayerStatistics], list[str]] | None:
     """What `keep_statistics` was given; None where an interrupted run did not come so far."""
-    stored = progress.read(CALIBRATION)
+    stored = run_state.read(CALIBRATION)
     if stored is None:
         return None
     tensors, values = stored
-    device = progress.accelerator.device
+    device = run_state.accelerator.device
     parts: dict[str, dict[str, Any]] = {name: {} for name in values["counts"]}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")
@@ -57,7 +57,7 @@ class RunningSums:
     Each process keeps its own: adding them up in the middle would round otherwise than at the end.
 
     Args:
-        progress: of the run, None where nothing is kept.
+        run_state: of the run, None where nothing is kept.
         accumulators: by name of a Linear.
         corrupt: counts images that cannot be decoded.
         batches: how many there are for a process, None where nobody knows.
@@ -65,22 +65,22 @@ class RunningSums:
 
     def __init__(
         self,
-        progress: Progress | None,
+        run_state: RunState | None,
         accumulators: "dict[str, _Accumulator]",
         corrupt: "CorruptImages",
         batches: int | None,
     ) -> None:
-        self.progress, self.accumulators, self.corrupt, self.batches = progress, accumulators, corrupt, batches
+        self.run_state, self.accumulators, self.corrupt, self.batches = run_state, accumulators, corrupt, batches
 
     @property
     def _part(self) -> str:
-        assert self.progress is not None
-        processes = self.progress.accelerator
+        assert self.run_state is not None
+        processes = self.run_state.accelerator
         return f"{RUNNING}-{processes.process_index}-of-{processes.num_processes}"
 
     def restore(self) -> int:
         """Give the accumulators the sums that an interrupted run left; how many batches they hold."""
-        stored = None if self.progress is None else self.progress.read(self._part)
+        stored = None if self.run_state is None else self.run_state.read(self._part)
         if stored is None:
             return 0
         tensors, values = stored
@@ -95,7 +95,7 @@ class RunningSums:
 
     def save_if_due(self, batches: int) -> None:
         """Keep the sums over so many batches, if it is time to."""
-        if self.progress is None or not self.progress.due():
+        if self.run_state is None or not self.run_state.due():
             return
         tensors: dict[str, Tensor] = {}
         for name, accumulator in self.accumulators.items():
@@ -106,4 +106,4 @@ class RunningSums:
         corrupt = (self.corrupt.files, self.corrupt.seen, self.corrupt.reason)
         values = {"batches": batches, "counts": counts, "corrupt": corrupt}
         done = f"calibration, batch {batches}" + (f" of {self.batches}" if self.batches else "")
-        self.progress.write(self._part, tensors, values, done=done, own=True)
+        self.run_state.write(self._part, tensors, values, done=done, own=True)

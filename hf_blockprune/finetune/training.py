@@ -25,7 +25,7 @@ from ..hub.blockprune_quantizer import block_sparse_layers, choose_storage, pack
 from ..hub.blockprune_skeleton import channels_of
 from ..model.copying import copied
 from ..model.tasks import Regression, missing, task_of
-from ..runs.resume import Progress, weights_fingerprint
+from ..runs.resume import RunState, weights_fingerprint
 from ..runs.training_state import weights_of
 from ..version import __version__
 from .config import FinetuneConfig
@@ -117,7 +117,7 @@ class Finetuning:
         self.data = TrainingImages(self.images, self.processor, settings, self.model.config, size, rank, world)
         steps, warmup = settings.epochs * self.data.steps, round(settings.warmup * self.data.steps)
         self.rates = LearningRates(settings.lr, settings.min_lr, settings.warmup_lr, warmup, steps)
-        self.progress = self._open_progress()
+        self.run_state = self._open_run_state()
         self.dtype = next(self.model.parameters()).dtype
         _single(self.model.to(device))
         if settings.gradual is not None:
@@ -169,7 +169,7 @@ class Finetuning:
         if distillation.temperature != 1:
             raise ConfigError("distillation.temperature: a model that predicts numbers has none; leave it out")
 
-    def _open_progress(self) -> Progress | None:
+    def _open_run_state(self) -> RunState | None:
         if self.work_dir is None:
             return None
         job = {
@@ -180,7 +180,7 @@ class Finetuning:
             "evaluation": None if self.evaluation is None else self.evaluation.identity,
             "version": __version__,
         }
-        return Progress(Path(self.work_dir), job, self.accelerator)
+        return RunState(Path(self.work_dir), job, self.accelerator)
 
     def _plan_pruning(self, steps: int) -> PruningSteps | None:
         settings, seed = self.settings.gradual, self.settings.seed
@@ -289,8 +289,8 @@ class Finetuning:
         pruned = self.pruning is None or history.step >= self.pruning.last
         if pruned and found.scores[found.main] > best:
             history.best_epoch, self.best = history.epoch, weights
-            if self.progress is not None:
-                self.progress.write(BEST, weights, {"epoch": history.epoch}, done=self._where())
+            if self.run_state is not None:
+                self.run_state.write(BEST, weights, {"epoch": history.epoch}, done=self._where())
 
     def _check_corrupt(self) -> None:
         history, all_images = self.history, self.history.seen + self.history.missing
@@ -308,12 +308,12 @@ class Finetuning:
 
     def _save(self) -> None:
         """Keep all that going on needs."""
-        if self.progress is None:
+        if self.run_state is None:
             return
         self._gather_skipped()
         scaler = self.accelerator.scaler
         values = {"history": vars(self.history), "scaler": None if scaler is None else scaler.state_dict()}
-        self.progress.write(STATE, self.student.tensors(), values, done=self._where())
+        self.run_state.write(STATE, self.student.tensors(), values, done=self._where())
         self.accelerator.wait_for_everyone()
 
     def _where(self) -> str:
@@ -322,8 +322,8 @@ class Finetuning:
         return f"training, step {self.history.step} of {steps} ({self.history.epoch} of {self.settings.epochs} epochs)"
 
     def _restore(self) -> None:
-        stored = None if self.progress is None else self.progress.read(STATE)
-        if self.progress is None or stored is None:
+        stored = None if self.run_state is None else self.run_state.read(STATE)
+        if self.run_state is None or stored is None:
             self.student.wrap()
             return
         tensors, values = stored
@@ -335,7 +335,7 @@ class Finetuning:
         self.history = History(**values["history"])
         if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
-        if self.history.best_epoch is not None and (best := self.progress.read(BEST)) is not None:
+        if self.history.best_epoch is not None and (best := self.run_state.read(BEST)) is not None:
             self.best = best[0]
 
 

@@ -20,7 +20,7 @@ from ..recover.recovery import Recovery, recover, recovery_stages
 from ..recover.state import recovery_job
 from ..reorder.stream import permute_stream
 from ..report.values import RecoveryReport, Report
-from ..runs.resume import Progress
+from ..runs.resume import RunState
 from .loaded_model import LoadedModel
 from .measuring import Measuring
 from .other_model import TEACHER, find_other, misfit
@@ -128,10 +128,10 @@ class BlockPruner(Measuring, Saving):
         images = images.sample(settings.samples, seed)
         self.model.to(self.accelerator.device)
         teaching = self._in_same_order(dense.model)
-        progress = None
+        run_state = None
         if work_dir is not None:
             job = recovery_job(self.model, teaching, settings, images, seed)
-            progress = Progress(Path(work_dir), job, self.accelerator)
+            run_state = RunState(Path(work_dir), job, self.accelerator)
         with planned(recovery_stages(settings)):
             result = recover(
                 self.model,
@@ -141,7 +141,7 @@ class BlockPruner(Measuring, Saving):
                 settings,
                 accelerator=self.accelerator,
                 seed=seed,
-                progress=progress,
+                run_state=run_state,
             )
         if self._report is not None:
             _describe_recovery(self._report, result, settings, images.public_name)

@@ -36,7 +36,7 @@ from ..reorder.state import ReorderingState
 from ..report.masks import add_cuts, add_refits, describe_masks
 from ..report.values import BudgetReport, CalibrationReport, PermutationReport, Report
 from ..runs.environment import environment
-from ..runs.resume import Progress, weights_fingerprint
+from ..runs.resume import RunState, weights_fingerprint
 from ..runs.timing import timed
 from ..score.methods import names_where
 from ..score.statistics import LayerStatistics
@@ -104,13 +104,13 @@ class Pruning:
             self._prepare_encoder()
         images, found = self._calibration_images(dataset, split)
         # Without images all is done in a moment, and nothing would be resumed.
-        progress = self._progress(Path(work_dir), images) if work_dir is not None and images is not None else None
+        run_state = self._run_state(Path(work_dir), images) if work_dir is not None and images is not None else None
         with planned(pruning_stages(self.config)), evaluating(self.model):
-            selected = self._restore_selection(progress) or self._select(images, found, progress)
+            selected = self._restore_selection(run_state) or self._select(images, found, run_state)
             if self.config.refits:
                 assert images is not None  # _calibration_images saw to it
                 with timed(selected.report.seconds, "refit"):
-                    add_refits(selected.report.masks, self._refit(selected, images, progress))
+                    add_refits(selected.report.masks, self._refit(selected, images, run_state))
         layers = find_transformer_layers(self.model, self.targets)
         sparsify(self.model, selected.masks, self.config.block_shape)
         add_cuts(selected.report.masks, cut_hidden_units(self.model, layers))
@@ -144,18 +144,18 @@ class Pruning:
         drawn = found.sample(self.config.calibration.samples, self.config.calibration.seed)
         return replace(drawn, model_input=model_input), count
 
-    def _progress(self, folder: Path, images: ImageSet | None) -> Progress:
+    def _run_state(self, folder: Path, images: ImageSet | None) -> RunState:
         job = {
             "weights": weights_fingerprint(self.model),
             "config": self.config.replace(recovery=None).to_dict(),
             "images": None if images is None else images.identity,
             "version": __version__,
         }
-        return Progress(folder, job, self.accelerator)
+        return RunState(folder, job, self.accelerator)
 
-    def _restore_selection(self, progress: Progress | None) -> "_Selected | None":
+    def _restore_selection(self, run_state: RunState | None) -> "_Selected | None":
         """What an interrupted run chose; the model's hidden units change places as they had then."""
-        stored = progress.read(SELECTION) if progress is not None else None
+        stored = run_state.read(SELECTION) if run_state is not None else None
         if stored is None:
             return None
         tensors, report = stored
@@ -167,7 +167,7 @@ class Pruning:
         self.model.to(self.accelerator.device)
         return _Selected(parts["mask"], parts["token_weight"], Report.from_dict(report, "the run's state"))
 
-    def _select(self, images: ImageSet | None, found: int | None, progress: Progress | None) -> "_Selected":
+    def _select(self, images: ImageSet | None, found: int | None, run_state: RunState | None) -> "_Selected":
         """Choose the masks, permuting the model where the config says so."""
         seconds: dict[str, float] = {}
         statistics, calibration = {}, None
@@ -175,10 +175,10 @@ class Pruning:
             fold_scales(self.model, changes)
             if images is not None:
                 with timed(seconds, "calibration"):
-                    statistics, calibration = self._calibrate(images, found, progress)
+                    statistics, calibration = self._calibrate(images, found, run_state)
             pixels = self._judging_pixels(images)
             budgets = model_budgets(self.config, self.model, self.targets, self.flops)
-            statistics, permutation = self._reordered(statistics, budgets, progress, changes, seconds)
+            statistics, permutation = self._reordered(statistics, budgets, run_state, changes, seconds)
             selection = Selector(
                 self.model,
                 self.targets,
@@ -188,21 +188,21 @@ class Pruning:
                 self.config,
                 self.accelerator,
                 pixels,
-                state=SelectionState(progress),
+                state=SelectionState(run_state),
             ).select()
         seconds |= selection.seconds
         report = self._describe(selection, budgets, permutation, calibration, seconds)
         selected = _Selected(selection.allocation.masks, self._token_weights(statistics), report)
-        if progress is not None:
-            self._keep_selection(progress, selected)
+        if run_state is not None:
+            self._keep_selection(run_state, selected)
         return selected
 
-    def _keep_selection(self, progress: Progress, selected: "_Selected") -> None:
+    def _keep_selection(self, run_state: RunState, selected: "_Selected") -> None:
         """Keep what `_restore_selection` gives back."""
         parts = {"model": self.model.state_dict(), "mask": selected.masks, "token_weight": selected.token_weights}
         tensors = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
         values = selected.report.to_dict()
-        progress.write(SELECTION, tensors, values, done="the choice of blocks", instead_of=UNTIL_SELECTED)
+        run_state.write(SELECTION, tensors, values, done="the choice of blocks", instead_of=UNTIL_SELECTED)
 
     def _token_weights(self, statistics: dict[str, LayerStatistics]) -> dict[str, Tensor]:
         """The refit's, [tokens] by name."""
@@ -213,7 +213,7 @@ class Pruning:
         self,
         statistics: dict[str, LayerStatistics],
         budgets: list[ModelBudget],
-        progress: Progress | None,
+        run_state: RunState | None,
         changes: Changes,
         seconds: dict[str, float],
     ) -> tuple[dict[str, LayerStatistics], dict[str, Any] | None]:
@@ -222,13 +222,13 @@ class Pruning:
         if not layers:
             return statistics, None
         with timed(seconds, "permutation"):
-            state = ReorderingState(progress)
+            state = ReorderingState(run_state)
             reordering = Reordering(self.model, layers, self.targets, self.config, self.accelerator, changes, state)
             done = reordering.run(statistics, budgets[0].blocks.block_share)
         return done.statistics, done.permutation
 
     def _calibrate(
-        self, images: ImageSet, found: int | None, progress: Progress | None
+        self, images: ImageSet, found: int | None, run_state: RunState | None
     ) -> tuple[dict[str, LayerStatistics], CalibrationReport]:
         method = self.config.scoring
         options = {
@@ -241,7 +241,7 @@ class Pruning:
         key = {**options, "images": images.identity, "samples": self.config.calibration.samples}
         statistics, corrupt = self.shared.get(
             {**key, "targets": list(self.targets)},
-            lambda: self._statistics(images, options, progress),
+            lambda: self._statistics(images, options, run_state),
         )
         calibration = CalibrationReport(
             dataset=images.public_name,
@@ -254,10 +254,10 @@ class Pruning:
         return statistics, calibration
 
     def _statistics(
-        self, images: ImageSet, options: dict[str, Any], progress: Progress | None
+        self, images: ImageSet, options: dict[str, Any], run_state: RunState | None
     ) -> tuple[dict[str, LayerStatistics], list[str]]:
         """(statistics, files that cannot be decoded) of this run, or of one that was interrupted later."""
-        kept = None if progress is None else kept_statistics(progress)
+        kept = None if run_state is None else kept_statistics(run_state)
         if kept is not None:
             return kept
         statistics, corrupt = collect(
@@ -266,11 +266,11 @@ class Pruning:
             self.processor,
             self.targets,
             accelerator=self.accelerator,
-            state=progress,
+            state=run_state,
             **options,
         )
-        if progress is not None:
-            keep_statistics(progress, statistics, corrupt.files)
+        if run_state is not None:
+            keep_statistics(run_state, statistics, corrupt.files)
         return statistics, corrupt.files
 
     def _judging_pixels(self, images: ImageSet | None) -> Tensor | None:
@@ -281,7 +281,7 @@ class Pruning:
         pixels, _ = load_pixels(few, self.processor, accelerator=self.accelerator, model_config=self.model.config)
         return pixels.to(self.accelerator.device)
 
-    def _refit(self, selected: "_Selected", images: ImageSet, progress: Progress | None) -> dict[str, LayerRefit]:
+    def _refit(self, selected: "_Selected", images: ImageSet, run_state: RunState | None) -> dict[str, LayerRefit]:
         return refit_layers(
             self.model,
             selected.masks,
@@ -292,7 +292,7 @@ class Pruning:
             batch_size=self.config.calibration.batch_size,
             token_weights=selected.token_weights,
             residual_targets=self.config.residual_targets,
-            progress=progress,
+            run_state=run_state,
         )
 
     def _describe(

@@ -29,7 +29,7 @@ from ..model.layers import Layer, hidden_states, layer_chain
 from ..model.outputs import answers, output_of, task_for
 from ..model.tasks import Regression, SingleLabel, Task
 from ..refit.boundary import at_boundary, held_back, learn_calls
-from ..runs.resume import Progress
+from ..runs.resume import RunState
 from ..runs.timing import timed
 from .state import Place, RecoveryState
 from .student import dense_copy, write_back
@@ -76,7 +76,7 @@ def recover(
     *,
     accelerator: "Accelerator",
     seed: int = 0,
-    progress: Progress | None = None,
+    run_state: RunState | None = None,
 ) -> Recovery:
     """Train a block-sparse model to behave like the dense one; weights change at the end, all at once.
 
@@ -91,15 +91,15 @@ def recover(
         settings: how.
         accelerator: device and processes.
         seed: of the order of images and of their views.
-        progress: keeps the state now and then, and gives back that of an interrupted run.
+        run_state: keeps the state now and then, and gives back that of an interrupted run.
 
     Raises:
         ModelError: the two models do not fit together, or the loss is not finite.
         DataError: too few images, or too many that are corrupt.
-        CheckpointError: `progress` has the state of another run, or cannot be written.
+        CheckpointError: `run_state` has the state of another run, or cannot be written.
     """
     pixels, index = load_pixels(images, processor, accelerator=accelerator, model_config=model.config)
-    run = _Run(model, teacher, pixels, held_back(index), settings, accelerator, seed, progress)
+    run = _Run(model, teacher, pixels, held_back(index), settings, accelerator, seed, run_state)
     steps = {"reconstruction": run.reconstruct, "distillation": run.distil}
     best, divergence, kept, seconds = run.begin()
     for name, epochs in _epochs(settings).items():
@@ -164,7 +164,7 @@ class _Run:
     settings: RecoveryConfig
     accelerator: "Accelerator"
     seed: int
-    progress: Progress | None = None
+    run_state: RunState | None = None
     student: nn.Module = field(init=False)
     task: Task = field(init=False)
 
@@ -189,7 +189,7 @@ class _Run:
         if embeddings is not None:  # they were not pruned, and would learn single images by heart
             embeddings.requires_grad_(False)
         self.token_weights = self._token_weights()
-        self.state = RecoveryState(self.progress, self.student, self.generator)
+        self.state = RecoveryState(self.run_state, self.student, self.generator)
 
     def begin(self) -> tuple[dict[str, Tensor], dict[str, float], str, dict[str, float]]:
         """(best weights, divergence by step, the step of these weights, seconds by step) where the run goes on."""
@@ -252,31 +252,31 @@ class _Run:
         with stage("reconstruction", len(pairs) * self._num_steps(epochs)) as bar:
             inputs = self._boundary(self.student, self.layers[0])
             targets = self._boundary(self.teacher, self.teacher_layers[0])
-            for layer, (unit, dense, token_weight) in enumerate(pairs):
-                targets = _advanced(unit, targets, dense.module)
-                learn = self._layer_loss(unit, inputs, targets, token_weight)
+            for number, (layer, dense, token_weight) in enumerate(pairs):
+                targets = _advanced(layer, targets, dense.module)
+                learn = self._layer_loss(layer, inputs, targets, token_weight)
                 order = list(self._order(len(inputs), epochs))  # also of a layer that is done: later draws follow these
-                if self.state.passed(place := Place("reconstruction", layer)):
+                if self.state.passed(place := Place("reconstruction", number)):
                     bar.advance(len(order), measured=False)
                 else:
-                    self._descend(learn, unit.module, order, f"reconstruction of {unit.name}", place, bar)
-                inputs = _advanced(unit, inputs)
+                    self._descend(learn, layer.module, order, f"reconstruction of {layer.name}", place, bar)
+                inputs = _advanced(layer, inputs)
 
     def _layer_loss(
-        self, unit: Layer, inputs: Tensor, targets: Tensor, token_weight: Tensor
+        self, layer: Layer, inputs: Tensor, targets: Tensor, token_weight: Tensor
     ) -> Callable[[Tensor, slice], Tensor]:
         """Weighted mean squared error of a layer's outputs, over their variance."""
         spread = targets.var()
 
         def loss(chosen: Tensor, share: slice) -> Tensor:
-            error = unit.run(inputs[chosen[share]]) - targets[chosen[share]]
+            error = layer.run(inputs[chosen[share]]) - targets[chosen[share]]
             return (error.square().mean((0, 2)) * token_weight).mean() / spread
 
         return loss
 
     @torch.no_grad()
-    def _boundary(self, model: nn.Module, unit: Layer) -> Tensor:
-        parts = [at_boundary(model, unit.module, self._some(chosen)) for chosen in self.learned.split(IMAGES_AT_ONCE)]
+    def _boundary(self, model: nn.Module, layer: Layer) -> Tensor:
+        parts = [at_boundary(model, layer.module, self._some(chosen)) for chosen in self.learned.split(IMAGES_AT_ONCE)]
         return torch.cat(parts)
 
     def distil(self, epochs: int) -> None:
@@ -377,11 +377,11 @@ def _schedule(optimizer: Any, steps: int, done: int) -> Any:
 
 
 @torch.no_grad()
-def _advanced(unit: Layer, states: Tensor, module: nn.Module | None = None) -> Tensor:
+def _advanced(layer: Layer, states: Tensor, module: nn.Module | None = None) -> Tensor:
     """States after a layer, or after another in its place; written over those before it where they fit."""
     ends = None
     for chosen in torch.arange(len(states)).split(IMAGES_AT_ONCE):
-        part = unit.run(states[chosen], module)
+        part = layer.run(states[chosen], module)
         if ends is None:
             ends = states if part.shape[1:] == states.shape[1:] else part.new_empty(len(states), *part.shape[1:])
         ends[chosen] = part

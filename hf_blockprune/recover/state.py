@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import RecoveryConfig
 from ..data.batches import ImageSet
-from ..runs.resume import Progress, weights_fingerprint
+from ..runs.resume import RunState, weights_fingerprint
 from ..runs.training_state import moments_of, set_moments
 from ..version import __version__
 
@@ -49,7 +49,7 @@ class RecoveryState:
     """Keeps where a recovery is, and goes on with an interrupted one.
 
     Args:
-        progress: of the run, None where nothing is kept.
+        run_state: of the run, None where nothing is kept.
         student: what learns.
         generator: of all random draws.
 
@@ -57,7 +57,7 @@ class RecoveryState:
         at: the descent that an interrupted run was in; None where there is none to go on with.
     """
 
-    progress: Progress | None
+    run_state: RunState | None
     student: nn.Module
     generator: torch.Generator
     at: Place | None = field(default=None, init=False)
@@ -66,7 +66,7 @@ class RecoveryState:
 
     def finished(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """(best weights, values) after the last finished step, as `finish` kept them; the draws go on from there."""
-        stored = None if self.progress is None else self.progress.read(BEST)
+        stored = None if self.run_state is None else self.run_state.read(BEST)
         if stored is None:
             return None
         self.generator.set_state(stored[0].pop(GENERATOR))
@@ -74,13 +74,13 @@ class RecoveryState:
 
     def finish(self, best: dict[str, Tensor], values: dict[str, Any], done: str) -> None:
         """Keep the best weights after a step, and JSON-ready values."""
-        if self.progress is not None:
+        if self.run_state is not None:
             tensors = {**best, GENERATOR: self.generator.get_state()}
-            self.progress.write(BEST, tensors, values, done=done, instead_of=(RUNNING,))
+            self.run_state.write(BEST, tensors, values, done=done, instead_of=(RUNNING,))
 
     def begin(self, step: str) -> float:
         """Go on with a step's weights where an interrupted run was in it; the seconds that it had spent there."""
-        stored = None if self.progress is None else self.progress.read(RUNNING)
+        stored = None if self.run_state is None else self.run_state.read(RUNNING)
         self._began, self.at, self._running = perf_counter(), None, None
         if stored is None or stored[1]["step"] != step:
             return 0.0
@@ -115,14 +115,14 @@ class RecoveryState:
             optimizer: Adam.
             parameters: what learns, by name.
         """
-        if self.progress is None or not self.progress.accelerator.is_main_process or not self.progress.due():
+        if self.run_state is None or not self.run_state.accelerator.is_main_process or not self.run_state.due():
             return
         tensors = {f"{WEIGHTS}{name}": value for name, value in self.student.state_dict().items()}
         tensors |= {f"{MOMENTS}{name}": value for name, value in moments_of(optimizer, parameters).items()}
         tensors[GENERATOR] = self.generator.get_state()
         seconds = perf_counter() - self._began
         values = {"step": place.step, "layer": place.layer, "done": done, "seconds": seconds}
-        self.progress.write(RUNNING, tensors, values, done=where)
+        self.run_state.write(RUNNING, tensors, values, done=where)
 
 
 def _named(tensors: dict[str, Tensor], begin: str) -> dict[str, Tensor]:

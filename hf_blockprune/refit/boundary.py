@@ -39,12 +39,12 @@ class BoundaryBatch:
 
 
 @torch.no_grad()
-def learn_calls(model: nn.Module, units: list[Layer], pixels: Tensor) -> None:
+def learn_calls(model: nn.Module, layers: list[Layer], pixels: Tensor) -> None:
     """Run some images, and note what each layer is called with beside hidden states.
 
     Args:
         model: of transformers.
-        units: its layers.
+        layers: its layers.
         pixels: [images, channels, height, width].
 
     Raises:
@@ -53,27 +53,27 @@ def learn_calls(model: nn.Module, units: list[Layer], pixels: Tensor) -> None:
     last: list[Any] = []
     broken: list[str] = []
 
-    def before(unit: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not args or (last and args[0] is not last[-1][1]):
-            broken.append(unit.name)
-        unit.args, unit.kwargs = args[1:], kwargs
+            broken.append(layer.name)
+        layer.args, layer.kwargs = args[1:], kwargs
 
-    def after(unit: Layer, output: Any) -> None:
-        last.append((unit.name, hidden_states(output)))
+    def after(layer: Layer, output: Any) -> None:
+        last.append((layer.name, hidden_states(output)))
 
     handles = []
-    for unit in units:
+    for layer in layers:
         handles += [
-            unit.module.register_forward_pre_hook(lambda _, a, k, unit=unit: before(unit, a, k), with_kwargs=True),
-            unit.module.register_forward_hook(lambda _m, _i, output, unit=unit: after(unit, output)),
+            layer.module.register_forward_pre_hook(lambda _, a, k, layer=layer: before(layer, a, k), with_kwargs=True),
+            layer.module.register_forward_hook(lambda _m, _i, output, layer=layer: after(layer, output)),
         ]
     try:
         model(pixel_values=pixels)
     finally:
         for handle in handles:
             handle.remove()
-    if broken or [name for name, _ in last] != [unit.name for unit in units]:
-        where = broken[0] if broken else units[0].name
+    if broken or [name for name, _ in last] != [layer.name for layer in layers]:
+        where = broken[0] if broken else layers[0].name
         raise ModelError(
             f"{type(model).__name__}: {where} does not take what the layer before it gives, which refit and recovery "
             "need; prune without them"
@@ -107,7 +107,7 @@ def at_boundary(model: nn.Module, layer: nn.Module, pixels: Tensor) -> Tensor:
 
 def first_inputs(
     model: nn.Module,
-    units: list[Layer],
+    layers: list[Layer],
     images: ImageSet,
     processor: Any,
     *,
@@ -121,8 +121,8 @@ def first_inputs(
     for batch in stream:
         if "pixel_values" in batch:
             if not kept:
-                learn_calls(model, units, batch["pixel_values"][:1])
-            states = at_boundary(model, units[0].module, batch["pixel_values"])
+                learn_calls(model, layers, batch["pixel_values"][:1])
+            states = at_boundary(model, layers[0].module, batch["pixel_values"])
             kept.append(BoundaryBatch(states, states, held_back(batch["index"])))
     return kept
 
@@ -133,7 +133,7 @@ def held_back(index: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def advance(unit: Layer, dense: nn.Module, kept: list[BoundaryBatch]) -> None:
+def advance(layer: Layer, dense: nn.Module, kept: list[BoundaryBatch]) -> None:
     """Move on to the boundary of the next layer; `dense` is the layer as it was before it was pruned."""
     for batch in kept:
-        batch.dense, batch.pruned = unit.run(batch.dense, dense), unit.run(batch.pruned)
+        batch.dense, batch.pruned = layer.run(batch.dense, dense), layer.run(batch.pruned)

@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..model.copying import copied
 from ..model.layers import Layer, layer_chain
 from ..model.modes import evaluating
-from ..runs.resume import Progress
+from ..runs.resume import RunState
 from ..score.blocks import expand_mask
 from .boundary import BoundaryBatch, StopForward, advance, first_inputs
 from .solve import RIDGES, Moments, Refit, refit
@@ -75,7 +75,7 @@ def refit_layers(
     batch_size: int = 16,
     token_weights: dict[str, Tensor] | None = None,
     residual_targets: bool = True,
-    progress: Progress | None = None,
+    run_state: RunState | None = None,
 ) -> dict[str, LayerRefit]:
     """Refit every masked Linear in forward order, in place; removed blocks end as zeros.
 
@@ -93,7 +93,7 @@ def refit_layers(
         batch_size: images in one pass on each process.
         token_weights: weight of each token position by module name, [tokens]; all tokens weigh the same without.
         residual_targets: whether errors of the residual stream are made good.
-        progress: keeps each layer that is done, and gives back those of an interrupted run.
+        run_state: keeps each layer that is done, and gives back those of an interrupted run.
 
     Returns:
         How it went, by module name.
@@ -101,27 +101,27 @@ def refit_layers(
     Raises:
         ModelError: the masked Linears do not lie in one list of layers, or a system cannot be solved.
     """
-    units = layer_chain(model, masks)
-    if (every := _restore_all(units, progress)) is not None:
+    layers = layer_chain(model, masks)
+    if (every := _restore_all(layers, run_state)) is not None:
         return every
     done: dict[str, LayerRefit] = {}
-    with display.stage("refit", len(units), unit="layers") as bar, evaluating(model):
-        kept = first_inputs(model, units, images, processor, accelerator=accelerator, batch_size=batch_size)
-        for index, unit in enumerate(units):
-            dense = copied(unit.module)
+    with display.stage("refit", len(layers), unit="layers") as bar, evaluating(model):
+        kept = first_inputs(model, layers, images, processor, accelerator=accelerator, batch_size=batch_size)
+        for index, layer in enumerate(layers):
+            dense = copied(layer.module)
             part = _part(index)
-            refits = _restore(unit.module, progress, part)
+            refits = _restore(layer.module, run_state, part)
             resumed = refits is not None
             if refits is None:
-                here = {n.removeprefix(f"{unit.name}."): n for n in masks if n.startswith(f"{unit.name}.")}
-                job = _LayerJob(unit, dense, here, masks, block_shape, token_weights or {}, residual_targets)
+                here = {n.removeprefix(f"{layer.name}."): n for n in masks if n.startswith(f"{layer.name}.")}
+                job = _LayerJob(layer, dense, here, masks, block_shape, token_weights or {}, residual_targets)
                 refits = job.run(kept, accelerator)
-                if progress is not None:
-                    named: dict[str, Tensor] = dict(unit.module.named_parameters())
+                if run_state is not None:
+                    named: dict[str, Tensor] = dict(layer.module.named_parameters())
                     values = {n: asdict(r) for n, r in refits.items()}
-                    progress.write(part, named, values, done=f"refit, layer {index + 1} of {len(units)}")
+                    run_state.write(part, named, values, done=f"refit, layer {index + 1} of {len(layers)}")
             done |= refits
-            advance(unit, dense, kept)
+            advance(layer, dense, kept)
             bar.advance(measured=not resumed)
     return done
 
@@ -130,19 +130,19 @@ def _part(index: int) -> str:
     return f"layer-{index}"
 
 
-def _restore_all(units: list[Layer], progress: Progress | None) -> dict[str, LayerRefit] | None:
+def _restore_all(layers: list[Layer], run_state: RunState | None) -> dict[str, LayerRefit] | None:
     """The refit of a run that was interrupted after it, without a pass of the images; None where a layer is missing."""
-    if progress is None or not progress.resumed.issuperset(map(_part, range(len(units)))):
+    if run_state is None or not run_state.resumed.issuperset(map(_part, range(len(layers)))):
         return None
     done: dict[str, LayerRefit] = {}
-    for index, unit in enumerate(units):
-        done |= _restore(unit.module, progress, _part(index)) or {}
+    for index, layer in enumerate(layers):
+        done |= _restore(layer.module, run_state, _part(index)) or {}
     return done
 
 
-def _restore(layer: nn.Module, progress: Progress | None, part: str) -> dict[str, LayerRefit] | None:
+def _restore(layer: nn.Module, run_state: RunState | None, part: str) -> dict[str, LayerRefit] | None:
     """Give a layer the weights that an interrupted run left of it."""
-    stored = progress.read(part) if progress is not None else None
+    stored = run_state.read(part) if run_state is not None else None
     if stored is None:
         return None
     tensors, values = stored
@@ -158,7 +158,7 @@ def _restore(layer: nn.Module, progress: Progress | None, part: str) -> dict[str
 class _LayerJob:
     """The refit of one layer's Linears; `names` gives their names in the model by those in the layer."""
 
-    unit: Layer
+    layer: Layer
     dense: nn.Module
     names: dict[str, str]
     masks: dict[str, Tensor]
@@ -169,7 +169,7 @@ class _LayerJob:
     def run(self, kept: list[BoundaryBatch], accelerator: "Accelerator") -> dict[str, LayerRefit]:
         """Refit stage by stage; how it went, by name in the model."""
         done: dict[str, LayerRefit] = {}
-        stages = _shared_stages(self.unit, list(self.names), kept, accelerator) if self.names else []
+        stages = _shared_stages(self.layer, list(self.names), kept, accelerator) if self.names else []
         for stage in stages:
             start = perf_counter()
             if not self.residual_targets:
@@ -177,7 +177,7 @@ class _LayerJob:
             linears = {name: self._linear(name) for name in stage.names}
             weights = {name: self.token_weights.get(self.names[name]) for name in stage.names}
             inputs = {name: linear.inputs for name, linear in linears.items()}
-            sums = _StageSums(stage, self.unit, weights, inputs)
+            sums = _StageSums(stage, self.layer, weights, inputs)
             for batch in kept:
                 sums.add(self.dense, batch)
             for name, linear in linears.items():
@@ -187,7 +187,7 @@ class _LayerJob:
         return done
 
     def _linear(self, name: str) -> "_Linear":
-        module, mask = self.unit.module.get_submodule(name), self.masks[self.names[name]]
+        module, mask = self.layer.module.get_submodule(name), self.masks[self.names[name]]
         inputs = _inputs_used(module, mask, self.block_shape)
         return _Linear(self.names[name], module, mask, self.block_shape, inputs)
 
@@ -273,23 +273,23 @@ def _watching(layer: nn.Module, names: list[str], seen: _Seen, *, stop: bool) ->
 
 
 def _shared_stages(
-    unit: Layer, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator"
+    layer: Layer, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator"
 ) -> list[_Stage]:
     """The stages as the first process sees them: another may have been left without images."""
     from accelerate.utils import broadcast_object_list
 
-    shared: list[Any] = [_stages(unit, names, kept[0].dense) if accelerator.is_main_process else None]
+    shared: list[Any] = [_stages(layer, names, kept[0].dense) if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
         broadcast_object_list(shared)
     return shared[0]
 
 
 @torch.no_grad()
-def _stages(unit: Layer, names: list[str], states: Tensor) -> list[_Stage]:
+def _stages(layer: Layer, names: list[str], states: Tensor) -> list[_Stage]:
     """Linears of a dense layer by the tensor that they read, in forward order; finds those that write to the stream."""
     seen = _Seen()
-    with _watching(unit.module, names, seen, stop=False):
-        out = unit.run(states)
+    with _watching(layer.module, names, seen, stop=False):
+        out = layer.run(states)
     stages: list[_Stage] = []
     for name, tensor in seen.inputs.items():
         if stages and seen.inputs[stages[-1].names[0]] is tensor:
@@ -300,20 +300,20 @@ def _stages(unit: Layer, names: list[str], states: Tensor) -> list[_Stage]:
     if len(writers) == 2 and _close(sum((seen.outputs[s.names[0]] for s in writers), states), out):
         writers[0].after_input = writers[1].ends_layer = True
     elif writers:
-        writers[-1].ends_layer = _is_added_last(unit, writers[-1].names[0], states, out)
+        writers[-1].ends_layer = _is_added_last(layer, writers[-1].names[0], states, out)
     return stages
 
 
-def _is_added_last(unit: Layer, name: str, states: Tensor, out: Tensor) -> bool:
+def _is_added_last(layer: Layer, name: str, states: Tensor, out: Tensor) -> bool:
     """Whether what is added to a Linear's output is added to the layer's output, no more and no less."""
     more = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device) * out.std()
 
     def add(module: nn.Module, inputs: Any, output: Any) -> Any:
         return output + more
 
-    handle = unit.module.get_submodule(name).register_forward_hook(add)
+    handle = layer.module.get_submodule(name).register_forward_hook(add)
     try:
-        return _close(unit.run(states), out + more)
+        return _close(layer.run(states), out + more)
     finally:
         handle.remove()
 
@@ -327,12 +327,12 @@ class _StageSums:
     """Weighted sums over tokens for the Linears of a stage, apart for fitted and held-back images."""
 
     def __init__(
-        self, stage: _Stage, unit: Layer, token_weights: dict[str, Tensor | None], inputs: dict[str, Tensor]
+        self, stage: _Stage, layer: Layer, token_weights: dict[str, Tensor | None], inputs: dict[str, Tensor]
     ) -> None:
-        self.stage, self.unit, self.token_weights, self.inputs = stage, unit, token_weights, inputs
+        self.stage, self.layer, self.token_weights, self.inputs = stage, layer, token_weights, inputs
         self.sums: dict[tuple[str, bool], list[Tensor]] = {}
         for name in stage.names:
-            linear: Any = unit.module.get_submodule(name)
+            linear: Any = layer.module.get_submodule(name)
             out, into, device = linear.out_features, len(inputs[name]), linear.weight.device
             for part in (False, True):
                 shapes = [(), (into,), (out,), (into, into), (out, into), (out,)]
@@ -342,7 +342,7 @@ class _StageSums:
     def add(self, dense: nn.Module, batch: BoundaryBatch) -> None:
         """Run one batch through the dense and the pruned layer as far as the stage."""
         wanted = self._seen(dense, batch.dense)
-        have = self._seen(self.unit.module, batch.pruned)
+        have = self._seen(self.layer.module, batch.pruned)
         for name in self.stage.names:
             target = wanted.outputs[name]
             if self.stage.after_input:
@@ -356,7 +356,7 @@ class _StageSums:
     def _seen(self, module: nn.Module, states: Tensor) -> _Seen:
         seen = _Seen()
         with _watching(module, self.stage.names, seen, stop=not self.stage.ends_layer):
-            seen.end = self.unit.run(states, module)
+            seen.end = self.layer.run(states, module)
         return seen
 
     def _add(self, name: str, x: Tensor, target: Tensor, held_back: Tensor) -> None:

@@ -29,7 +29,7 @@ LARGEST_SHARE = 0.05  # of the time that such writes may take
 
 
 @dataclass
-class Progress:
+class RunState:
     """Reads and writes the parts of a run that are done; the first process writes, all read.
 
     Args:
@@ -137,21 +137,21 @@ class KeptParts:
     """Parts of a run that are kept where it has a folder for them.
 
     Args:
-        progress: of the run, None where nothing is kept.
+        run_state: of the run, None where nothing is kept.
     """
 
-    progress: Progress | None = None
+    run_state: RunState | None = None
 
     def read(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """As `Progress.read`."""
-        return None if self.progress is None else self.progress.read(part)
+        """As `RunState.read`."""
+        return None if self.run_state is None else self.run_state.read(part)
 
     def write(
         self, part: str, tensors: dict[str, Tensor], values: dict[str, Any], done: str, *, own: bool = False
     ) -> None:
-        """As `Progress.write`, where something is kept."""
-        if self.progress is not None:
-            self.progress.write(part, tensors, values, done=done, own=own)
+        """As `RunState.write`, where something is kept."""
+        if self.run_state is not None:
+            self.run_state.write(part, tensors, values, done=done, own=own)
 
 
 def fingerprint(values: dict[str, Any]) -> str:

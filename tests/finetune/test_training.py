@@ -26,7 +26,7 @@ from hf_blockprune.data.batches import load_images
 from hf_blockprune.finetune.gradual import masks_of
 from hf_blockprune.finetune.training import Finetuning
 from hf_blockprune.jobs.finetune import FinetuneJob, make_accelerator
-from hf_blockprune.runs.resume import Progress
+from hf_blockprune.runs.resume import RunState
 from hf_blockprune.runs.training_state import Average
 from tests.conftest import ALL_FAMILIES, NUM_LABELS, ROOT, tiny_model, write_images
 from tests.finetuning import check_masks, train
@@ -256,16 +256,16 @@ def test_what_can_be_learned_is_learned(models, accelerator, tmp_path):
 def test_a_run_goes_on_from_any_saved_step_bit_for_bit(models, some, accelerator, tmp_path, monkeypatch, gradual):
     more = {"gradual": {"budget": {"ratio": 0.5}, "every": 2, "end": 0.8, "samples": 8}} if gradual else {}
     settings = settings_of(save_every=1, **more)
-    write = Progress.write
+    write = RunState.write
 
     def write_and_keep(progress, part, *args, **kwargs):
         write(progress, part, *args, **kwargs)
         shutil.copytree(progress.folder, tmp_path / f"after-{len(list(tmp_path.iterdir()))}")
 
-    monkeypatch.setattr(Progress, "write", write_and_keep)
+    monkeypatch.setattr(RunState, "write", write_and_keep)
     options = {"accelerator": accelerator, "evaluation": load_images(some)}
     whole, _ = train(*models, some, settings, work_dir=tmp_path / "work", **options)
-    monkeypatch.setattr(Progress, "write", write)
+    monkeypatch.setattr(RunState, "write", write)
     expected, kept = whole.model.state_dict(), sorted(tmp_path.glob("after-*"))
     assert len(kept) > settings.epochs * 3
     for folder in kept[::2] if gradual else kept[1::3]:

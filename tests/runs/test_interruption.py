@@ -14,7 +14,7 @@ from hf_blockprune import BlockPruneConfig, BlockPruner, CheckpointError, Config
 from hf_blockprune.jobs.finetune import FinetuneJob, run_finetune
 from hf_blockprune.jobs.prune import PruneJob, run_prune
 from hf_blockprune.runs.interruption import Interrupted, interruptible
-from hf_blockprune.runs.resume import Progress
+from hf_blockprune.runs.resume import RunState
 from hf_blockprune.runs.unfinished import kept_in, state_folder
 from tests.conftest import ROOT, tiny_model
 
@@ -74,16 +74,16 @@ def pruned_and_recovered(processor, images, work_dir, **settings):
 def test_a_run_goes_on_from_every_part_bit_for_bit(processor, images, tmp_path, monkeypatch, often, method):
     """The folder as it is after each write is what a run that is killed there leaves."""
     settings = {"method": method, "recovery": RECOVERY if method == "obs" else None}
-    write, parts = Progress.write, []
+    write, parts = RunState.write, []
 
     def write_and_keep(progress, part, *args, **kwargs):
         write(progress, part, *args, **kwargs)
         shutil.copytree(progress.folder, tmp_path / f"after-{len(parts):03d}")
         parts.append(part)
 
-    monkeypatch.setattr(Progress, "write", write_and_keep)
+    monkeypatch.setattr(RunState, "write", write_and_keep)
     whole = pruned_and_recovered(processor, images, tmp_path / "work", **settings)
-    monkeypatch.setattr(Progress, "write", write)
+    monkeypatch.setattr(RunState, "write", write)
     plain = pruned_and_recovered(processor, images, None, **settings)
     same(plain.model.state_dict(), whole.model.state_dict())
     last = {re.sub(r"(-\d+|-vit.*)$", "", part): i for i, part in enumerate(parts)}
@@ -118,17 +118,17 @@ def test_a_stream_goes_on_in_the_middle_of_calibration(processor, images, tmp_pa
 
     source = DataSource(str(images), streaming=True)
     whole = pruned_and_recovered(processor, source, None, recovery=None)
-    write = Progress.write
+    write = RunState.write
 
     def write_and_stop(progress, part, *args, **kwargs):
         write(progress, part, *args, **kwargs)
         if kwargs["done"] == "calibration, batch 3":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progress, "write", write_and_stop)
+    monkeypatch.setattr(RunState, "write", write_and_stop)
     with pytest.raises(KeyboardInterrupt):
         pruned_and_recovered(processor, source, tmp_path / "work", recovery=None)
-    monkeypatch.setattr(Progress, "write", write)
+    monkeypatch.setattr(RunState, "write", write)
     decoded, decode = [], "hf_blockprune.data.batches._Collate.__call__"
     from hf_blockprune.data.batches import _Collate
 
@@ -156,17 +156,17 @@ def left(vit_folder, images, tmp_path, monkeypatch):
     """(settings of a job, its state's folder) after it was interrupted in its refit."""
     settings = {**SETTINGS, "recovery": None, "model": str(vit_folder), "dataset": str(images)}
     settings["output"] = str(tmp_path / "out")
-    write = Progress.write
+    write = RunState.write
 
     def write_and_stop(progress, part, *args, **kwargs):
         write(progress, part, *args, **kwargs)
         if part == "layer-0":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progress, "write", write_and_stop)
+    monkeypatch.setattr(RunState, "write", write_and_stop)
     with pytest.raises(Interrupted) as stopped:
         run_prune(PruneJob.read(None, **settings))
-    monkeypatch.setattr(Progress, "write", write)
+    monkeypatch.setattr(RunState, "write", write)
     assert re.fullmatch(
         r"kept is refit, layer 1 of 2 \(\d{4}-\d\d-\d\d \d\d:\d\d, \d+\.\d MB in .*/\.out\.unfinished\); "
         r"the same command with --resume goes on",
