@@ -93,8 +93,8 @@ def classify(pruner: BlockPruner, picture: Image.Image) -> dict[str, float]:
     """The likeliest classes with their probabilities, by the model's own image processor."""
     config: Any = pruner.model.config
     image = decode_image(picture, Decoding(channels_of(config)))
-    inputs = pruner.processor(image, return_tensors="pt").to(pruner.model.device)
-    top = pruner.model(**inputs).logits[0].softmax(-1).topk(min(SHOWN, config.num_labels))
+    pixels = pruner.processor(image, return_tensors="pt")["pixel_values"].to(pruner.model.device)
+    top = pruner.model(pixel_values=pixels).logits[0].softmax(-1).topk(min(SHOWN, config.num_labels))
     return {config.id2label[int(index)]: float(share) for share, index in zip(*top, strict=True)}
 
 

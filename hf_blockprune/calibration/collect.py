@@ -6,33 +6,33 @@ end, so that one process and several give the same statistics. Memory does not d
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import CorruptImages, ImageSet, batches, num_batches
+from ..data.batches import Batch, CorruptImages, ImageSet, batches, num_batches
 from ..display.stages import stage
 from ..errors import DataError
 from ..model.modes import evaluating
 from ..model.outputs import output_of, task_for
 from ..model.tasks import missing
 from ..runs.resume import RunState
-from ..score.blocks import block_sums, grid_shape
 from ..score.statistics import LayerStatistics
+from ..types import ImageProcessor
+from .accumulator import Accumulator, NotFiniteError
 from .state import RunningSums
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-FISHER_ROWS = 512  # per-image gradients kept apart; further images are folded in with random signs
-GRADIENT_BYTES_AT_ONCE = 64 << 20
+    from transformers import PreTrainedModel
 
 
 def collect(
-    model: nn.Module,
+    model: "PreTrainedModel",
     images: ImageSet,
-    processor: Any,
+    processor: ImageProcessor,
     targets: dict[str, nn.Linear],
     *,
     accelerator: "Accelerator",
@@ -70,67 +70,84 @@ def collect(
     model.to(accelerator.device)
     if not gradients:
         images = images.without_labels()
-    several = images.labelled is not None and images.labelled.listed
+    shape = block_shape if gradients else None
     accumulators = {
-        name: _Accumulator(
-            name, linear, moments=moments or fisher, fisher=fisher, block_shape=block_shape if gradients else None
-        )
+        name: Accumulator(name, linear, moments=moments or fisher, fisher=fisher, block_shape=shape)
         for name, linear in targets.items()
     }
     corrupt = CorruptImages(images.name)
     total = num_batches(images, batch_size, accelerator.num_processes)
     running = RunningSums(state, accumulators, corrupt, total)
-    options = {"batch_size": batch_size, "accelerator": accelerator, "model_config": model.config}
     done = running.restore()
+    options = {"batch_size": batch_size, "accelerator": accelerator, "model_config": model.config}
     stream = batches(images, processor, skip=done, **options)
+    several = images.labelled is not None and images.labelled.listed
+    run = _Pass(model, accumulators, gradients=gradients or fisher, several=several, seed=seed)
     with stage("calibration", total, unit="batches", initial=done) as bar, _hooked(accumulators), _frozen(model):
         for number, batch in enumerate(bar.over(stream), done + 1):
             corrupt.count(batch)
             if "pixel_values" in batch:
-                try:
-                    _run(model, batch, accumulators, gradients=gradients or fisher, several=several, seed=seed)
-                except NotFiniteError as error:
-                    raise DataError(
-                        f"{error.what} for calibration image {images.file_name(error.index)} are not finite; check the "
-                        "image, the model's weights and its dtype"
-                    ) from None
+                with _told_of(images):
+                    run(batch["pixel_values"], batch)
             running.save_if_due(number)
     corrupt.gather()
     corrupt.check()
     return {name: a.finish(accelerator) for name, a in accumulators.items()}, corrupt
 
 
-def _run(
-    model: nn.Module,
-    batch: dict[str, Any],
-    accumulators: dict[str, "_Accumulator"],
-    *,
-    gradients: bool,
-    several: bool,
-    seed: int,
-) -> None:
-    pixels = batch["pixel_values"].to(next(model.parameters()).dtype)
-    for accumulator in accumulators.values():
-        accumulator.index = batch["index"]
-    if not gradients:
-        with torch.no_grad():
-            model(pixel_values=pixels)
-        return
-    output = model(pixel_values=pixels.requires_grad_())
-    outputs, task = output_of(model, output).float(), task_for(model, output, several=several)
-    labels = task.sample(outputs, batch["index"], seed)
-    given = ~missing(batch["labels"])
-    if given.any():
-        labels[given] = batch["labels"][given].to(labels)
-    losses = task.losses(outputs, labels)
-    if not losses.isfinite().all():
-        bad = batch["index"][~losses.isfinite()].tolist()
-        raise NotFiniteError(bad[0], "the predictions")
-    losses.sum().backward()
+@dataclass(frozen=True)
+class _Pass:
+    """Runs batches through a model whose Linears are listened to.
+
+    Attributes:
+        gradients: whether the loss is taken back through the model.
+        several: whether labels are lists.
+        seed: of sampled labels.
+    """
+
+    model: "PreTrainedModel"
+    accumulators: dict[str, Accumulator]
+    _: KW_ONLY
+    gradients: bool
+    several: bool
+    seed: int
+
+    def __call__(self, pixels: Tensor, batch: Batch) -> None:
+        """Run pixels [images, channels, height, width] of a batch."""
+        pixels = pixels.to(next(self.model.parameters()).dtype)
+        for accumulator in self.accumulators.values():
+            accumulator.index = batch["index"]
+        if not self.gradients:
+            with torch.no_grad():
+                self.model(pixel_values=pixels)
+            return
+        output = self.model(pixel_values=pixels.requires_grad_())
+        outputs, task = output_of(self.model, output).float(), task_for(self.model, output, several=self.several)
+        labels = task.sample(outputs, batch["index"], self.seed)
+        given = ~missing(batch["labels"])
+        if given.any():
+            labels[given] = batch["labels"][given].to(labels)
+        losses = task.losses(outputs, labels)
+        if not losses.isfinite().all():
+            bad = batch["index"][~losses.isfinite()].tolist()
+            raise NotFiniteError(bad[0], "the predictions")
+        losses.sum().backward()
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _told_of(images: ImageSet) -> Iterator[None]:
+    """Names the image for which a value is not finite."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise DataError(
+            f"{error.what} for calibration image {images.file_name(error.index)} are not finite; check the image, the "
+            "model's weights and its dtype"
+        ) from None
+
+
+@contextmanager
+def _frozen(model: "PreTrainedModel") -> Iterator[None]:
     """In evaluation mode, and no parameter asks for a gradient: layers take theirs image by image in the hooks."""
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
@@ -143,141 +160,10 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(accumulators: dict[str, "_Accumulator"]) -> Iterator[None]:
+def _hooked(accumulators: dict[str, Accumulator]) -> Iterator[None]:
     handles = [a.linear.register_forward_hook(a.hook) for a in accumulators.values()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-class NotFiniteError(Exception):
-    """A value is infinite or no number: for which image, by position, and where."""
-
-    def __init__(self, index: int, what: str) -> None:
-        super().__init__(what)
-        self.index, self.what = index, what
-
-
-class _Accumulator:
-    """Running sums of one Linear."""
-
-    def __init__(
-        self, name: str, linear: nn.Linear, *, moments: bool, fisher: bool, block_shape: tuple[int, int] | None
-    ) -> None:
-        self.name = name
-        self.linear, self.block_shape, self.fisher = linear, block_shape, fisher
-        self.index: Tensor  # positions of the images of the batch in flight
-        self.num_tokens = self.num_images = 0
-        self.origin: Tensor | None = None  # what moments are taken about until the end
-        out, into = linear.weight.shape
-        double = {"dtype": torch.float64, "device": linear.weight.device}
-        self.sums: dict[str, Tensor] = {}
-        if moments:
-            self.sums |= {"mean": torch.zeros(into, **double), "second_moment": torch.zeros(into, into, **double)}
-        if fisher or block_shape is not None:
-            self.sums |= {"output_weight": torch.zeros(out, **double), "token_weight": torch.zeros(1, **double)}
-        if block_shape is not None:
-            rows, cols = grid_shape((out, into), block_shape)
-            self.sums["gradient"] = torch.zeros(out, into, **double)
-            self.sums["block_gradients"] = torch.zeros(FISHER_ROWS, rows, cols, device=linear.weight.device)
-
-    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = at_least_float32(inputs[0].detach())
-        x = x.reshape(len(self.index), -1, x.shape[-1])  # [images, tokens, in]
-        self._check_finite(x)
-        self.num_images += x.shape[0]
-        self.num_tokens += x.shape[0] * x.shape[1]
-        if "mean" in self.sums and not self.fisher:
-            self._add_moments(x, torch.ones_like(x[..., :1]))
-        if output.requires_grad:
-            index = self.index
-            output.register_hook(
-                lambda grad: self._add_gradients(x, at_least_float32(grad).reshape(*x.shape[:2], -1), index)
-            )
-
-    def _check_finite(self, x: Tensor) -> None:
-        finite = x.isfinite().flatten(1).all(1)
-        if not finite.all():
-            bad = int(self.index[~finite][0])
-            raise NotFiniteError(bad, f"{self.name}: its inputs")
-
-    def _add_moments(self, x: Tensor, token_weight: Tensor) -> None:
-        """x [images, tokens, in], token_weight [images, tokens, 1]."""
-        tokens, weight = x.flatten(0, 1), token_weight.flatten(0, 1)
-        if self.origin is None:
-            # Near the mean: what single precision rounds off a large mean can be more than a small variance.
-            self.origin = (tokens * weight).sum(0) / weight.sum().clamp(min=1e-30)
-        tokens = tokens - self.origin
-        weighted = tokens * weight
-        self.sums["mean"] += weighted.sum(0, dtype=torch.float64)
-        self.sums["second_moment"] += (weighted.t() @ tokens).double()
-
-    def _add_gradients(self, x: Tensor, grad: Tensor, index: Tensor) -> None:
-        """x [images, tokens, in] and dLoss/dy [images, tokens, out], a few images at a time to bound memory."""
-        self.sums["output_weight"] += grad.double().square().sum(dim=(0, 1))
-        token_weight = grad.square().sum(-1, keepdim=True)
-        # Starts out as one zero, and takes the number of tokens from the first batch.
-        self.sums["token_weight"] = self.sums["token_weight"] + token_weight.sum((0, 2), dtype=torch.float64)
-        if self.fisher:
-            self._add_moments(x, token_weight)
-        if self.block_shape is None:
-            return
-        weight = at_least_float32(self.linear.weight.detach())
-        chunk = max(1, GRADIENT_BYTES_AT_ONCE // (weight.numel() * weight.element_size()))
-        for xs, grads, images in zip(x.split(chunk), grad.split(chunk), index.split(chunk), strict=True):
-            per_image = grads.transpose(1, 2) @ xs  # [chunk, out, in]
-            self.sums["gradient"] += per_image.sum(0, dtype=torch.float64)
-            projections = block_sums(per_image * weight, self.block_shape).float()
-            signs = _signs(images).view(-1, 1, 1)
-            self.sums["block_gradients"].index_add_(0, images % FISHER_ROWS, projections * signs)
-
-    def _agree_on_tokens(self) -> None:
-        """Give a process that saw no image as many zeros as the others have tokens."""
-        from accelerate.utils import gather_object
-
-        if "token_weight" in self.sums:
-            tokens = max(gather_object([len(self.sums["token_weight"])]))
-            self.sums["token_weight"] = self.sums["token_weight"].expand(tokens).clone()
-
-    def _take_moments_about_zero(self) -> None:
-        if self.origin is not None:
-            origin, mean = self.origin.double(), self.sums["mean"]
-            weight = self.sums["token_weight"].sum() if self.fisher else self.num_tokens
-            cross = torch.outer(origin, mean)
-            self.sums["second_moment"] += cross + cross.t() + weight * torch.outer(origin, origin)
-            self.sums["mean"] = mean + weight * origin
-
-    def finish(self, accelerator: "Accelerator") -> LayerStatistics:
-        """Add up over processes and divide."""
-        counts = torch.tensor([self.num_tokens, self.num_images], device=accelerator.device)
-        tokens, images = (int(n) for n in accelerator.reduce(counts, "sum"))
-        self._agree_on_tokens()
-        self._take_moments_about_zero()
-        sums: dict[str, Any] = {name: accelerator.reduce(value, "sum") for name, value in self.sums.items()}
-        weight: Any = sums["token_weight"].sum().clamp(min=1e-300) if self.fisher else tokens
-        divide_by = {"mean": weight, "second_moment": weight, "output_weight": tokens, "gradient": images}
-        done = {name: sums[name] / count for name, count in divide_by.items() if name in sums}
-        if "token_weight" in sums:
-            total = sums["token_weight"].sum().clamp(min=1e-300)
-            done["token_weight"] = sums["token_weight"] * (len(sums["token_weight"]) / total)
-        if "block_gradients" in sums:
-            done["block_gradients"] = sums["block_gradients"] * (FISHER_ROWS / images) ** 0.5
-        return LayerStatistics(num_tokens=tokens, num_images=images, **done)
-
-
-def _signs(index: Tensor) -> Tensor:
-    """+1 for an image with a row of its own; for later ones a sign hashed from its position.
-
-    The hash mixes twice: after one multiplication the signs of images that share a row would still be correlated.
-    """
-    mixed = index * 2654435761 & 0xFFFFFFFF
-    mixed = (mixed ^ mixed >> 15) * 2246822519 & 0xFFFFFFFF
-    bit = (mixed ^ mixed >> 13) >> 16 & 1
-    return torch.where(index < FISHER_ROWS, 1, 1 - 2 * bit).float()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x, in single precision where it was in half: sums over tokens need it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

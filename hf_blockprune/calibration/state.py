@@ -1,6 +1,6 @@
 """Calibration as parts of an unfinished run: its statistics when they are done, and running sums before."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from ..score.statistics import LayerStatistics
 
 if TYPE_CHECKING:
     from ..data.batches import CorruptImages
-    from .collect import _Accumulator
+    from .accumulator import Accumulator
 
 CALIBRATION, RUNNING = "calibration", "calibrating"
 PARTS = ("mean", "second_moment", "output_weight", "token_weight", "gradient", "block_gradients")
@@ -42,7 +42,7 @@ def kept_statistics(run_state: RunState) -> tuple[dict[str, LayerStatistics], li
         return None
     tensors, values = stored
     device = run_state.accelerator.device
-    parts: dict[str, dict[str, Any]] = {name: {} for name in values["counts"]}
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in values["counts"]}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")
         parts[name][part] = tensor.to(device)
@@ -66,7 +66,7 @@ class RunningSums:
     def __init__(
         self,
         run_state: RunState | None,
-        accumulators: "dict[str, _Accumulator]",
+        accumulators: "dict[str, Accumulator]",
         corrupt: "CorruptImages",
         batches: int | None,
     ) -> None:

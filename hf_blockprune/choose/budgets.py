@@ -1,7 +1,7 @@
 """What a model costs with masks, under a budget: FLOPs, weights, blocks, time or energy."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,12 @@ from ..cost.shapes import transformer_shape
 from ..hub.blockprune_cost import Linear, linear_flops, weights_energy_mj
 from ..model.structure import find_transformer_layers
 from ..score.blocks import block_sizes
+from ..types import JsonDict
 from .allocation import CostBudget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 UNITS = {"flops": "FLOPs", "params": "weights", "density": "blocks", **DEVICE_METRICS}
 
@@ -46,7 +51,7 @@ class ModelBudget:
         """How much more may remain; negative where the masks cost too much."""
         return self.asked - self.of(masks)
 
-    def account(self, masks: dict[str, Tensor]) -> dict[str, Any]:
+    def account(self, masks: dict[str, Tensor]) -> JsonDict:
         """What was asked for, and what remains of the dense model's cost, for reports: the promise."""
         return {
             "metric": self.wanted.metric,
@@ -64,7 +69,7 @@ class ModelBudget:
 
 
 def model_budgets(
-    config: BlockPruneConfig, model: Any, targets: dict[str, nn.Linear], flops: ModelFlops
+    config: BlockPruneConfig, model: "PreTrainedModel", targets: dict[str, nn.Linear], flops: ModelFlops
 ) -> list[ModelBudget]:
     """All budgets of a config, as `model_budget` has them."""
     wanted = [budget for budget in (config.budget, config.second_budget) if budget is not None]
@@ -73,7 +78,7 @@ def model_budgets(
 
 def model_budget(
     budget: Budget,
-    model: Any,
+    model: "PreTrainedModel",
     targets: dict[str, nn.Linear],
     flops: ModelFlops,
     shape: tuple[int, int],
@@ -123,7 +128,7 @@ def _block_costs(
 
 
 def _on_device(
-    budget: Budget, model: Any, targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]
+    budget: Budget, model: "PreTrainedModel", targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]
 ) -> DeviceCost:
     assert budget.device is not None
     profile = load_profile(budget.device)

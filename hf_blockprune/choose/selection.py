@@ -28,6 +28,7 @@ from .true_loss import loss_factors, true_losses
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 SPENDING_ROUNDS = 8
 
@@ -67,7 +68,7 @@ class Selector:
         state: keeps what takes long, and gives back what an interrupted run had; by default nothing is kept.
     """
 
-    model: nn.Module
+    model: "PreTrainedModel"
     targets: dict[str, nn.Linear]
     statistics: dict[str, LayerStatistics]
     flops: ModelFlops

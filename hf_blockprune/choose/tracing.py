@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -63,16 +63,17 @@ class Tracer:
 
         names, made = self.layers(statistics), []
         number, self._times = self._times, self._times + 1
-        kept = {name: self.state.trace(number, name, self.targets[name].weight.device) for name in names}
-        for name in [name for name in self._mine(names) if kept[name] is not None]:
+        stored = {name: self.state.trace(number, name, self.targets[name].weight.device) for name in names}
+        kept = {name: trace for name, trace in stored.items() if trace is not None}
+        for name in [name for name in self._mine(names) if name in kept]:
             bar.advance(work=self._work(name), measured=False)
-        for name in self._mine([name for name in names if kept[name] is None]):
+        for name in self._mine([name for name in names if name not in kept]):
             start = perf_counter()
             trace = self._trace(name, statistics.get(name))
             made.append((name, (trace, perf_counter() - start)))
             self.state.keep_trace(number, name, *made[-1][1])
             bar.advance(work=self._work(name))
-        every: dict[str, Any] = kept | dict(gather_object(made) if self.accelerator.num_processes > 1 else made)
+        every = kept | dict(gather_object(made) if self.accelerator.num_processes > 1 else made)
         for name in names:
             self.seconds[name] = self.seconds.get(name, 0.0) + every[name][1]
         return {name: every[name][0] for name in names}

@@ -8,7 +8,7 @@ SPDY, Frantar and Alistarh 2022, arXiv 2201.13096, which searches for such facto
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from .state import SelectionState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 IMAGES_AT_ONCE = 32
 LARGEST_FACTOR = 30.0
@@ -33,7 +34,7 @@ LEAST_LOSS = 1e-30  # nats; less is nothing, and its ratios would underflow
 
 @torch.no_grad()
 def true_losses(
-    model: nn.Module,
+    model: "PreTrainedModel",
     groups: Sequence[Sequence[str]],
     masks: dict[str, Tensor],
     statistics: dict[str, LayerStatistics],
@@ -71,8 +72,9 @@ def true_losses(
     if isinstance(task, Regression):
         task = task.scaled(wanted)
     state, losses = state or SelectionState(), []
-    kept = {i: state.loss(number, i) for i in range(len(groups))}
-    missing = [i for i, loss in kept.items() if loss is None]
+    stored = {i: state.loss(number, i) for i in range(len(groups))}
+    kept = {i: loss for i, loss in stored.items() if loss is not None}
+    missing = [i for i in stored if i not in kept]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     with stage("true losses", len(mine), unit="groups of layers") as bar:
         for index in bar.over(mine):
@@ -80,19 +82,26 @@ def true_losses(
             before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
             try:
                 for name in group:
-                    _prune(name, model.get_submodule(name), masks[name], statistics[name], block_shape, damping)
+                    linear = model.get_submodule(name)
+                    assert isinstance(linear, nn.Linear)
+                    _prune(name, linear, masks[name], statistics[name], block_shape, damping)
                 have, _ = _outputs(model, pixels)
             finally:
                 for parameter, value in before:
                     parameter.data = value
             losses.append((index, float(task.divergence(wanted, have).mean())))
             state.keep_loss(number, index, len(groups), losses[-1][1])
-    every: dict[int, Any] = kept | dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
+    every = kept | dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
     return [every[i] for i in range(len(groups))]
 
 
 def _prune(
-    name: str, linear: Any, mask: Tensor, statistics: LayerStatistics, block_shape: tuple[int, int], damping: float
+    name: str,
+    linear: nn.Linear,
+    mask: Tensor,
+    statistics: LayerStatistics,
+    block_shape: tuple[int, int],
+    damping: float,
 ) -> None:
     """Give the Linear the surviving weights that `obs` reckons with; its mean output stays where there is a bias."""
     weight, covariance = linear.weight.data, statistics.safe_covariance
@@ -113,7 +122,7 @@ def _prune(
         linear.bias.data = linear.bias.data + ((weight - pruned).double() @ mean).to(weight.dtype)
 
 
-def _outputs(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Task]:
+def _outputs(model: "PreTrainedModel", pixels: Tensor) -> tuple[Tensor, Task]:
     """Float64 [images, outputs], and what they mean."""
     parts = [model(pixel_values=part.to(dtype_of(model))) for part in pixels.split(IMAGES_AT_ONCE)]
     return torch.cat([output_of(model, part) for part in parts]).double(), task_for(model, parts[0])

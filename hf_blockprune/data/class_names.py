@@ -6,7 +6,11 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
 
 IMAGENET_FILE = Path(__file__).with_name("imagenet_classes.txt")
 SYNSET = re.compile(r"(n\d{8})(?:[\s_.,-].*)?", re.DOTALL)
@@ -61,13 +65,13 @@ class ClassNames:
             self._add(name, index)
 
     @classmethod
-    def of(cls, config: Any) -> "ClassNames":
+    def of(cls, config: "PreTrainedConfig") -> "ClassNames":
         """Those of a transformers config; `id2label` counts, as in pipelines.
 
         `label2id` adds to it where the two agree, and says it all where `id2label` holds numbers alone.
         """
         by_index = {int(index): str(name) for index, name in (config.id2label or {}).items()}
-        names = [by_index.get(index, f"LABEL_{index}") for index in range(config.num_labels)]
+        names = [by_index.get(index, f"LABEL_{index}") for index in range(config.num_labels or 0)]
         found = cls(names)
         others = _indices(getattr(config, "label2id", None), len(names))
         agree = all(others.get(name) in found._exact[name] for name in names)

@@ -1,17 +1,24 @@
 """A data set of images that are not decoded yet, and samples of it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..sources.columns import LabelColumn
 from ..sources.pictures import Decoding
 from ..sources.reading import is_url
+from ..types import ImageProcessor, JsonDict
+from .kept import KeptPixels
 from .labels import Labels
 from .model_input import ModelInput, find_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.configuration_utils import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class ImageSet:
         model_input: what the model takes, where that was looked at; else it follows from its config.
         labels_by: how labels become the model's; see `DataSource`.
         split: which of its splits it is, None where it has none or one alone.
+        kept: its images that were preprocessed before, and where those go that are now; None where nothing is kept.
     """
 
     dataset: Any
@@ -45,6 +53,7 @@ class ImageSet:
     model_input: ModelInput | None = None
     labels_by: str = "name"
     split: str | None = None
+    kept: KeptPixels | None = None
 
     @property
     def label_column(self) -> str | None:
@@ -56,7 +65,7 @@ class ImageSet:
         """Names of the classes by index, where the data set knows them."""
         return None if self.labelled is None else self.labelled.class_names
 
-    def fitted(self, model: Any, processor: Any) -> "ImageSet":
+    def fitted(self, model: "PreTrainedModel", processor: ImageProcessor) -> "ImageSet":
         """For a model and its image processor.
 
         Raises:
@@ -77,13 +86,18 @@ class ImageSet:
         return "/".join((path.resolve() if path.exists() else path).parts[-2:])
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonDict:
         """What a sample is determined by, with the seed, as JSON-ready values."""
         keys = ("image_column", "label_column", "labels_by", "streaming", "shuffle_buffer")
         options = {key: getattr(self, key) for key in keys}
         if self.decoding.white is not None:
             options["white"] = self.decoding.white
         return {"name": self.public_name, "split": str(getattr(self.dataset, "split", None)), **options}
+
+    @property
+    def content(self) -> dict[str, object]:
+        """What tells it from other data sets in this process: its identity, and what `datasets` knows it by."""
+        return {**self.identity, "fingerprint": getattr(self.dataset, "_fingerprint", None)}
 
     def without_labels(self) -> "ImageSet":
         """The same images; their labels are not even read."""
@@ -92,7 +106,7 @@ class ImageSet:
             dataset = dataset.select_columns([self.image_column])
         return replace(self, dataset=dataset, labelled=None)
 
-    def labels_for(self, model_config: Any) -> Labels | None:
+    def labels_for(self, model_config: "PreTrainedConfig") -> Labels | None:
         """What turns its labels into those of a model; None where it has none.
 
         Raises:
@@ -124,9 +138,9 @@ class ImageSet:
             stream = self.dataset
             if self.shuffle_buffer:
                 stream = stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-            return replace(self, dataset=stream.take(samples), most=samples)
+            return replace(self, dataset=stream.take(samples), most=samples, kept=None)
         chosen = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:samples]
-        return replace(self, dataset=self.dataset.select(chosen.tolist()))
+        return replace(self, dataset=self.dataset.select(chosen.tolist()), kept=None)
 
     def file_name(self, index: int) -> str:
         """The name of an image by its position, or the position where it has no name."""
@@ -139,6 +153,9 @@ class ImageSet:
         """At most `most` images, one in `step`, or all where there are fewer than that; of a stream, the first ones."""
         if self.streaming:
             most = most if self.most is None else min(most, self.most)
-            return replace(self, dataset=self.dataset.take(most), most=most)
+            return replace(self, dataset=self.dataset.take(most), most=most, kept=self._kept_of(range(most)))
         chosen = list(range(step - 1, len(self.dataset), step)) or list(range(len(self.dataset)))
-        return replace(self, dataset=self.dataset.select(chosen[:most]))
+        return replace(self, dataset=self.dataset.select(chosen[:most]), kept=self._kept_of(chosen[:most]))
+
+    def _kept_of(self, positions: Sequence[int]) -> KeptPixels | None:
+        return None if self.kept is None else self.kept.some(positions)

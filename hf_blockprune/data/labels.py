@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from transformers.utils import logging
 from ..errors import DataError
 from ..model.tasks import MULTI, NO_LABEL, REGRESSION, SINGLE, task_of
 from .class_names import ClassNames
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
 
 logger = logging.get_logger(__name__)
 SHOWN = 5
@@ -35,7 +39,7 @@ class Labels:
     def __init__(
         self,
         class_names: Sequence[str] | None,
-        model_config: Any,
+        model_config: "PreTrainedConfig",
         name: str,
         *,
         listed: bool = False,
@@ -59,12 +63,12 @@ class Labels:
         """The model's number of classes."""
         return len(self.classes.names)
 
-    def tensor(self, labels: Sequence[Any]) -> Tensor:
+    def tensor(self, labels: Sequence[object]) -> Tensor:
         """Labels of some images as the task takes them; None where there is none."""
         values = [self(label) for label in labels]
         return torch.tensor(values, dtype=torch.int64 if self.task.problem == SINGLE else torch.float32)
 
-    def __call__(self, label: Any) -> Any:
+    def __call__(self, label: object) -> Any:
         """A class index, or numbers by output.
 
         Raises:
@@ -76,7 +80,7 @@ class Labels:
             return [math.nan] * self.task.outputs
         return self._numbers(label) if self.task.problem == REGRESSION else self._several(label)
 
-    def _index(self, label: Any) -> int:
+    def _index(self, label: object) -> int:
         """NO_LABEL for None, and for the -1 of `datasets`."""
         if isinstance(label, str):
             return self._named(label)
@@ -96,7 +100,7 @@ class Labels:
             )
         return index
 
-    def _whole(self, label: Any) -> int:
+    def _whole(self, label: object) -> int:
         if isinstance(label, bool):
             found = self.classes.find(str(label))
             if len(found) == 1:
@@ -189,15 +193,12 @@ class Labels:
             "classes alike, say labels_by position"
         )
 
-    def _numbers(self, label: Any) -> list[float]:
+    def _numbers(self, label: object) -> list[float]:
         parts = list(label) if isinstance(label, (list, tuple)) else [label]
         if self.class_names is not None:
             parts = [self.class_names[part] if isinstance(part, int) and part >= 0 else part for part in parts]
-        try:
-            numbers = [float(part) for part in parts]
-        except (TypeError, ValueError):
-            numbers = []
-        if len(numbers) != self.task.outputs or not all(map(math.isfinite, numbers)):
+        numbers = [number for part in parts if (number := _number(part)) is not None]
+        if not len(numbers) == len(parts) == self.task.outputs or not all(map(math.isfinite, numbers)):
             what = "a number" if self.task.outputs == 1 else f"{self.task.outputs} numbers"
             said = parts[0] if len(parts) == 1 else parts
             raise DataError(
@@ -206,7 +207,7 @@ class Labels:
             )
         return numbers
 
-    def _several(self, label: Any) -> list[float]:
+    def _several(self, label: object) -> list[float]:
         """Zeros and ones by class, from such, or from a list of classes."""
         if not isinstance(label, (list, tuple)):
             if self.outputs != 1:
@@ -216,7 +217,7 @@ class Labels:
                 )
             label = [label]
         if self.usable is None and self._is_multi_hot(label):
-            return [float(part) for part in label]
+            return [1.0 if part else 0.0 for part in label]
         chosen = [0.0] * self.outputs
         for part in label:
             index = self._index(part) if not isinstance(part, float) or part.is_integer() else None
@@ -228,7 +229,7 @@ class Labels:
             chosen[index] = 1.0
         return chosen
 
-    def _is_multi_hot(self, label: Sequence[Any]) -> bool:
+    def _is_multi_hot(self, label: Sequence[object]) -> bool:
         """Zeros and ones by class; a list of two classes by index looks the same where the model has but two."""
         if len(label) != self.outputs or any(isinstance(part, str) or part not in (0, 1) for part in label):
             return False
@@ -241,5 +242,13 @@ class Labels:
         return True
 
 
-def _is_nan(label: Any) -> bool:
+def _number(value: object) -> float | None:
+    """A value as a number, also one that is written out; None where it is none."""
+    try:
+        return float(value)  # pyright: ignore[reportArgumentType]  (tensors and NumPy's numbers are such too)
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_nan(label: object) -> bool:
     return isinstance(label, float) and math.isnan(label)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -13,6 +13,11 @@ from ..errors import DataError, ModelError, first_line
 from ..hub.blockprune_skeleton import channels_of
 from ..model.modes import evaluating
 from ..sources.pictures import MODES
+from ..types import ImageProcessor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 PROBES = ((160, 120), (96, 144))  # (width, height) of pictures that show whether all are brought to one size
 
@@ -42,7 +47,7 @@ class ModelInput:
             )
 
 
-def find_input(model: Any, processor: Any) -> ModelInput:
+def find_input(model: "PreTrainedModel", processor: ImageProcessor) -> ModelInput:
     """What a model takes, with the image processor that goes with it.
 
     Raises:
@@ -75,7 +80,7 @@ def find_input(model: Any, processor: Any) -> ModelInput:
     return ModelInput(channels, sizes[0])
 
 
-def picture_size(model: Any, processor: Any) -> tuple[int, int]:
+def picture_size(model: "PreTrainedModel", processor: ImageProcessor) -> tuple[int, int]:
     """(height, width) that pictures have when they reach a model, and the config's where each keeps its own.
 
     Raises:
@@ -99,7 +104,7 @@ def shared_picture_size(one: Any, other: Any) -> tuple[int, int]:
     return sizes[0]
 
 
-def preprocess(processor: Any, pictures: Sequence[Image.Image], channels: int, **options: Any) -> Tensor:
+def preprocess(processor: ImageProcessor, pictures: Sequence[Image.Image], channels: int, **options: Any) -> Tensor:
     """pixel_values [images, channels, height, width] of pictures that have a model's channels.
 
     Raises:
@@ -151,7 +156,7 @@ def stacked(pixels: Sequence[Tensor], name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _refusal(model: Any, channels: int, size: tuple[int, ...]) -> str | None:
+def _refusal(model: "PreTrainedModel", channels: int, size: tuple[int, ...]) -> str | None:
     """What a model says of an image of a size; None where it takes it."""
     parameter = next(model.parameters())
     try:

@@ -1,21 +1,23 @@
 """How good a model is on labelled images, and its paired change against another model."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data.batches import ImageSet
+from ..data.batches import Batch, ImageSet
 from ..errors import DataError
 from ..model.tasks import MULTI, SINGLE, missing, task_of
+from ..types import ImageProcessor, JsonDict
 from .asking import ask
 from .paired import PairedChange, mean_change, paired_change
 from .scores import SCORES, main_score
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 TOP = 5
 EVALUATION_SPLITS = ("validation", "test", "train")
@@ -67,7 +69,7 @@ class _Scores:
         """Name of the score that models are compared in; more of it is better."""
         return main_score(self.scores)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """JSON-ready values, without the comparison where there was none."""
         return {key: value for key, value in asdict(self).items() if value is not None}  # type: ignore[call-overload]
 
@@ -142,10 +144,14 @@ class RegressionEvaluation(_Scores):
     left_out: list[str] | None = None
 
 
+Summary: TypeAlias = Evaluation | MultiLabelEvaluation | RegressionEvaluation
+"""How good a model is, by its task."""
+
+
 def predict(
-    model: nn.Module,
+    model: "PreTrainedModel",
     images: ImageSet,
-    processor: Any,
+    processor: ImageProcessor,
     *,
     accelerator: "Accelerator",
     batch_size: int = 32,
@@ -165,14 +171,13 @@ def predict(
         DataError: images without labels, labels that do not fit the model, or more than 1 % corrupt images.
         ModelError: the model's `problem_type` does not fit it.
     """
-    config: Any = model.config
-    problem = task_of(config, several=images.labelled is not None and images.labelled.listed).problem
+    problem = task_of(model.config, several=images.labelled is not None and images.labelled.listed).problem
     need_labels(images)
     rows, skipped = ask(
         model,
         images,
         processor,
-        lambda batch: _answers(model, batch, images.name, problem),
+        lambda pixels, batch: _answers(model, pixels, batch, images.name, problem),
         accelerator=accelerator,
         batch_size=batch_size,
         name=name,
@@ -197,16 +202,19 @@ def need_labels(images: ImageSet) -> None:
 
 
 @torch.inference_mode()
-def _answers(model: nn.Module, batch: dict[str, Any], name: str, problem: str) -> list[tuple[int, Any, list[Any]]]:
+def _answers(
+    model: "PreTrainedModel", pixels: Tensor, batch: Batch, name: str, problem: str
+) -> list[tuple[int, int | float | list[float], list[float]]]:
+    """(position, label, answer) of each image."""
     if missing(batch["labels"]).any():
         raise DataError(f"{name}: some images have no label; label or remove them before measuring accuracy")
-    answers: Tensor = model(pixel_values=batch["pixel_values"].to(next(model.parameters()).dtype)).logits
+    answers: Tensor = model(pixel_values=pixels.to(next(model.parameters()).dtype)).logits
     if problem == SINGLE:
         answers = answers.topk(min(TOP, answers.shape[-1]), dim=-1).indices
     return list(zip(batch["index"].tolist(), batch["labels"].tolist(), answers.tolist(), strict=True))
 
 
-def summarise(predictions: "Predictions | Outputs", baseline: "Predictions | Outputs | None" = None) -> Any:
+def summarise(predictions: "Predictions | Outputs", baseline: "Predictions | Outputs | None" = None) -> Summary:
     """What answers achieve, and their paired change against a baseline's.
 
     Returns:

@@ -1,19 +1,21 @@
 """How close an encoder's embeddings are to those of another model, image by image; labels are not needed."""
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
-from ..data.batches import ImageSet
+from ..data.batches import Batch, ImageSet
 from ..errors import DataError, ModelError
 from ..model.outputs import answers
+from ..types import ImageProcessor, JsonDict
 from .asking import ask
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,15 @@ class Fidelity:
     num_images: int
     skipped: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """JSON-ready values."""
         return asdict(self)
 
 
 def embed(
-    model: nn.Module,
+    model: "PreTrainedModel",
     images: ImageSet,
-    processor: Any,
+    processor: ImageProcessor,
     *,
     accelerator: "Accelerator",
     batch_size: int = 32,
@@ -77,7 +79,7 @@ def embed(
         model,
         images,
         processor,
-        lambda batch: _embeddings(model, batch),
+        lambda pixels, batch: _embeddings(model, pixels, batch),
         accelerator=accelerator,
         batch_size=batch_size,
         name=name,
@@ -87,8 +89,8 @@ def embed(
 
 
 @torch.inference_mode()
-def _embeddings(model: nn.Module, batch: dict[str, Any]) -> list[tuple[int, np.ndarray]]:
-    found = answers(model, batch["pixel_values"]).float().cpu().numpy()
+def _embeddings(model: "PreTrainedModel", pixels: Tensor, batch: Batch) -> list[tuple[int, np.ndarray]]:
+    found = answers(model, pixels).float().cpu().numpy()
     return list(zip(batch["index"].tolist(), found, strict=True))
 
 

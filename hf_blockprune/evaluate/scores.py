@@ -1,8 +1,7 @@
 """The scores of each task by name, as people read them."""
 
-from typing import Any
-
 from ..model.tasks import MULTI, REGRESSION, SINGLE
+from ..types import JsonDict
 
 # What models are compared in; more of it is better.
 MAIN = {SINGLE: "top1", MULTI: "mean_average_precision", REGRESSION: "r2"}
@@ -17,7 +16,7 @@ SCORES = {
 SHARES = ("top1", "top5", "mean_average_precision", "f1")
 
 
-def main_score(evaluation: dict[str, Any]) -> str:
+def main_score(evaluation: JsonDict) -> str:
     """Key of the score that models are compared in, of what `Evaluation.to_dict` gives."""
     return next(key for key in MAIN.values() if key in evaluation)
 
@@ -27,7 +26,7 @@ def score_text(key: str, value: float, digits: int = 2) -> str:
     return f"{value:.{digits}%}" if key in SHARES else f"{value:.4g}"
 
 
-def main_text(evaluation: dict[str, Any], digits: int = 2) -> str:
+def main_text(evaluation: JsonDict, digits: int = 2) -> str:
     """The main score with its name.
 
     Example:
@@ -38,7 +37,7 @@ def main_text(evaluation: dict[str, Any], digits: int = 2) -> str:
     return f"{SCORES[key]} {score_text(key, evaluation[key], digits)}"
 
 
-def change_text(evaluation: dict[str, Any], *, digits: int = 2) -> str:
+def change_text(evaluation: JsonDict, *, digits: int = 2) -> str:
     """The change against the other model, with its interval where there is one."""
     share = main_score(evaluation) in SHARES
     form = f"{{:+.{digits}%}}" if share else "{:+.4f}"

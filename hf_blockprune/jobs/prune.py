@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..calibration.shared import SharedStatistics
+from ..calibration.shared import SharedCalibration
 from ..checkpoint.folder import check_output
 from ..config import BlockPruneConfig
 from ..data.batches import ImageSet
@@ -137,7 +137,7 @@ def prune_and_measure(
     *,
     work_dir: Path,
     dense: Predictions | Outputs | None = None,
-    shared: SharedStatistics | None = None,
+    shared: SharedCalibration | None = None,
 ) -> None:
     """The steps of a job between loading and saving.
 
@@ -146,13 +146,14 @@ def prune_and_measure(
         job: what to do.
         work_dir: keeps the state of an unfinished run.
         dense: what the dense model answers on the labelled images; by default it is loaded again and asked.
-        shared: statistics of other runs on the same dense model.
+        shared: calibration of other runs on the same dense model.
     """
     against = job.model if dense is None else dense
+    shared = shared or SharedCalibration()
     pruner.prune(job.dataset, split=job.split, work_dir=work_dir, shared=shared)
     if job.evaluation is not None:
         pruner.evaluate(job.evaluation, against=against)
     if job.config.recovery is not None:
-        pruner.recover(job.dataset, split=job.split, work_dir=work_dir)
+        pruner.recover(job.dataset, split=job.split, work_dir=work_dir, shared=shared)
         if job.evaluation is not None:
             pruner.evaluate(job.evaluation, against=against)

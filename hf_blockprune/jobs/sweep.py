@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-from ..calibration.shared import SharedStatistics
+from ..calibration.shared import SharedCalibration
 from ..checkpoint.inspection import inspect_checkpoint
 from ..config import DEFAULT_BLOCK_SHAPE, BlockPruneConfig, Budget
 from ..data.batches import load_images
@@ -159,7 +159,7 @@ class _Sweep:
     def _run_missing(self, values: dict[str, Any], on_point: Callable[[dict[str, Any]], None]) -> None:
         done = {point["name"] for point in values["points"]}
         if missing := [name for name in self.configs if name not in done]:
-            answers, shared = self.dense.predictions(self.job.evaluation), SharedStatistics()
+            answers, shared = self.dense.predictions(self.job.evaluation), SharedCalibration()
             values |= {"model": self.dense.name, "dense": summarise(answers).to_dict(), "environment": environment()}
             for number, name in enumerate(missing):
                 with self._part(missing, number, answers):
@@ -201,7 +201,7 @@ class _Sweep:
             "version": __version__,
         }
 
-    def _point(self, name: str, answers: Predictions | Outputs, shared: SharedStatistics) -> dict[str, Any]:
+    def _point(self, name: str, answers: Predictions | Outputs, shared: SharedCalibration) -> dict[str, Any]:
         """Prune, measure and save one point; errors that a user can act on become part of it."""
         config = self.configs[name]
         shape = list(config.block_shape)
@@ -214,7 +214,7 @@ class _Sweep:
         return {**point, **found, "wall_seconds": round(perf_counter() - start, 1)}
 
     def _prune(
-        self, name: str, config: BlockPruneConfig, answers: Predictions | Outputs, shared: SharedStatistics
+        self, name: str, config: BlockPruneConfig, answers: Predictions | Outputs, shared: SharedCalibration
     ) -> dict[str, Any]:
         with stage("loading", aside=True):
             pruner = BlockPruner.from_pretrained(self.job.model, config, accelerator=self.dense.accelerator)

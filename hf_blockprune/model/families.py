@@ -6,7 +6,11 @@ features that one architecture does not mind may be wrong for another, such as o
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 # Names of a layer's Linears within it, in transformers 5 as it is now and as it began.
 PARTS: dict[str, tuple[str, ...]] = {
@@ -116,6 +120,6 @@ def register_family(model_type: str, family: Family) -> None:
     _FAMILIES[model_type] = family
 
 
-def family_of(model: Any) -> Family | None:
+def family_of(model: "PreTrainedModel") -> Family | None:
     """The family of a transformers model, None for one that is not known."""
     return _FAMILIES.get(getattr(model.config, "model_type", ""))

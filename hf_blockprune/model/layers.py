@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -22,17 +21,19 @@ class Layer:
 
     name: str
     module: nn.Module
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    args: tuple[object, ...] = ()
+    kwargs: dict[str, object] = field(default_factory=dict)
 
     def run(self, states: Tensor, module: nn.Module | None = None) -> Tensor:
         """The hidden states after the layer, or after another module in its place."""
         return hidden_states((module or self.module)(states, *self.args, **self.kwargs))
 
 
-def hidden_states(output: Any) -> Tensor:
+def hidden_states(output: object) -> Tensor:
     """A layer's output without what some give beside it, such as attention's probabilities."""
-    return output[0] if isinstance(output, tuple) else output
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, Tensor)
+    return found
 
 
 def layer_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:

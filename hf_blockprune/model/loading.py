@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from safetensors import SafetensorError
@@ -18,6 +18,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
 
 # Those options of transformers' `from_pretrained` that say where files come from.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
@@ -96,7 +100,7 @@ def _load(model_class: Any, name: str, kwargs: dict[str, Any]) -> tuple[Any, lis
     return model, missing
 
 
-def model_class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
+def model_class_of(config: "PreTrainedConfig", *, trust_remote_code: bool = False) -> Any:
     """The class to load a checkpoint with, by its config: of an encoder that it was saved from, else an Auto class.
 
     Args:
@@ -121,7 +125,7 @@ def model_class_of(config: Any, *, trust_remote_code: bool = False) -> Any:
     return AutoModelForImageClassification
 
 
-def build(model_class: Any, config: Any, names: Collection[str]) -> Any:
+def build(model_class: Any, config: "PreTrainedConfig", names: Collection[str]) -> Any:
     """A dense model with new weights.
 
     Args:

@@ -3,7 +3,7 @@
 Everything that compares two models, or asks what a layer is worth, reads answers here.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,11 @@ from ..errors import ModelError
 from ..hub.blockprune_skeleton import skeleton
 from .tasks import Regression, Task, task_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def output_of(model: nn.Module, output: Any) -> Tensor:
+
+def output_of(model: nn.Module, output: object) -> Tensor:
     """A model's answers [images, values] from what its forward gave.
 
     Those are `logits`; of a model without them `image_embeds`, `pooler_output`, the means of `feature_maps` over
@@ -33,7 +36,7 @@ def output_of(model: nn.Module, output: Any) -> Tensor:
             return states.mean((2, 3))
         has_class_token = any(name.rpartition(".")[2] == "cls_token" for name, _ in model.named_parameters())
         return states[:, 0] if has_class_token else states.mean(1)
-    given = ", ".join(output) if hasattr(output, "keys") else type(output).__name__
+    given = ", ".join(output) if isinstance(output, dict) else type(output).__name__
     raise ModelError(
         f"{type(model).__name__}: answers with {given}; expected logits, image_embeds, pooler_output, feature_maps or "
         "last_hidden_state"
@@ -45,7 +48,7 @@ def answers(model: nn.Module, pixels: Tensor) -> Tensor:
     return output_of(model, model(pixel_values=pixels.to(dtype_of(model))))
 
 
-def has_scores(output: Any) -> bool:
+def has_scores(output: object) -> bool:
     """Whether what a model's forward gave are scores of classes, [images, classes]."""
     logits = getattr(output, "logits", None)
     return torch.is_tensor(logits) and logits.dim() == 2
@@ -69,7 +72,7 @@ def classifies(model: nn.Module, processing: Any = None) -> bool:
     return has_scores(dry_run(made, size)[0])
 
 
-def task_for(model: Any, output: Any, *, several: bool = False) -> Task:
+def task_for(model: "PreTrainedModel", output: object, *, several: bool = False) -> Task:
     """What a model's answers mean: of scores what its config says, and of an embedding numbers.
 
     Labels drawn for numbers are these and noise, so that gradients of their losses are random projections of the

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .families import Family, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class TransformerLayer:
         return ((self.query, self.key), (self.value, self.out), (self.fc1, self.fc2))
 
 
-def find_transformer_layers(model: Any, targets: dict[str, nn.Linear]) -> list[TransformerLayer]:
+def find_transformer_layers(model: "PreTrainedModel", targets: dict[str, nn.Linear]) -> list[TransformerLayer]:
     """The layers of ViT's form whose Linears are all targets; empty for models of a family that is not known.
 
     In these, output u of fc1 is input u of fc2 after an activation that works on each value alone, output d of value is
@@ -46,10 +49,10 @@ def find_transformer_layers(model: Any, targets: dict[str, nn.Linear]) -> list[T
         return []
     layers = []
     for prefix in layer_names(model):
-        names = part_names(prefix, family, targets)
-        heads = _heads(model, names["query"]) if all(names.values()) else None
+        names = {part: name for part, name in part_names(prefix, family, targets).items() if name is not None}
+        heads = _heads(model, names["query"]) if len(names) == len(family.parts) else None
         if heads and _fits(names, targets, heads):
-            layers.append(TransformerLayer(heads=heads, heads_stay=family.heads_stay, **names))  # type: ignore[arg-type]
+            layers.append(TransformerLayer(heads=heads, heads_stay=family.heads_stay, **names))
     return layers
 
 
@@ -59,7 +62,7 @@ def layer_names(model: nn.Module) -> list[str]:
     return [f"{name}.{index}" for name, modules in lists for index in range(len(modules))]
 
 
-def part_names(prefix: str, family: Family, linears: dict[str, nn.Linear]) -> dict[str, Any]:
+def part_names(prefix: str, family: Family, linears: dict[str, nn.Linear]) -> dict[str, str | None]:
     """Name of each part's Linear in a layer, None where it is missing."""
     return {
         part: next((f"{prefix}.{name}" for name in choices if f"{prefix}.{name}" in linears), None)
@@ -67,7 +70,7 @@ def part_names(prefix: str, family: Family, linears: dict[str, nn.Linear]) -> di
     }
 
 
-def _heads(model: Any, query: str) -> int | None:
+def _heads(model: "PreTrainedModel", query: str) -> int | None:
     """Number of an attention's heads: its own, for models in which it differs, or the config's."""
     attention = model.get_submodule(query.rpartition(".")[0])
     config = getattr(model.config, "vision_config", model.config)
@@ -76,7 +79,7 @@ def _heads(model: Any, query: str) -> int | None:
     return heads if isinstance(heads, int) else None
 
 
-def _fits(names: dict[str, Any], targets: dict[str, nn.Linear], heads: int) -> bool:
+def _fits(names: dict[str, str], targets: dict[str, nn.Linear], heads: int) -> bool:
     linear = {part: targets[name] for part, name in names.items()}
     width = linear["query"].out_features
     return (
@@ -103,7 +106,7 @@ class ResidualStream:
     writers: tuple[str, ...]
 
 
-def find_residual_stream(model: Any) -> ResidualStream | None:
+def find_residual_stream(model: "PreTrainedModel") -> ResidualStream | None:
     """Where the residual stream's features are met; None unless every parameter of the model is of a known kind."""
     family = family_of(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

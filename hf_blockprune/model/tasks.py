@@ -6,13 +6,17 @@ models is the Kullback-Leibler divergence of their distributions.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
 
 NO_LABEL = -1
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -108,7 +112,7 @@ class Regression:
 Task = SingleLabel | MultiLabel | Regression
 
 
-def task_of(config: Any, *, several: bool = False) -> Task:
+def task_of(config: "PreTrainedConfig", *, several: bool = False) -> Task:
     """What a model's outputs mean, by the rule of transformers.
 
     Args:

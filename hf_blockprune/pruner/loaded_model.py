@@ -18,6 +18,7 @@ from ..model.unwrapping import plain_model
 from ..report.tables import PruneReport
 from ..report.values import Report
 from ..runs.resume import weights_fingerprint
+from ..types import ImageProcessor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,7 +34,7 @@ class LoadedModel:
     def __init__(
         self,
         model: "PreTrainedModel",
-        processor: Any,
+        processor: ImageProcessor,
         config: BlockPruneConfig | None = None,
         *,
         name: str = "model",

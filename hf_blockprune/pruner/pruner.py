@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..calibration.shared import SharedStatistics
+from ..calibration.shared import SharedCalibration
 from ..checkpoint import measurements
 from ..config import RecoveryConfig
 from ..data.batches import load_images
@@ -59,7 +59,7 @@ class BlockPruner(Measuring, Saving):
         *,
         split: str | None = None,
         work_dir: str | Path | None = None,
-        shared: SharedStatistics | None = None,
+        shared: SharedCalibration | None = None,
     ) -> "PreTrainedModel":
         """Remove blocks until the budget is met, and store the rest block-sparse.
 
@@ -70,7 +70,8 @@ class BlockPruner(Measuring, Saving):
             work_dir: a folder that keeps the state of the run: calibration, and what was chosen and refitted since. A
                 run that was interrupted goes on from there when it is started again with the same folder, with the
                 same result.
-            shared: one for several runs on the same dense model, which then calibrate together where they can.
+            shared: one for several runs on the same dense model, and for `recover` after them, which then read images
+                and calibrate once where they can.
 
         Returns:
             The pruned transformers model, which is `self.model`.
@@ -84,7 +85,7 @@ class BlockPruner(Measuring, Saving):
         """
         if next(block_sparse_layers(self.model), None):
             raise ModelError(f"{self.name} is block-sparse already; prune the dense model it was made from")
-        shared = shared or SharedStatistics()
+        shared = shared or SharedCalibration()
         self._report = Pruning(self.model, self.processor, self.config, self.name, self.accelerator, shared).run(
             dataset, split, work_dir
         )
@@ -97,6 +98,7 @@ class BlockPruner(Measuring, Saving):
         teacher: "str | Path | BlockPruner | None" = None,
         split: str | None = None,
         work_dir: str | Path | None = None,
+        shared: SharedCalibration | None = None,
     ) -> "PreTrainedModel":
         """Train a pruned model to behave like the dense one, without labels; its masks stay as they are.
 
@@ -110,6 +112,7 @@ class BlockPruner(Measuring, Saving):
             split: split of the data set; "train" by default.
             work_dir: a folder that keeps the state now and then, which may be that of `prune`. A run that was
                 interrupted goes on from there when it is started again with the same folder, with the same result.
+            shared: the one that `prune` was given, whose images need not be read again.
 
         Returns:
             The recovered model, which is `self.model`.
@@ -124,8 +127,10 @@ class BlockPruner(Measuring, Saving):
             raise ModelError(f"{self.name} has no block-sparse layers to recover; call prune() first")
         settings, seed = self.config.recovery or RecoveryConfig(), self.config.calibration.seed
         dense = self._teacher(teacher)
-        images = load_images(dataset, split=split, labels=False).fitted(self.model, self.processor)
-        images = images.sample(settings.samples, seed)
+        found = load_images(dataset, split=split, labels=False).fitted(self.model, self.processor)
+        images = found.sample(settings.samples, seed)
+        if shared is not None:
+            images = shared.sample(found, settings.samples, self.processor, self.config.calibration)
         self.model.to(self.accelerator.device)
         teaching = self._in_same_order(dense.model)
         run_state = None

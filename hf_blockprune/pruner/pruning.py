@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..calibration.collect import collect
-from ..calibration.shared import SharedStatistics
+from ..calibration.shared import SharedCalibration
 from ..calibration.state import keep_statistics, kept_statistics
 from ..choose.budgets import ModelBudget, model_budgets
 from ..choose.selection import Selection, Selector, selection_stages
@@ -40,6 +40,7 @@ from ..runs.resume import RunState, weights_fingerprint
 from ..runs.timing import timed
 from ..score.methods import names_where
 from ..score.statistics import LayerStatistics
+from ..types import ImageProcessor, JsonDict
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -70,15 +71,15 @@ class Pruning:
         config: how.
         name: what to call the model in the report.
         accelerator: device and processes.
-        shared: statistics of other runs on the same dense model, to use where they are those that are needed.
+        shared: calibration of other runs on the same dense model, to use where it is the one that is needed.
     """
 
     model: "PreTrainedModel"
-    processor: Any
+    processor: ImageProcessor
     config: BlockPruneConfig
     name: str
     accelerator: "Accelerator"
-    shared: SharedStatistics = field(default_factory=SharedStatistics)
+    shared: SharedCalibration = field(default_factory=SharedCalibration)
 
     @cached_property
     def targets(self) -> dict[str, nn.Linear]:
@@ -141,8 +142,8 @@ class Pruning:
             raise ModelError(f"{what} needs calibration images; pass a data set to prune()")
         found = load_images(dataset, split=split, labels=self.config.scoring.gradients)
         count = None if found.streaming else len(found.dataset)
-        drawn = found.sample(self.config.calibration.samples, self.config.calibration.seed)
-        return replace(drawn, model_input=model_input), count
+        found, calibration = replace(found, model_input=model_input), self.config.calibration
+        return self.shared.sample(found, calibration.samples, self.processor, calibration), count
 
     def _run_state(self, folder: Path, images: ImageSet | None) -> RunState:
         job = {
@@ -216,7 +217,7 @@ class Pruning:
         run_state: RunState | None,
         changes: Changes,
         seconds: dict[str, float],
-    ) -> tuple[dict[str, LayerStatistics], dict[str, Any] | None]:
+    ) -> tuple[dict[str, LayerStatistics], JsonDict | None]:
         """(the statistics, what was done) after features changed places; None where they stay."""
         layers = find_transformer_layers(self.model, self.targets) if self.config.permutes else []
         if not layers:
@@ -238,8 +239,8 @@ class Pruning:
             "block_shape": self.config.block_shape if method.gradients else (1, 1),
             "seed": self.config.calibration.seed,
         }
-        key = {**options, "images": images.identity, "samples": self.config.calibration.samples}
-        statistics, corrupt = self.shared.get(
+        key = {**options, "images": images.content, "samples": self.config.calibration.samples}
+        statistics, corrupt = self.shared.statistics.get(
             {**key, "targets": list(self.targets)},
             lambda: self._statistics(images, options, run_state),
         )
@@ -299,7 +300,7 @@ class Pruning:
         self,
         selection: Selection,
         budgets: list[ModelBudget],
-        permutation: dict[str, Any] | None,
+        permutation: JsonDict | None,
         calibration: CalibrationReport | None,
         seconds: dict[str, float],
     ) -> Report:
@@ -337,7 +338,7 @@ class _Selected:
     report: Report
 
 
-def _underdetermined(statistics: dict[str, LayerStatistics], targets: dict[str, Any]) -> list[str]:
+def _underdetermined(statistics: dict[str, LayerStatistics], targets: dict[str, nn.Linear]) -> list[str]:
     """Names of the layers with fewer tokens than inputs, which only damping makes solvable; says so."""
     few = [name for name, s in statistics.items() if s.num_tokens < targets[name].in_features]
     if few:

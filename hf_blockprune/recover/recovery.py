@@ -13,10 +13,12 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from ..config import RecoveryConfig
@@ -24,19 +26,20 @@ from ..data.batches import ImageSet, load_pixels
 from ..display.stages import Stage, stage
 from ..errors import ModelError
 from ..hub.blockprune_quantizer import block_sparse_layers
-from ..model.copying import copied
 from ..model.layers import Layer, hidden_states, layer_chain
 from ..model.outputs import answers, output_of, task_for
 from ..model.tasks import Regression, SingleLabel, Task
 from ..refit.boundary import at_boundary, held_back, learn_calls
 from ..runs.resume import RunState
 from ..runs.timing import timed
+from ..types import ImageProcessor
 from .state import Place, RecoveryState
-from .student import dense_copy, write_back
+from .student import dense_copy, single_precision, write_back
 from .views import views
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 WARM_UP = 0.05  # share of the steps
 # Above rounding and far below true gradients: where the loss does not depend on a parameter, as on a key's bias, Adam
@@ -68,10 +71,10 @@ class Recovery:
 
 
 def recover(
-    model: nn.Module,
-    teacher: nn.Module,
+    model: "PreTrainedModel",
+    teacher: "PreTrainedModel",
     images: ImageSet,
-    processor: Any,
+    processor: ImageProcessor,
     settings: RecoveryConfig,
     *,
     accelerator: "Accelerator",
@@ -138,10 +141,10 @@ class _Call:
     task: Task
 
 
-def _call(model: nn.Module, layers: list[Layer], pixels: Tensor) -> _Call:
+def _call(model: "PreTrainedModel", layers: list[Layer], pixels: Tensor) -> _Call:
     hidden: list[Tensor] = []
 
-    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+    def record(module: nn.Module, inputs: object, output: object) -> None:
         hidden.append(hidden_states(output))
 
     handles = [layer.module.register_forward_hook(record) for layer in layers]
@@ -157,15 +160,15 @@ def _call(model: nn.Module, layers: list[Layer], pixels: Tensor) -> _Call:
 class _Run:
     """One recovery: the models, the images and the way through them."""
 
-    model: nn.Module
-    teacher: nn.Module
+    model: "PreTrainedModel"
+    teacher: "PreTrainedModel"
     pixels: Tensor
     held_back: Tensor
     settings: RecoveryConfig
     accelerator: "Accelerator"
     seed: int
     run_state: RunState | None = None
-    student: nn.Module = field(init=False)
+    student: "PreTrainedModel" = field(init=False)
     task: Task = field(init=False)
 
     def __post_init__(self) -> None:
@@ -180,7 +183,7 @@ class _Run:
             u.name for u in of_teacher
         ]:
             raise ModelError("the teacher is not the dense model that this one was pruned from; name that one")
-        self.teacher = nn.Module.float(copied(self.teacher)).to(self.device).eval().requires_grad_(False)
+        self.teacher = single_precision(self.teacher).to(self.device).eval().requires_grad_(False)
         self.teacher_layers = layer_chain(self.teacher, names)
         learn_calls(self.student, self.layers, self._some(self.learned[:1]))
         self.student.requires_grad_(True)
@@ -275,7 +278,7 @@ class _Run:
         return loss
 
     @torch.no_grad()
-    def _boundary(self, model: nn.Module, layer: Layer) -> Tensor:
+    def _boundary(self, model: "PreTrainedModel", layer: Layer) -> Tensor:
         parts = [at_boundary(model, layer.module, self._some(chosen)) for chosen in self.learned.split(IMAGES_AT_ONCE)]
         return torch.cat(parts)
 
@@ -346,7 +349,7 @@ class _Run:
             said = f"{where}, step {number} of {len(order)}"
             self.state.save_if_due(place, number, said, optimizer, parameters)
 
-    def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
+    def _groups(self, module: nn.Module) -> list[dict[str, object]]:
         """Matrices, and all that is one number a feature, with a learning rate for each."""
         few, weights = [], []
         for parameter in module.parameters():
@@ -361,14 +364,14 @@ class _Run:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self._sum(grad)
 
-    def _sum(self, value: Tensor) -> Any:
+    def _sum(self, value: Tensor) -> Tensor:
         """Over processes."""
-        return self.accelerator.reduce(value, "sum")
+        return cast(Tensor, self.accelerator.reduce(value, "sum"))
 
 
-def _schedule(optimizer: Any, steps: int, done: int) -> Any:
+def _schedule(optimizer: Optimizer, steps: int, done: int) -> LambdaLR:
     """Learning rates that rise and fall over so many steps, of which some are done."""
-    schedule: Any = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
     # What it makes of a `last_epoch` that it is given differs between versions of torch.
     schedule.last_epoch = done
     for group, rate, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):

@@ -2,15 +2,16 @@
 
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..config import RecoveryConfig
 from ..data.batches import ImageSet
 from ..runs.resume import RunState, weights_fingerprint
 from ..runs.training_state import moments_of, set_moments
+from ..types import JsonDict
 from ..version import __version__
 
 BEST, RUNNING = "recovery-best", "recovery-running"
@@ -19,7 +20,7 @@ GENERATOR, WEIGHTS, MOMENTS = "generator", "weights/", "moments/"
 
 def recovery_job(
     model: nn.Module, teacher: nn.Module, settings: RecoveryConfig, images: ImageSet, seed: int
-) -> dict[str, Any]:
+) -> JsonDict:
     """All that decides a recovery's result, as JSON-ready values."""
     return {
         "weights": weights_fingerprint(model),
@@ -61,10 +62,10 @@ class RecoveryState:
     student: nn.Module
     generator: torch.Generator
     at: Place | None = field(default=None, init=False)
-    _running: tuple[dict[str, Tensor], dict[str, Any]] | None = field(default=None, init=False)
+    _running: tuple[dict[str, Tensor], JsonDict] | None = field(default=None, init=False)
     _began: float = field(default=0.0, init=False)
 
-    def finished(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def finished(self) -> tuple[dict[str, Tensor], JsonDict] | None:
         """(best weights, values) after the last finished step, as `finish` kept them; the draws go on from there."""
         stored = None if self.run_state is None else self.run_state.read(BEST)
         if stored is None:
@@ -72,7 +73,7 @@ class RecoveryState:
         self.generator.set_state(stored[0].pop(GENERATOR))
         return stored
 
-    def finish(self, best: dict[str, Tensor], values: dict[str, Any], done: str) -> None:
+    def finish(self, best: dict[str, Tensor], values: JsonDict, done: str) -> None:
         """Keep the best weights after a step, and JSON-ready values."""
         if self.run_state is not None:
             tensors = {**best, GENERATOR: self.generator.get_state()}
@@ -93,7 +94,7 @@ class RecoveryState:
         """Whether an interrupted run had come to the end of a descent, whose weights the student has then."""
         return self.at is not None and place < self.at
 
-    def restore(self, place: Place, optimizer: Any, parameters: dict[str, nn.Parameter]) -> int:
+    def restore(self, place: Place, optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> int:
         """Give an optimizer what an interrupted run left of it; how many gradient steps of the descent are done."""
         if self._running is None or place != self.at:
             return 0
@@ -104,7 +105,7 @@ class RecoveryState:
         return values["done"]
 
     def save_if_due(
-        self, place: Place, done: int, where: str, optimizer: Any, parameters: dict[str, nn.Parameter]
+        self, place: Place, done: int, where: str, optimizer: Optimizer, parameters: dict[str, nn.Parameter]
     ) -> None:
         """Keep where a descent is, if it is time to.
 

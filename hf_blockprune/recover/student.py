@@ -1,16 +1,19 @@
 """The model that learns in a recovery: dense, so that all of it can learn, with removed blocks as zeros that cannot."""
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
+from transformers import PreTrainedModel
 
 from ..hub.blockprune_fusion import unfuse
 from ..hub.blockprune_layout import pack
 from ..hub.blockprune_quantizer import block_sparse_layers
 from ..model.copying import copied
 from ..score.blocks import expand_mask
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 class _Scaled(nn.Module):
@@ -25,9 +28,16 @@ class _Scaled(nn.Module):
         return weight * self.rows * self.cols
 
 
-def dense_copy(model: nn.Module) -> nn.Module:
+def single_precision(model: Model) -> Model:
+    """A copy in single precision; transformers itself refuses to cast what it takes for quantised."""
+    copy = copied(model)
+    nn.Module.float(copy)
+    return copy
+
+
+def dense_copy(model: Model) -> Model:
     """The model in single precision, with removed blocks as zeros that get no gradient, and factors that learn."""
-    student = nn.Module.float(copied(model))  # transformers refuses to cast what it takes for quantised
+    student = single_precision(model)
     unfuse(student)
     for name, module in list(block_sparse_layers(student)):
         linear = module.to_dense()
@@ -43,7 +53,8 @@ def write_back(student: nn.Module, model: nn.Module) -> None:
     """Give a block-sparse model the weights of its `dense_copy`, in place."""
     sparse = dict(block_sparse_layers(model))
     for name, module in sparse.items():
-        linear: Any = student.get_submodule(name)
+        linear = student.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         whole = linear.weight  # layers may hold it so, or its kept blocks
         packed = module.weight.dim() == 3
         module.weight.copy_(pack(whole, module.mask(), module.block_shape).weight if packed else whole)

@@ -4,7 +4,7 @@ Both move on from layer to layer, so no part of the network is run again from it
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from ..data.batches import ImageSet, batches
 from ..errors import ModelError
 from ..model.layers import Layer, hidden_states
+from ..types import ImageProcessor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 HELD_BACK_EVERY = 8  # every eighth image chooses settings, the others are fitted
 
@@ -39,7 +41,7 @@ class BoundaryBatch:
 
 
 @torch.no_grad()
-def learn_calls(model: nn.Module, layers: list[Layer], pixels: Tensor) -> None:
+def learn_calls(model: "PreTrainedModel", layers: list[Layer], pixels: Tensor) -> None:
     """Run some images, and note what each layer is called with beside hidden states.
 
     Args:
@@ -50,15 +52,15 @@ def learn_calls(model: nn.Module, layers: list[Layer], pixels: Tensor) -> None:
     Raises:
         ModelError: a layer does not take what the one before it gives.
     """
-    last: list[Any] = []
+    last: list[tuple[str, Tensor]] = []
     broken: list[str] = []
 
-    def before(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(layer: Layer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not args or (last and args[0] is not last[-1][1]):
             broken.append(layer.name)
         layer.args, layer.kwargs = args[1:], kwargs
 
-    def after(layer: Layer, output: Any) -> None:
+    def after(layer: Layer, output: object) -> None:
         last.append((layer.name, hidden_states(output)))
 
     handles = []
@@ -81,7 +83,7 @@ def learn_calls(model: nn.Module, layers: list[Layer], pixels: Tensor) -> None:
 
 
 @torch.no_grad()
-def at_boundary(model: nn.Module, layer: nn.Module, pixels: Tensor) -> Tensor:
+def at_boundary(model: "PreTrainedModel", layer: nn.Module, pixels: Tensor) -> Tensor:
     """Hidden states before a layer; what lies behind does not run.
 
     Args:
@@ -91,7 +93,7 @@ def at_boundary(model: nn.Module, layer: nn.Module, pixels: Tensor) -> Tensor:
     """
     seen: list[Tensor] = []
 
-    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
         raise StopForward
 
@@ -106,10 +108,10 @@ def at_boundary(model: nn.Module, layer: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def first_inputs(
-    model: nn.Module,
+    model: "PreTrainedModel",
     layers: list[Layer],
     images: ImageSet,
-    processor: Any,
+    processor: ImageProcessor,
     *,
     accelerator: "Accelerator",
     batch_size: int,

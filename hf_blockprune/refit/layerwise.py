@@ -22,11 +22,13 @@ from ..model.layers import Layer, layer_chain
 from ..model.modes import evaluating
 from ..runs.resume import RunState
 from ..score.blocks import expand_mask
+from ..types import ImageProcessor
 from .boundary import BoundaryBatch, StopForward, advance, first_inputs
 from .solve import RIDGES, Moments, Refit, refit
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,11 @@ class _Seen:
 
 
 def refit_layers(
-    model: nn.Module,
+    model: "PreTrainedModel",
     masks: dict[str, Tensor],
     block_shape: tuple[int, int],
     images: ImageSet,
-    processor: Any,
+    processor: ImageProcessor,
     *,
     accelerator: "Accelerator",
     batch_size: int = 16,
@@ -308,7 +310,7 @@ def _is_added_last(layer: Layer, name: str, states: Tensor, out: Tensor) -> bool
     """Whether what is added to a Linear's output is added to the layer's output, no more and no less."""
     more = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device) * out.std()
 
-    def add(module: nn.Module, inputs: Any, output: Any) -> Any:
+    def add(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return output + more
 
     handle = layer.module.get_submodule(name).register_forward_hook(add)

@@ -1,6 +1,6 @@
 """Scales of layers' branches, folded into the Linears before them."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -9,9 +9,12 @@ from ..model.families import family_of
 from ..model.structure import layer_names, part_names
 from .changes import Changes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
-def fold_scales(model: Any, changes: Changes | None = None) -> int:
+def fold_scales(model: "PreTrainedModel", changes: Changes | None = None) -> int:
     """Multiply the scales of layers' branches into the Linears before them, in place; the function stays the same.
 
     What a Linear adds to the residual stream is then its own output, as in a plain ViT.

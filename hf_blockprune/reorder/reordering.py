@@ -4,7 +4,7 @@ The model's function stays the same. See `reorder.hidden` and `reorder.stream` f
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from ..config import BlockPruneConfig
 from ..display.stages import Stage, stage
 from ..model.structure import TransformerLayer, find_residual_stream
 from ..score.statistics import LayerStatistics
+from ..types import JsonDict
 from .changes import Changes
 from .hidden import Move, apply_moves, block_saliency_kept, packing_moves, sorting_moves
 from .state import ReorderingState
@@ -19,6 +20,10 @@ from .stream import choose_order, permute_statistics, permute_stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Reordered:
     """
 
     statistics: dict[str, LayerStatistics]
-    permutation: dict[str, Any]
+    permutation: JsonDict
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Reordering:
         state: keeps the orders, and gives back those of an interrupted run.
     """
 
-    model: nn.Module
+    model: "PreTrainedModel"
     layers: list[TransformerLayer]
     targets: dict[str, nn.Linear]
     config: BlockPruneConfig
@@ -103,7 +108,7 @@ class Reordering:
         permute_stream(self.model, stream, order, self.changes)
         return permute_statistics(stream, statistics, order), order.tolist()
 
-    def _agreed(self, value: Any) -> Any:
+    def _agreed(self, value: Value) -> Value:
         """The first process's object on every process: rounding may let ties fall differently."""
         from accelerate.utils import broadcast_object_list
 

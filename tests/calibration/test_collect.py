@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_blockprune import DataError
-from hf_blockprune.calibration import collect as calibration
+from hf_blockprune.calibration import accumulator as calibration
 from hf_blockprune.calibration.collect import collect
 from hf_blockprune.data.batches import decode_image, load_images
 from hf_blockprune.model.tasks import SingleLabel
@@ -379,7 +379,7 @@ def test_two_processes_give_what_one_gives(launch, vit_folder, images, tmp_path,
 def test_small_variances_beside_large_means_are_not_rounded_off(accelerator):
     """As of a class token in the first layer, which hardly differs from image to image."""
     linear = torch.nn.Linear(24, 3)
-    accumulator = calibration._Accumulator("linear", linear, moments=True, fisher=False, block_shape=None)
+    accumulator = calibration.Accumulator("linear", linear, moments=True, fisher=False, block_shape=None)
     generator = torch.Generator().manual_seed(0)
     x = 100 + 1e-2 * torch.randn(6, 5, 24, generator=generator)
     for part in x.split(4):

@@ -45,8 +45,8 @@ print(pruner.report()["config"]["method"])
 LOOK = """
 import json, sys
 from hf_blockprune import BlockPruneError
-from hf_blockprune.inspection import inspect_checkpoint
-from hf_blockprune.simulation import simulate_checkpoint
+from hf_blockprune.checkpoint.inspection import inspect_checkpoint
+from hf_blockprune.checkpoint.simulation import simulate_checkpoint
 
 repo, branch, folder = sys.argv[1:]
 found = [inspect_checkpoint(repo), inspect_checkpoint(repo, revision=branch), simulate_checkpoint(repo, "systolic-32")]

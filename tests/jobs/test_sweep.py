@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, Budget, CheckpointError, ConfigError
 from hf_blockprune.calibration.collect import collect
-from hf_blockprune.calibration.shared import SharedStatistics
+from hf_blockprune.calibration.shared import Last
 from hf_blockprune.checkpoint.inspection import inspect_checkpoint
 from hf_blockprune.cli import app
 from hf_blockprune.evaluate.frontier import frontier
@@ -57,7 +57,7 @@ def swept(job, tmp_path_factory):
         return collect(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_blockprune.pruning.collect", collect_and_note)
+        patch.setattr("hf_blockprune.pruner.pruning.collect", collect_and_note)
         return folder, run_sweep(job_in(job, folder), GRID, keep="all"), calibrations
 
 
@@ -84,7 +84,7 @@ def test_calibration_is_shared_where_it_is_the_same(swept):
 
 
 def test_shared_statistics_are_collected_once_and_only_one_is_held():
-    shared, calls = SharedStatistics(), []
+    shared, calls = Last(), []
     for key in ("a", "a", "b", "a"):
         shared.get({"key": key}, lambda key=key: calls.append(key))
     assert calls == ["a", "b", "a"]

@@ -66,9 +66,9 @@ CONFIG = BlockPruneConfig(block_shape=(8, 8), budget={"ratio": 0.6}, calibration
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        ("reordering.packing_moves", KeyboardInterrupt),
-        ("true_loss.solve", ModelError),
-        ("selection.drop_unused", ModelError),
+        ("reorder.reordering.packing_moves", KeyboardInterrupt),
+        ("choose.true_loss.solve", ModelError),
+        ("choose.selection.drop_unused", ModelError),
     ],
 )
 def test_a_choice_that_fails_leaves_the_model_as_it_was(processor, images, monkeypatch, family, where, error):

@@ -108,7 +108,12 @@ def test_what_was_kept_is_not_done_again(processor, images, tmp_path, often, mon
     def never(*_, **__):
         raise AssertionError("was done again")
 
-    for name in ("pruning.collect", "layerwise.first_inputs", "recovery._Run.reconstruct", "recovery._Run.distil"):
+    for name in (
+        "pruner.pruning.collect",
+        "refit.layerwise.first_inputs",
+        "recover.recovery._Run.reconstruct",
+        "recover.recovery._Run.distil",
+    ):
         monkeypatch.setattr(f"hf_blockprune.{name}", never)
     pruned_and_recovered(processor, images, tmp_path / "work")
 

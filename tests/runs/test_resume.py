@@ -50,7 +50,7 @@ def test_a_run_goes_on_from_any_layer_with_the_same_result(processor, images, fi
     def never(*_, **__):
         raise AssertionError("the images ran through calibration again")
 
-    monkeypatch.setattr("hf_blockprune.pruning.collect", never)
+    monkeypatch.setattr("hf_blockprune.pruner.pruning.collect", never)
     pruner = pruner_of(processor)
     got = pruner.prune(images, work_dir=folder).state_dict()
     assert got.keys() == expected.keys()
