@@ -34,7 +34,7 @@ def recorded(run: Callable[[], Any], device: str) -> Callable[[], Any]:
 def device_file(device: str) -> Path:
     """The result file of this machine's processor or GPU."""
     found = environment()
-    name = found["gpu"] if device == "cuda" else found["cpu"]
+    name = (found["gpu"] or device) if device == "cuda" else found["cpu"]
     return RESULTS / f"{device}-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 

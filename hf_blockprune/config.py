@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -16,6 +16,7 @@ from .checks import refuse as _refuse
 from .errors import ConfigError
 from .score.methods import METHODS, Method, MethodName, find_method, names_where, quoted
 from .settings_file import OLD_DENSITY, read_settings, with_todays_budgets
+from .types import JsonDict
 
 FORMAT_VERSION = 1
 BUDGET_METRICS = ("flops", "params", "density", "latency", "energy")
@@ -101,9 +102,9 @@ class Budget:
         return cls(metric, **{key: number}, device=device.strip() or None)  # type: ignore[arg-type]
 
 
-def budget_text(budget: Mapping[str, Any]) -> str:
-    """A budget's values as the command line writes them."""
-    unit = DEVICE_METRICS.get(budget["metric"])
+def budget_text(budget: Mapping[str, object]) -> str:
+    """A budget's values, those of `Budget` by name, as the command line writes them."""
+    unit = DEVICE_METRICS.get(str(budget["metric"]))
     amount = f"{budget['ratio']:g}" if budget["value"] is None else f"{budget['value']:g}{unit}"
     return f"{budget['metric']}={amount}" + (f"@{budget['device']}" if budget["device"] else "")
 
@@ -356,18 +357,18 @@ class BlockPruneConfig:
         """Whether the residual stream's features are among what changes places."""
         return self.permutes and self.permute_stream is not False
 
-    def replace(self, **changes: Any) -> "BlockPruneConfig":
+    def replace(self, **changes: object) -> "BlockPruneConfig":
         """A copy with some settings changed, checked again."""
         _check_keys(type(self), changes, "config")
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "BlockPruneConfig":
+    def from_dict(cls, values: Mapping[str, object]) -> "BlockPruneConfig":
         """Build from plain values, such as a file's; unknown keys are refused."""
         _check_keys(cls, values, "config")
         return cls(**with_todays_budgets(values, saved="format_version" in values))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Plain values that JSON and YAML can write; `from_dict` reads them back."""
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .hub.blockprune_layout import BackendError, BlockSparseFormatError
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type[Exception]:
     """The errors of the format's files, without importing torch for the others."""
     if name in ("BackendError", "BlockSparseFormatError"):
         from .hub.blockprune_layout import BackendError, BlockSparseFormatError

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the question whether they can be, asked before long work."""
+"""Files and folders written whole or not at all, and the question whether they can be, asked before long work."""
 
 import contextlib
 import os
@@ -23,6 +23,43 @@ def partial_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         remove(partial)
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    An older folder stays until then. Raises OSError where none can be made there, and what the block raises.
+    """
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        partial.chmod(0o777 & ~_umask())  # those of temporary folders are for nobody else
+        yield partial
+        _move_into_place(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _move_into_place(partial: Path, path: Path) -> None:
+    """Rename a folder; an older one of that name is put aside first, and back where that fails."""
+    backup = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    try:
+        if path.exists():
+            os.rename(path, backup / path.name)
+        try:
+            os.rename(partial, path)
+        except BaseException:
+            if (backup / path.name).exists():
+                os.rename(backup / path.name, path)
+            raise
+    finally:
+        shutil.rmtree(backup, ignore_errors=True)
 
 
 def remove(path: Path) -> None:

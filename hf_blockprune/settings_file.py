@@ -4,17 +4,17 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from .errors import ConfigError
+from .types import JsonDict
 
 OLD_DENSITY = "sparsity"  # the budget of blocks in older files, though sparsity is what is removed
 OLD_RATIO = 0.5  # what such a budget kept without a ratio
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path) -> JsonDict:
     """The mapping in a YAML file, or a JSON file when its name ends in .json.
 
     Raises:
@@ -32,7 +32,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def with_todays_budgets(values: Mapping[str, Any], *, saved: bool) -> dict[str, Any]:
+def with_todays_budgets(values: Mapping[str, object], *, saved: bool) -> JsonDict:
     """Settings in which older files' `sparsity` budgets, which said what is kept, are called density.
 
     Args:
@@ -43,8 +43,8 @@ def with_todays_budgets(values: Mapping[str, Any], *, saved: bool) -> dict[str, 
     for key in ("budget", "second_budget"):
         budget = new.get(key)
         if isinstance(budget, Mapping) and budget.get("metric") == OLD_DENSITY:
-            new[key] = {"ratio": OLD_RATIO, **budget, "metric": "density"}
+            today = new[key] = {"ratio": OLD_RATIO, **budget, "metric": "density"}
             if not saved:
-                kept = f"keeps {new[key]['ratio']} of the blocks"
+                kept = f"keeps {today['ratio']} of the blocks"
                 warnings.warn(f"{key}: sparsity {kept}, as ever; write density", FutureWarning, stacklevel=3)
     return new

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeGuard
 
 from .errors import CheckpointError
 
@@ -23,11 +23,11 @@ class StoredValues:
         where: the file, and the keys that lead there, for messages.
     """
 
-    def __init__(self, values: Any, where: str) -> None:
+    def __init__(self, values: object, where: str) -> None:
         self.where = where
         if not isinstance(values, Mapping):
             raise CheckpointError(f"{where}: expected a mapping, got {short(values)}")
-        self.values = values
+        self.values: Mapping[str, object] = values
 
     def number(self, key: str, low: float = -math.inf, high: float = math.inf) -> float | None:
         """A finite number within bounds."""
@@ -86,12 +86,12 @@ class StoredValues:
         return [StoredValues(entry, f"{self.where}.{key}[{i}]") for i, entry in enumerate(value)]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number, and no truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """A value as text of bounded length that can be written and shown in one direction."""
     try:
         text = value if isinstance(value, str) else repr(value)
@@ -101,7 +101,7 @@ def short(value: Any) -> str:
     return UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flat(values: object, prefix: str = "") -> list[tuple[str, str]]:
     """(key, value) rows of nested mappings as texts, keys joined by dots; of bounded number, depth and length."""
     if not isinstance(values, Mapping) or not values or prefix.count(".") >= MAX_DEPTH:
         return [(short(prefix), "-" if values is None else short(values))]

@@ -3,7 +3,6 @@
 import re
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError
@@ -14,6 +13,7 @@ from ..errors import CheckpointError
 from ..evaluate.scores import SCORES, change_text, main_score, main_text, score_text
 from ..report.measured import History, MeasuredScores
 from ..report.values import RecoveryReport, Report
+from ..types import JsonDict
 from .folder import REPORT_FILE
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -90,9 +90,9 @@ def updated_card(text: str, before: Report, after: Report, repo_id: str | None =
     if name is None or not text.startswith("---"):
         return None
     try:
-        found: Any = ModelCard(text)
-        old: Any = model_card(before, name)
-        new: Any = model_card(after, repo_id or name)
+        found = ModelCard(text)
+        old = model_card(before, name)
+        new = model_card(after, repo_id or name)
     except (ValueError, YAMLError):  # metadata of another form
         return None
     except (KeyError, TypeError, AttributeError, TemplateError) as error:
@@ -103,7 +103,8 @@ def updated_card(text: str, before: Report, after: Report, repo_id: str | None =
     if metadata.get("model-index") != generated.get("model-index"):
         return None
     if metadata != generated:
-        found.data.model_name, found.data.eval_results = new.data.model_name, new.data.eval_results
+        for key in ("model_name", "eval_results"):
+            found.data[key] = new.data[key]
         new.data = found.data
     return str(new), card_digest(new.text)
 
@@ -130,7 +131,7 @@ def compared_with(evaluation: MeasuredScores, base: str) -> str:
     return "The dense model" if other in (None, base) else f"The dense model {other}"
 
 
-def _others(history: History) -> dict[str, list[dict[str, Any]]]:
+def _others(history: History) -> dict[str, list[JsonDict]]:
     """Measurements beside the newest: of accuracies and embeddings the score in words, of latencies as they are."""
     scored = [{**each.to_dict(), "words": _score_words(each)} for each in history.evaluation or []]
     alike = [{**each.to_dict(), "words": f"cosine similarity {each.cosine:.4f}"} for each in history.fidelity or []]
@@ -160,15 +161,12 @@ def _auto_class(report: Report) -> str:
 
 def _eval_results(evaluation: MeasuredScores) -> list[EvalResult]:
     values, dataset = evaluation.to_dict(), evaluation.dataset or "unknown"
-    common: dict[str, Any] = {
-        "task_type": "image-classification",
-        "dataset_type": re.sub(r"\W+", "-", dataset),
-        "dataset_name": dataset,
-    }
     names = {"top1": "accuracy", "top5": "accuracy"}
     return [
         EvalResult(
-            **common,
+            task_type="image-classification",
+            dataset_type=re.sub(r"\W+", "-", dataset),
+            dataset_name=dataset,
             metric_type=names.get(key, key),
             metric_name=f"{name} accuracy" if key in names else name,
             metric_value=values[key],

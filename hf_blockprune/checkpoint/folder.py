@@ -1,21 +1,18 @@
 """Saved checkpoints as folders: written whole or not at all."""
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
 from ..errors import CheckpointError
-from ..files import check_writable, partial_file
+from ..files import check_writable, partial_file, partial_folder
 from ..model.loading import HUB_OPTIONS
 from ..report.values import Report
+from ..types import JsonDict
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -33,21 +30,20 @@ def staged_directory(directory: str | Path, *, overwrite: bool) -> Iterator[Path
     """
     target = Path(directory).expanduser().resolve()
     check_output(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be created ({error.strerror or error})") from error
-    try:
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        _move_into_place(staging, target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{directory}: could not be written ({error}); nothing was changed, free some space or name another folder"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staging = stack.enter_context(partial_folder(target))
+        except OSError as error:
+            raise CheckpointError(f"{directory}: cannot be created ({error.strerror or error})") from error
+        try:
+            yield staging
+            stack.close()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{directory}: could not be written ({error}); nothing was changed, free some space or name another "
+                "folder"
+            ) from error
 
 
 def check_output(directory: str | Path, *, overwrite: bool) -> None:
@@ -91,28 +87,7 @@ def _check_writable(target: Path) -> None:
         raise CheckpointError(f"{target}: cannot be written ({error.strerror or error}); name another place") from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _move_into_place(staging: Path, target: Path) -> None:
-    backup = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    try:
-        if target.exists():
-            os.rename(target, backup / target.name)
-        try:
-            os.rename(staging, target)
-        except BaseException:
-            if (backup / target.name).exists():
-                os.rename(backup / target.name, target)
-            raise
-    finally:
-        shutil.rmtree(backup, ignore_errors=True)
-
-
-def report_file(name: str, kwargs: dict[str, Any]) -> Path | None:
+def report_file(name: str, kwargs: Mapping[str, object]) -> Path | None:
     """The report beside a pruned model in a folder or on the Hub; None where something else saved it.
 
     Args:
@@ -139,7 +114,7 @@ def read_report(path: Path) -> Report | None:
     return Report.from_dict(read_json(path), str(path)) if path.is_file() else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonDict:
     """A JSON object from a checkpoint's file.
 
     Raises:
@@ -169,5 +144,6 @@ def write_text(path: Path, text: str) -> None:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: JsonDict) -> None:
+    """Write a file of a folder that is being made; errors are its."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

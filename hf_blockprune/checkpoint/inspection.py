@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -14,7 +14,6 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from ..cost.flops import ModelFlops, count_flops, image_size
 from ..errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
 from ..hub.blockprune_backends import LayerArguments, choose_backend
-from ..hub.blockprune_cost import linear_flops
 from ..hub.blockprune_headers import (
     ELEMENT_BYTES,
     INDEX_NAMES,
@@ -27,14 +26,66 @@ from ..hub.blockprune_layout import PackedWeight, block_mask, check_indices, gri
 from ..hub.blockprune_quantizer import QUANT_METHOD, BlockPruneQuantizationConfig, match_layers, tokens_of_layers
 from ..hub.blockprune_storage import is_best_packed
 from ..model.loading import build, model_class_of
+from ..report.shares import KeptLayer, Shares, kept_shares
 from ..score.blocks import block_sizes
+from ..types import JsonDict
 from .fetching import checkpoint_folder
 from .folder import CONFIG_FILE, PROCESSOR_FILE, REPORT_FILE, read_json, read_report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LAYER_COUNTS = ("num_hidden_layers", "depths")
 WEIGHTS_FILE = "model.safetensors"
 SHARDS_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class LayerSizes(TypedDict):
+    """What a block-sparse layer holds.
+
+    Attributes:
+        shape: [outputs, inputs] in the dense model.
+        stored_shape: the same without what was cut out.
+        block_shape: [rows, cols].
+        kept_blocks: that are stored.
+        blocks: of the dense matrix.
+        density: the one over the other.
+        size_bytes: of the kept blocks and their indices on disk.
+        dense_size_bytes: of the dense matrix.
+        cpu_backend: what would multiply with it on this machine's CPU, "unpacked" where torch's own product with the
+            whole matrix is expected to be faster.
+    """
+
+    shape: list[int]
+    stored_shape: list[int]
+    block_shape: list[int]
+    kept_blocks: int
+    blocks: int
+    density: float
+    size_bytes: int
+    dense_size_bytes: int
+    cpu_backend: str
+
+
+class InspectedLayer(LayerSizes):
+    """A block-sparse layer under its name in the files, and that of its module in the model."""
+
+    name: str
+    module: str
+
+
+class Sizes(TypedDict):
+    """Bytes of all weights on disk, and what they would be dense."""
+
+    size_bytes: int
+    dense_size_bytes: int
+
+
+class Description(Shares, Sizes):
+    """What a checkpoint keeps, in all and by layers in forward order."""
+
+    layers: list[InspectedLayer]
 
 
 @dataclass(frozen=True)
@@ -50,7 +101,7 @@ class StoredLayer:
 
     name: str
     module: str
-    values: dict[str, Any]
+    values: LayerSizes
     mask: Tensor
 
 
@@ -65,13 +116,13 @@ class StoredModel:
         size_bytes: of all weight files.
     """
 
-    architecture: Any
+    architecture: "PreTrainedModel"
     flops: ModelFlops
     layers: list[StoredLayer]
     size_bytes: int
 
 
-def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> JsonDict:
     """What a saved block-sparse checkpoint holds, checked against the format's rules; no weight is loaded.
 
     Args:
@@ -93,9 +144,13 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> di
         ConfigError: a revision of a folder.
     """
     folder = checkpoint_folder(source, revision)
-    values = describe_checkpoint(open_checkpoint(folder))
-    layers = values.pop("layers")
-    return {**values, "stream_reordered": _stream_reordered(folder), "layers": layers}
+    stored = open_checkpoint(folder)
+    return {
+        **_shares(stored),
+        **_sizes(stored),
+        "stream_reordered": _stream_reordered(folder),
+        "layers": _inspected_layers(stored),
+    }
 
 
 def _stream_reordered(folder: Path) -> bool | None:
@@ -106,28 +161,31 @@ def _stream_reordered(folder: Path) -> bool | None:
     return None if report is None else bool(report.residual_order)
 
 
-def describe_checkpoint(stored: StoredModel) -> dict[str, Any]:
+def describe_checkpoint(stored: StoredModel) -> Description:
     """What `inspect_checkpoint` says of a checkpoint that was opened."""
-    removed_flops, target_flops, removed_weights = 0.0, 0.0, 0.0
+    return {**_shares(stored), **_sizes(stored), "layers": _inspected_layers(stored)}
+
+
+def _shares(stored: StoredModel) -> Shares:
+    kept = []
     for layer in stored.layers:
-        linear = stored.architecture.get_submodule(layer.module)
-        shape, block_shape = _pair(layer.values["stored_shape"]), _pair(layer.values["block_shape"])
-        kept = float(block_sizes(shape, block_shape)[layer.mask].sum())
-        tokens, weights = stored.flops.linear_tokens[layer.module], linear.out_features * linear.in_features
-        removed_flops += linear_flops(tokens, weights - kept)
-        target_flops += linear_flops(tokens, weights)
-        removed_weights += weights - kept
-    return {
-        "flops_ratio": 1 - removed_flops / stored.flops.total,
-        "linear_flops_ratio": 1 - removed_flops / target_flops if target_flops else 1.0,
-        "params_ratio": 1 - removed_weights / stored.flops.parameters,
-        "dense_flops": stored.flops.total,
-        **_totals(stored),
-        "layers": [{"name": layer.name, "module": layer.module, **layer.values} for layer in stored.layers],
-    }
+        values, tokens = layer.values, stored.flops.linear_tokens[layer.module]
+        sizes = block_sizes(_pair(values["stored_shape"]), _pair(values["block_shape"]))
+        weights, kept_weights = math.prod(values["shape"]), int(sizes[layer.mask].sum())
+        kept.append(KeptLayer(tokens, weights, kept_weights, values["blocks"], values["kept_blocks"]))
+    return kept_shares(kept, stored.flops)
 
 
-def open_checkpoint(directory: str | Path, architecture: Any = None) -> StoredModel:
+def _sizes(stored: StoredModel) -> Sizes:
+    saved = sum(layer.values["dense_size_bytes"] - layer.values["size_bytes"] for layer in stored.layers)
+    return {"size_bytes": stored.size_bytes, "dense_size_bytes": stored.size_bytes + saved}
+
+
+def _inspected_layers(stored: StoredModel) -> list[InspectedLayer]:
+    return [{"name": layer.name, "module": layer.module, **layer.values} for layer in stored.layers]
+
+
+def open_checkpoint(directory: str | Path, architecture: "PreTrainedModel | None" = None) -> StoredModel:
     """Read and check a checkpoint's config and indices.
 
     Args:
@@ -159,6 +217,7 @@ def open_checkpoint(directory: str | Path, architecture: Any = None) -> StoredMo
     tokens = tokens_of_layers(architecture, stored_names)
     for module, linear in architecture.named_modules():
         if module in stored_names:
+            assert isinstance(linear, nn.Linear)  # match_layers saw to it
             name = stored_names[module]
             values, mask = _inspect_layer(name, linear, config, headers, indices, tokens[module])
             layers.append(StoredLayer(name, module, values, mask))
@@ -192,7 +251,7 @@ def _read_headers(files: list[Path]) -> dict[str, StoredTensor]:
         raise CheckpointError(str(error)) from error
 
 
-def _check_sizes(folder: Path, native: dict[str, Any], headers: dict[str, StoredTensor]) -> None:
+def _check_sizes(folder: Path, native: JsonDict, headers: dict[str, StoredTensor]) -> None:
     """Refuse a config whose model would be larger than the files, before anything of that size is built.
 
     Raises:
@@ -206,7 +265,7 @@ def _check_sizes(folder: Path, native: dict[str, Any], headers: dict[str, Stored
                 raise ModelError(f"{folder}: config.json declares {key} {number}, more than its files hold")
 
 
-def _check_dense(architecture: Any, found: dict[str, StoredTensor], sparse: set[str]) -> None:
+def _check_dense(architecture: nn.Module, found: dict[str, StoredTensor], sparse: set[str]) -> None:
     """Refuse dense tensors of another shape than the architecture's.
 
     Raises:
@@ -220,7 +279,7 @@ def _check_dense(architecture: Any, found: dict[str, StoredTensor], sparse: set[
             )
 
 
-def _dense_architecture(folder: Path, headers: dict[str, StoredTensor]) -> Any:
+def _dense_architecture(folder: Path, headers: dict[str, StoredTensor]) -> "PreTrainedModel":
     """The dense model on the meta device, from the native config alone (the folder's code is not run)."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -234,7 +293,7 @@ def _dense_architecture(folder: Path, headers: dict[str, StoredTensor]) -> Any:
         raise ModelError(f"{folder}: its config.json describes no classifier or encoder of images ({error})") from error
 
 
-def _flops(folder: Path, architecture: Any) -> ModelFlops:
+def _flops(folder: Path, architecture: "PreTrainedModel") -> ModelFlops:
     processing = _processing(folder)
     try:
         flops = count_flops(architecture, image_size(architecture.config, processing))
@@ -247,7 +306,7 @@ def _flops(folder: Path, architecture: Any) -> ModelFlops:
     return flops
 
 
-def _processing(folder: Path) -> dict[str, Any] | None:
+def _processing(folder: Path) -> JsonDict | None:
     """Settings of the image processor beside a checkpoint; what its file leaves out is as its class has it.
 
     It makes no picture here, and a class of the folder's own is not run: its settings count as they stand.
@@ -269,7 +328,8 @@ def _inspect_layer(
     headers: dict[str, StoredTensor],
     indices: dict[str, Tensor],
     tokens: int,
-) -> tuple[dict[str, Any], Tensor]:
+) -> tuple[LayerSizes, Tensor]:
+    """What a layer holds, and its mask, see `StoredLayer`; its indices are checked."""
     nnz_blocks, block_shape = config.layers[name], _pair(config.block_shape)
     dense = (linear.out_features, linear.in_features)
     shape = config.shape_of(name, dense)
@@ -279,7 +339,7 @@ def _inspect_layer(
     check_indices(name, crow, col, block_cols)
     blocks = math.prod(grid_shape(*dense, block_shape))
     dtype = headers[keys["weight"]].dtype
-    layer = {
+    layer: LayerSizes = {
         "shape": list(dense),
         "stored_shape": list(shape),
         "block_shape": list(block_shape),
@@ -294,8 +354,8 @@ def _inspect_layer(
     return layer, block_mask(PackedWeight(empty, crow, col), block_cols)
 
 
-def _pair(block_shape: list[int]) -> tuple[int, int]:
-    return block_shape[0], block_shape[1]
+def _pair(numbers: list[int]) -> tuple[int, int]:
+    return numbers[0], numbers[1]
 
 
 def _read_indices(config: BlockPruneQuantizationConfig, headers: dict[str, StoredTensor]) -> dict[str, Tensor]:
@@ -317,14 +377,3 @@ def _cpu_backend(
     if not is_best_packed(layer, shape[1], tokens):
         return "unpacked"
     return choose_backend(zero.expand(1, shape[1]), layer)
-
-
-def _totals(stored: StoredModel) -> dict[str, Any]:
-    layers = [layer.values for layer in stored.layers]
-    saved = sum(layer["dense_size_bytes"] - layer["size_bytes"] for layer in layers)
-    blocks = sum(layer["blocks"] for layer in layers)
-    return {
-        "density": sum(layer["kept_blocks"] for layer in layers) / blocks if blocks else 1.0,
-        "size_bytes": stored.size_bytes,
-        "dense_size_bytes": stored.size_bytes + saved,
-    }

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +24,7 @@ from ..report.measured import History, MeasuredLatency, Measurement, Measurement
 from ..report.values import Report
 from ..runs.environment import machine_of
 from ..runs.resume import tensors_fingerprint
+from ..types import JsonDict
 from .card import updated_card
 from .folder import CARD_FILE, REPORT_FILE, read_report
 from .inspection import weight_files
@@ -38,14 +38,14 @@ logger = logging.get_logger(__name__)
 KINDS = ("evaluation", "fidelity", "latency")
 
 
-def stamped(values: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def stamped(values: JsonDict, model: nn.Module) -> JsonDict:
     """Measured values with when and where they were measured: UTC, device, dtype and environment."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {**values, "measured_at": now, **machine_of(model)}
 
 
-def held(measured: Measurements, kind: str) -> list[Any]:
-    """All measurements of a kind in a report, newest first."""
+def held(measured: Measurements, kind: str) -> list[Measurement]:
+    """All measurements of a kind, one of `KINDS`, in a report, newest first."""
     newest, older = getattr(measured, kind), getattr(measured.history, kind, None)
     return ([] if newest is None else [newest]) + (older or [])
 
@@ -55,24 +55,26 @@ def any_held(measured: Measurements) -> bool:
     return any(held(measured, kind) for kind in KINDS)
 
 
-def add(measured: Measurements, kind: str, new: Any) -> None:
+def add(measured: Measurements, kind: str, new: Measurement) -> None:
     """Make a measurement the newest of its kind, in place of an older one of the same thing.
 
     The same thing is the same data set and split, compared with the same model or none; or the same device, threads,
     dtype and batch size, for which a row leaves an older measurement of several.
     """
-    rest = _other_rows if kind == "latency" else _other_data
-    older = [kept for old in held(measured, kind) if (kept := rest(old, new)) is not None]
+    older = [kept for old in held(measured, kind) if (kept := _beside(old, new)) is not None]
     setattr(measured, kind, new)
     _set_older(measured, kind, older)
 
 
-def _set_older(measured: Measurements, kind: str, older: list[Any]) -> None:
+def _set_older(measured: Measurements, kind: str, older: list[Measurement]) -> None:
     measured.history = replace(measured.history) if measured.history is not None else History()
     setattr(measured.history, kind, older)
 
 
-def _other_data(old: Measurement, new: Measurement) -> Measurement | None:
+def _beside(old: Measurement, new: Measurement) -> Measurement | None:
+    """What of an older measurement is of something else than a new one of its kind; None where it is of the same."""
+    if isinstance(old, MeasuredLatency) and isinstance(new, MeasuredLatency):
+        return _other_rows(old, new)
     keys = [(each.dataset, each.split, each.against, each.compares) for each in (old, new)]
     return None if keys[0] == keys[1] else old
 

@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
@@ -111,7 +111,7 @@ def checkpoint_files(folder: Path) -> tuple[list[Path], list[str]]:
     return own, [path.name + "/" * path.is_dir() for path in inside if path not in own]
 
 
-def _modules(values: Any) -> Iterator[str]:
+def _modules(values: object) -> Iterator[str]:
     """Files of the folder's own code that a config, or one in it, names for Auto classes."""
     if not isinstance(values, dict):
         return

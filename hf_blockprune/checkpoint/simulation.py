@@ -1,8 +1,10 @@
 """What a pruned checkpoint takes on a device, layer by layer, beside the dense model."""
 
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Protocol
 
 from torch import nn
 
@@ -11,16 +13,141 @@ from ..cost.profiles import load_profile
 from ..cost.shapes import transformer_shape
 from ..cost.systolic import Array, analyse, dense_cycles
 from ..errors import ConfigError, ModelError
-from ..hub.blockprune_cost import Cost, Linear, layer_cost, other_cost
+from ..hub.blockprune_cost import Cost, Linear, Profile, layer_cost, other_cost
 from ..hub.blockprune_flops import UncountableError
 from ..hub.blockprune_model_cost import hardware_cost, linear_works
 from ..hub.blockprune_profiles import DeviceError, SystolicProfile
 from ..hub.blockprune_systolic import weights_kept
+from ..types import JsonDict
 from .fetching import checkpoint_folder
 from .inspection import StoredLayer, StoredModel, open_checkpoint
 
 # What cards tell of, with the images of a pass.
 CARD_DEVICES = {"cpu-avx512": 1, "h100-sxm": 64, "systolic-32": 1}
+CARD_VALUES = ("device", "batch", "dtype", "latency_ms", "dense_latency_ms", "speedup", "energy_ratio")
+
+
+class Device(Profile, Protocol):
+    """A device's profile."""
+
+    kind: ClassVar[str]  # one of `blockprune_profiles.KINDS`
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """What a layer takes of a systolic array.
+
+    Attributes:
+        cycles: until its last sum.
+        utilisation: share of all elements' cycles in which they multiply.
+        macs: multiplications, those with zeros inside of kept tiles included.
+        dense_cycles: of the dense layer.
+    """
+
+    cycles: int
+    utilisation: float
+    macs: int
+    dense_cycles: int
+
+
+@dataclass(frozen=True)
+class LayerSimulation:
+    """What a pruned Linear takes on a device.
+
+    Attributes:
+        name: as stored.
+        tokens: rows that it multiplies, of all images.
+        density: kept share of its blocks.
+        pruned, dense: its cost, and that of the dense layer.
+        cycles: None on a device that is no systolic array.
+    """
+
+    name: str
+    tokens: int
+    density: float
+    pruned: Cost
+    dense: Cost
+    cycles: Cycles | None
+
+    def to_dict(self) -> JsonDict:
+        """JSON-ready values, those of the dense layer under keys that begin with `dense_`."""
+        values = {"name": self.name, "tokens": self.tokens, "density": self.density}
+        dense = {f"dense_{key}": value for key, value in self.dense._asdict().items()}
+        cycles = {} if self.cycles is None else asdict(self.cycles)
+        return {**values, **self.pruned._asdict(), **dense, **cycles}
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a pruned model takes on a device.
+
+    Attributes:
+        device: its profile.
+        batch: images.
+        dtype: of all numbers.
+        layers: the pruned Linears.
+        rest: cost of all other parts, Linears that were not pruned among them.
+    """
+
+    device: Device
+    batch: int
+    dtype: str
+    layers: list[LayerSimulation]
+    rest: Cost
+
+    @cached_property
+    def pruned(self) -> Cost:
+        """Of the pruned Linears together."""
+        return _sum(layer.pruned for layer in self.layers)
+
+    @cached_property
+    def dense(self) -> Cost:
+        """Of the same Linears when they were dense."""
+        return _sum(layer.dense for layer in self.layers)
+
+    def to_dict(self) -> JsonDict:
+        """What `simulate_checkpoint` gives."""
+        made = {"device": self.device.name, "kind": self.device.kind, "batch": self.batch, "dtype": self.dtype}
+        made |= self._totals()
+        if isinstance(self.device, SystolicProfile):
+            made |= self._cycle_totals(self.device)
+        return {**made, "layers": [layer.to_dict() for layer in self.layers]}
+
+    def _totals(self) -> JsonDict:
+        pruned, dense = self.pruned.plus(self.rest), self.dense.plus(self.rest)
+        values: JsonDict = {}
+        for key in ("latency_ms", "energy_mj", "flops", "size_bytes"):
+            values[key], values[f"dense_{key}"] = getattr(pruned, key), getattr(dense, key)
+        values["speedup"] = dense.latency_ms / pruned.latency_ms
+        values["energy_ratio"] = dense.energy_mj / pruned.energy_mj
+        values["linear_speedup"] = _times_less(self.dense.latency_ms, self.pruned.latency_ms)
+        values["other_parts"] = self.rest._asdict()
+        return values
+
+    def _cycle_totals(self, profile: SystolicProfile) -> JsonDict:
+        """Cycles of the whole model: layers one after the other, and what other parts take at the array's clock."""
+        found = [layer.cycles for layer in self.layers if layer.cycles is not None]
+        other = round(self.rest.latency_ms * profile.ghz * 1e6)
+        cycles, dense = sum(each.cycles + 1 for each in found), sum(each.dense_cycles + 1 for each in found)
+        elements = profile.rows * profile.cols * profile.arrays
+        macs = sum(each.macs for each in found)
+        return {
+            "array": asdict(Array(**profile.array)),
+            "cycles": cycles + other,
+            "dense_cycles": dense + other,
+            "other_cycles": other,
+            "utilisation": macs / (elements * cycles) if cycles else 0.0,
+            "cycle_speedup": (dense + other) / (cycles + other),
+            "linear_cycle_speedup": _times_less(dense, cycles),
+        }
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    return Cost(*(sum(values) for values in zip(*costs, strict=True)))
+
+
+def _times_less(dense: float, pruned: float) -> float:
+    return dense / pruned if pruned else float("inf")
 
 
 def simulate_checkpoint(
@@ -33,7 +160,7 @@ def simulate_checkpoint(
     batch: int = 1,
     dtype: str | None = None,
     revision: str | None = None,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Latency and energy of a pruned checkpoint on a device; cycles and utilisation too on a systolic array.
 
     Args:
@@ -45,7 +172,8 @@ def simulate_checkpoint(
         revision: branch, tag or commit on the Hub.
 
     Returns:
-        JSON-ready totals of the whole model and of the pruned Linears, pruned and dense, and the layers.
+        JSON-ready totals of the whole model and of the pruned Linears, pruned and dense, and the `layers`, see
+        `LayerSimulation`: times in ms, energies in mJ, sizes in bytes.
 
     Raises:
         CheckpointError: no block-sparse checkpoint.
@@ -54,12 +182,16 @@ def simulate_checkpoint(
     """
     profile = _profile(device, dataflow=dataflow, overlap=overlap, arrays=arrays)
     stored = open_checkpoint(checkpoint_folder(source, revision))
-    return simulate_stored(stored, profile, batch, dtype or usual_dtype(profile))
+    return simulate_stored(stored, profile, batch, dtype).to_dict()
 
 
-def simulate_stored(stored: StoredModel, profile: Any, batch: int, dtype: str) -> dict[str, Any]:
-    """What `simulate_checkpoint` says of a checkpoint that was opened."""
-    tokens = stored.flops.linear_tokens
+def simulate_stored(stored: StoredModel, profile: Device, batch: int = 1, dtype: str | None = None) -> Simulation:
+    """What a checkpoint that was opened takes; arguments are those of `simulate_checkpoint`.
+
+    Raises:
+        ModelError: a model that is no plain vision transformer.
+    """
+    dtype, tokens = dtype or usual_dtype(profile), stored.flops.linear_tokens
     first = stored.layers[0].module if stored.layers else next(iter(tokens))
     shape = transformer_shape(stored.architecture.config, stored.flops.image_size, tokens[first])
     layers = [_layer(profile, layer, batch * round(tokens[layer.module]), dtype) for layer in stored.layers]
@@ -68,31 +200,50 @@ def simulate_stored(stored: StoredModel, profile: Any, batch: int, dtype: str) -
     for name, work in linear_works(stored.architecture, tokens).items():
         if name not in pruned:
             rest = rest.plus(layer_cost(profile, work._replace(tokens=batch * work.tokens, dtype=dtype)))
-    result: dict[str, Any] = {"device": profile.name, "kind": profile.kind, "batch": batch, "dtype": dtype}
-    result |= _totals(layers, rest)
-    if isinstance(profile, SystolicProfile):
-        result |= _cycle_totals(profile, layers, rest)
-    return {**result, "layers": layers}
+    return Simulation(profile, batch, dtype, layers, rest)
 
 
-def predict_checkpoint(stored: StoredModel) -> list[dict[str, Any]]:
+def load_devices(devices: Mapping[str, int] | Mapping[str | Path, int]) -> list[tuple[Device, int]]:
+    """(profile, images of a pass) of devices by name or file.
+
+    Raises:
+        ConfigError: no such profile.
+    """
+    return [(load_profile(device), batch) for device, batch in devices.items()]
+
+
+def predictions(stored: StoredModel, devices: Iterable[tuple[Device, int]], keys: Iterable[str]) -> list[JsonDict]:
+    """Some of what `simulate_checkpoint` says of a checkpoint on several devices, each in its usual dtype.
+
+    Args:
+        stored: the checkpoint.
+        devices: what `load_devices` gives.
+        keys: of the values that are wanted.
+
+    Raises:
+        ModelError: the cost of such a model is not known.
+    """
+    keys = tuple(keys)
+    found = [simulate_stored(stored, profile, batch).to_dict() for profile, batch in devices]
+    return [{key: values[key] for key in keys} for values in found]
+
+
+def predict_checkpoint(stored: StoredModel) -> list[JsonDict]:
     """What a checkpoint should take, beside the dense model, on a few devices; nothing where its cost is not known.
 
     Returns:
-        JSON-ready `device`, `batch`, `dtype`, `latency_ms`, `dense_latency_ms`, `speedup` and `energy_ratio` of each.
+        JSON-ready `CARD_VALUES` of each, as cards tell of them.
     """
-    keys = ("device", "batch", "dtype", "latency_ms", "dense_latency_ms", "speedup", "energy_ratio")
+    devices = load_devices(CARD_DEVICES)
     try:
-        profiles = [(load_profile(device), batch) for device, batch in CARD_DEVICES.items()]
-        found = [simulate_stored(stored, profile, batch, usual_dtype(profile)) for profile, batch in profiles]
+        return predictions(stored, devices, CARD_VALUES)
     except ModelError:
         return []
-    return [{key: values[key] for key in keys} for values in found]
 
 
 def predict(
     model: nn.Module,
-    device: Any,
+    device: Device | str | Path,
     *,
     batch: int = 1,
     dtype: str | None = None,
@@ -120,63 +271,37 @@ def predict(
         raise ConfigError(str(error)) from None
 
 
-def _profile(device: str | Path, **changes: Any) -> Any:
+def _profile(device: str | Path, **changes: str | bool | int | None) -> Device:
+    """A profile, with what was given of a systolic array instead of its own."""
     profile = load_profile(device)
     wanted = {key: value for key, value in changes.items() if value is not None}
     if not wanted:
         return profile
-    if not isinstance(profile, SystolicProfile):
+    if (array := _array(profile)) is None:
         raise ConfigError(f"{profile.name}: {', '.join(wanted)} belong to systolic arrays; name one, or leave them out")
-    profile = replace(profile, **wanted)
     try:
-        Array(**profile.array)
+        Array(**{**array, **wanted})
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return profile
+    return replace(profile, **wanted)
 
 
-def _layer(profile: Any, layer: StoredLayer, tokens: int, dtype: str) -> dict[str, Any]:
+def _array(profile: Device) -> JsonDict | None:
+    """What `Array` takes; None of another device."""
+    return profile.array if isinstance(profile, SystolicProfile) else None
+
+
+def _layer(profile: Device, layer: StoredLayer, tokens: int, dtype: str) -> LayerSimulation:
     """A layer pruned and dense; cut rows and columns make the pruned one smaller."""
     outputs, inputs = layer.values["stored_shape"]
+    rows, cols = layer.values["block_shape"]
     mask = layer.mask.numpy()
-    work = Linear(tokens, outputs, inputs, dtype, mask, tuple(layer.values["block_shape"]))
+    work = Linear(tokens, outputs, inputs, dtype, mask, (rows, cols))
     dense = Linear(tokens, layer.values["shape"][0], layer.values["shape"][1], dtype)
-    found: dict[str, Any] = {"name": layer.name, "tokens": tokens, "density": layer.values["density"]}
-    found |= layer_cost(profile, work)._asdict()
-    found |= {f"dense_{key}": value for key, value in profile.dense(dense)._asdict().items()}
+    cycles = None
     if isinstance(profile, SystolicProfile):
         run = analyse(tokens, weights_kept(mask, work.block_shape, (outputs, inputs)), Array(**profile.array))
-        found |= {"cycles": run.cycles, "utilisation": run.utilisation, "macs": run.macs}
-        found["dense_cycles"] = dense_cycles(tokens, dense.in_features, dense.out_features, **profile.array)
-    return found
-
-
-def _totals(layers: list[dict[str, Any]], rest: Cost) -> dict[str, Any]:
-    pruned = {key: sum(layer[key] for layer in layers) for key in Cost._fields}
-    dense = {key: sum(layer[f"dense_{key}"] for layer in layers) for key in Cost._fields}
-    others = rest._asdict()
-    result: dict[str, Any] = {}
-    for key in ("latency_ms", "energy_mj", "flops", "size_bytes"):
-        result[key], result[f"dense_{key}"] = pruned[key] + others[key], dense[key] + others[key]
-    result["speedup"] = result["dense_latency_ms"] / result["latency_ms"]
-    result["energy_ratio"] = result["dense_energy_mj"] / result["energy_mj"]
-    result["linear_speedup"] = dense["latency_ms"] / pruned["latency_ms"] if pruned["latency_ms"] else float("inf")
-    result["other_parts"] = others
-    return result
-
-
-def _cycle_totals(profile: SystolicProfile, layers: list[dict[str, Any]], rest: Cost) -> dict[str, Any]:
-    """Cycles of the whole model: layers one after the other, and what other parts take at the array's clock."""
-    other = round(rest.latency_ms * profile.ghz * 1e6)
-    cycles, dense = (sum(layer[key] + 1 for layer in layers) for key in ("cycles", "dense_cycles"))
-    elements = profile.rows * profile.cols * profile.arrays
-    macs = sum(layer["macs"] for layer in layers)
-    return {
-        "array": asdict(Array(**profile.array)),
-        "cycles": cycles + other,
-        "dense_cycles": dense + other,
-        "other_cycles": other,
-        "utilisation": macs / (elements * cycles) if cycles else 0.0,
-        "cycle_speedup": (dense + other) / (cycles + other),
-        "linear_cycle_speedup": dense / cycles if cycles else float("inf"),
-    }
+        whole = dense_cycles(tokens, dense.in_features, dense.out_features, **profile.array)
+        cycles = Cycles(run.cycles, run.utilisation, run.macs, whole)
+    density = layer.values["density"]
+    return LayerSimulation(layer.name, tokens, density, layer_cost(profile, work), profile.dense(dense), cycles)

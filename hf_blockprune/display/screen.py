@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console, Group
 from rich.file_proxy import FileProxy
@@ -154,7 +154,7 @@ class _Streams:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._before: dict[str, TextIO] = {}
-        self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
+        self._handlers: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
 
     def redirect(self) -> None:
         global _redirected
@@ -218,7 +218,7 @@ class _Above(FileProxy):
         self._stream.flush()
 
 
-def _stream_handlers() -> list["logging.StreamHandler[Any]"]:
+def _stream_handlers() -> list["logging.StreamHandler[TextIO]"]:
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     found = [handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers]
     return [handler for handler in found if isinstance(handler, logging.StreamHandler)]
@@ -237,9 +237,9 @@ def open_screen() -> Screen:
     return Bars(console) if _is_terminal(sys.stderr) and not console.is_dumb_terminal else Lines()
 
 
-def _is_terminal(stream: Any) -> bool:
+def _is_terminal(stream: TextIO | None) -> bool:
     # Not what rich says, which takes FORCE_COLOR in the log of a job for a terminal.
-    return cast(bool, stream is not None and stream.isatty())
+    return stream is not None and stream.isatty()
 
 
 def _bars_are_disabled() -> bool:

@@ -2,15 +2,19 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..model.loading import build, model_class_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.configuration_utils import PreTrainedConfig
 
-def admit_biases(model: Any) -> None:
+
+def admit_biases(model: "PreTrainedModel") -> None:
     """Let the config of a dense model ask for every bias that the model has, where the architecture can have them.
 
     A setting such as `qkv_bias` or `key_bias` holds for several Linears; those that have no bias get one of zeros.
@@ -28,16 +32,16 @@ def admit_biases(model: Any) -> None:
             module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
 
 
-def biases_without_place(model: Any) -> set[str]:
+def biases_without_place(model: "PreTrainedModel") -> set[str]:
     """Linears of a dense model with a bias that the architecture, as its config describes it, has not."""
     return _without(model, model.config)
 
 
-def _without(model: Any, config: Any) -> set[str]:
+def _without(model: "PreTrainedModel", config: "PreTrainedConfig") -> set[str]:
     return {name for name, m in model.named_modules() if _has_bias(m)} - _places(model, config)
 
 
-def _places(model: Any, config: Any) -> set[str]:
+def _places(model: "PreTrainedModel", config: "PreTrainedConfig") -> set[str]:
     """Linears that have a bias in a new model of a config."""
     with torch.device("meta"):
         made = build(model_class_of(config), config, model.state_dict())
@@ -48,7 +52,7 @@ def _has_bias(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and module.bias is not None
 
 
-def _settings(config: Any) -> Iterator[tuple[str, str]]:
+def _settings(config: "PreTrainedConfig") -> Iterator[tuple[str, str]]:
     """(name of the config within the config, or nothing; name) of the settings that give no bias."""
     for holder in ("", "vision_config"):
         part = getattr(config, holder, None) if holder else config

@@ -2,13 +2,11 @@
 
 import importlib.util
 import io
-import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +15,18 @@ from ..checkpoint.folder import check_output, check_output_file, staged_director
 from ..data.model_input import picture_size
 from ..display.stages import planned, stage
 from ..errors import CheckpointError, ConfigError, ModelError
+from ..files import partial_file
 from ..hub.blockprune_fusion import unfuse
 from ..hub.blockprune_quantizer import block_sparse_layers, pack_weights
 from ..hub.blockprune_skeleton import channels_of
 from ..model.loading import load_model, model_class_of
 from ..model.outputs import answers, classifies
+from ..types import ImageProcessor, JsonDict
 from .biases import admit_biases, biases_without_place
 from .inner_width import cut_units, leave_units_out, narrow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMATS = ("dense", "onnx", "torch-export")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -34,9 +37,7 @@ TOLERANCE = 1e-4
 ONNX_FILE_LIMIT = 2 << 30  # protobuf's
 
 
-def export_checkpoint(
-    directory: str | Path, output: str | Path, form: str, *, overwrite: bool = False
-) -> dict[str, Any]:
+def export_checkpoint(directory: str | Path, output: str | Path, form: str, *, overwrite: bool = False) -> JsonDict:
     """Write a pruned checkpoint in another form, and check that it answers as the checkpoint does.
 
     Args:
@@ -66,7 +67,7 @@ def export_checkpoint(
         return _export(directory, output, form, overwrite)
 
 
-def _export(directory: str | Path, output: str | Path, form: str, overwrite: bool) -> dict[str, Any]:
+def _export(directory: str | Path, output: str | Path, form: str, overwrite: bool) -> JsonDict:
     with stage("loading", aside=True):
         model, processor = _load(directory)
     target = Path(output).expanduser()
@@ -92,7 +93,7 @@ def _export(directory: str | Path, output: str | Path, form: str, overwrite: boo
     return {**values, "cut_units": cut, "cut_units_kept_as_zeros": zeros}
 
 
-def _load(directory: str | Path) -> tuple[Any, Any]:
+def _load(directory: str | Path) -> "tuple[PreTrainedModel, ImageProcessor]":
     """(block-sparse model, image processor)."""
     model, processor = load_model(str(directory), {"dtype": torch.float32})
     if not next(block_sparse_layers(model), None):
@@ -100,7 +101,7 @@ def _load(directory: str | Path) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-def _advice(model: Any, form: str) -> str:
+def _advice(model: "PreTrainedModel", form: str) -> str:
     if form == "dense" and (names := sorted(biases_without_place(model))):
         return (
             f"refitting gave biases to {len(names)} Linears that have none in {type(model).__name__} (first: "
@@ -112,7 +113,9 @@ def _advice(model: Any, form: str) -> str:
 Run = Callable[[Tensor], Tensor]
 
 
-def _write_dense(model: Any, processor: Any, folder: Path, pixels: Callable[[int], Tensor]) -> Run:
+def _write_dense(
+    model: "PreTrainedModel", processor: ImageProcessor, folder: Path, pixels: Callable[[int], Tensor]
+) -> Run:
     name = f"{model.config.model_type} pruned by hf_blockprune"
     model.dequantize()
     # What `from_pretrained` would take for a block-sparse checkpoint is no part of a dense one.
@@ -132,7 +135,9 @@ def _write_dense(model: Any, processor: Any, folder: Path, pixels: Callable[[int
     return lambda x: _answers(loaded.eval(), x)
 
 
-def _write_onnx(model: Any, processor: Any, file: Path, pixels: Callable[[int], Tensor]) -> Run:
+def _write_onnx(
+    model: "PreTrainedModel", processor: ImageProcessor, file: Path, pixels: Callable[[int], Tensor]
+) -> Run:
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
     model.dequantize()
@@ -148,7 +153,9 @@ def _write_onnx(model: Any, processor: Any, file: Path, pixels: Callable[[int], 
     return lambda x: torch.from_numpy(session.run([answer], {INPUT: x.numpy()})[0])
 
 
-def _write_program(model: Any, processor: Any, file: Path, pixels: Callable[[int], Tensor]) -> Run:
+def _write_program(
+    model: "PreTrainedModel", processor: ImageProcessor, file: Path, pixels: Callable[[int], Tensor]
+) -> Run:
     unfuse(model)  # layers that hand each other results in Python are no part of a graph
     pack_weights(model)  # machines that the program runs on may differ from this one
     shapes = ({0: torch.export.Dim("batch")},)
@@ -163,22 +170,38 @@ def _write_program(model: Any, processor: Any, file: Path, pixels: Callable[[int
     return lambda x: loaded(x).detach()
 
 
-def to_onnx(model: nn.Module, pixels: Tensor, file: Path, **options: Any) -> None:
+def to_onnx(
+    model: nn.Module,
+    pixels: Tensor,
+    file: Path,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_shapes: tuple[dict[int, torch.export.Dim]] | None = None,
+) -> None:
     """Write an image classifier, dense, as one ONNX file that gives logits alone.
 
     Args:
         model: of transformers.
         pixels: an example, [images, channels, height, width].
         file: to write.
-        **options: of `torch.onnx.export`.
+        input_names, output_names: what the file calls pixels and logits; by default what torch does.
+        dynamic_shapes: of the pixels, the axes whose size may change; none by default.
 
     Raises:
         ModelError: torch cannot export it.
     """
     with _explained("ONNX"), redirect_stdout(io.StringIO()), torch.no_grad():
-        program = torch.export.export(_Answers(model), (pixels,), dynamic_shapes=options.pop("dynamic_shapes", None))
+        program = torch.export.export(_Answers(model), (pixels,), dynamic_shapes=dynamic_shapes)
         torch.onnx.export(
-            without_traces(program), (), str(file), dynamo=True, external_data=False, verbose=False, **options
+            without_traces(program),
+            (),
+            str(file),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=input_names,
+            output_names=output_names,
         )
 
 
@@ -219,10 +242,8 @@ def _staged_file(target: Path, overwrite: bool) -> Iterator[Path]:
     check_output_file(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as scratch:
-            staging = Path(scratch) / target.name
+        with partial_file(target) as staging:
             yield staging
-            os.replace(staging, target)
     except OSError as error:
         raise CheckpointError(f"{target}: could not be written ({error}); nothing was changed") from error
 

@@ -6,7 +6,7 @@
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -14,22 +14,35 @@ from torch import nn
 from ..hub.blockprune_quantizer import block_sparse_layers
 from ..model.loading import build, model_class_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.configuration_utils import PreTrainedConfig
+
+    from ..hub.blockprune_linear import BlockSparseLinear
+
 # Settings of all layers: an MLP's hidden units, and their ratio to its inputs.
 WIDTH, RATIO = "intermediate_size", "mlp_ratio"
 
 
+class CutLayer(NamedTuple):
+    """A block-sparse layer that lacks units, and the (outputs, inputs) that `dequantize` fills it up to."""
+
+    layer: "BlockSparseLinear"
+    dense_shape: tuple[int, int]
+
+
 def cut_units(model: nn.Module) -> int:
     """Hidden units that the layers of a block-sparse model lack of what `dequantize` fills them up to."""
-    return sum(layer.dense_shape[0] - layer.out_features for layer in _cut_layers(model).values())
+    return sum(cut.dense_shape[0] - cut.layer.out_features for cut in _cut_layers(model).values())
 
 
 def leave_units_out(model: nn.Module) -> None:
     """Let `dequantize` keep every layer as small as it is, for forms in which each may have another width."""
-    for layer in _cut_layers(model).values():
-        layer.dense_shape = None
+    for cut in _cut_layers(model).values():
+        cut.layer.dense_shape = None
 
 
-def narrow(model: Any) -> None:
+def narrow(model: "PreTrainedModel") -> None:
     """Let the config, and so `dequantize`, make all MLPs as wide as the widest of a block-sparse model, in place.
 
     Nothing changes where one is whole, or other parts of the model would change too.
@@ -42,18 +55,25 @@ def narrow(model: Any) -> None:
             made = build(model_class_of(changed), changed, model.state_dict())
         if _holds(made, model, layers):
             setattr(getattr(model.config, holder) if holder else model.config, setting, value)
-            for name, layer in layers.items():
-                layer.dense_shape = tuple(made.get_submodule(name).weight.shape)
+            for name, cut in layers.items():
+                linear = made.get_submodule(name)
+                assert isinstance(linear, nn.Linear)  # _holds saw to it
+                cut.layer.dense_shape = linear.out_features, linear.in_features
             return
 
 
-def _cut_layers(model: nn.Module) -> dict[str, Any]:
-    return {name: layer for name, layer in block_sparse_layers(model) if layer.dense_shape is not None}
+def _cut_layers(model: nn.Module) -> dict[str, CutLayer]:
+    """Those from which hidden units were cut, by name."""
+    return {
+        name: CutLayer(layer, layer.dense_shape)
+        for name, layer in block_sparse_layers(model)
+        if layer.dense_shape is not None
+    }
 
 
-def _settings(config: Any, layers: list[Any]) -> Iterator[tuple[str, str, int | float]]:
+def _settings(config: "PreTrainedConfig", layers: list[CutLayer]) -> Iterator[tuple[str, str, int | float]]:
     """(name of the config within the config, or nothing; name; value) that give room for just the widest layer."""
-    writers = [layer for layer in layers if layer.out_features < layer.dense_shape[0]]
+    writers = [cut.layer for cut in layers if cut.layer.out_features < cut.dense_shape[0]]
     if not writers:
         return
     width = max(layer.out_features for layer in writers)
@@ -69,7 +89,7 @@ def _settings(config: Any, layers: list[Any]) -> Iterator[tuple[str, str, int | 
             yield from ((holder, RATIO, value) for value in (ratio, math.nextafter(ratio, math.inf)))
 
 
-def _holds(made: nn.Module, model: nn.Module, cut: dict[str, Any]) -> bool:
+def _holds(made: nn.Module, model: nn.Module, cut: dict[str, CutLayer]) -> bool:
     """Whether a new model has a place for all that a block-sparse one holds, with less to fill up, and nothing else."""
     linears = {name: tuple(m.weight.shape) for name, m in made.named_modules() if isinstance(m, nn.Linear)}
     sizes = {name: (layer.out_features, layer.in_features) for name, layer in block_sparse_layers(model)}

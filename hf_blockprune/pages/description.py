@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from torch import Tensor
 
@@ -11,19 +11,85 @@ from ..checkpoint.fetching import checkpoint_folder
 from ..checkpoint.folder import RECIPE_FILE, REPORT_FILE, read_json
 from ..checkpoint.inspection import StoredModel, describe_checkpoint, open_checkpoint
 from ..checkpoint.measurements import KINDS, files_fingerprint
-from ..checkpoint.simulation import CARD_DEVICES, simulate_stored
-from ..cost.device_cost import usual_dtype
-from ..cost.profiles import load_profile
+from ..checkpoint.simulation import CARD_DEVICES, Device, load_devices, predictions
 from ..errors import ModelError
 from ..evaluate.intervals import wilson_interval
 from ..evaluate.scores import SCORES, score_text
 from ..report.measured import Measurements
 from ..stored_values import StoredValues, flat, short
+from ..types import JsonDict
 
-PREDICTED = ("device", "kind", "batch", "dtype", "latency_ms", "dense_latency_ms", "speedup")
-PREDICTED_ENERGY = ("energy_mj", "dense_energy_mj", "energy_ratio")
-LATENCIES = ("dense_latency_ms", "latency_ms", "throughput_img_s", "speedup")
-FLIPPED = ("flipped_to_wrong", "flipped_to_right")
+PREDICTED = (
+    *("device", "kind", "batch", "dtype", "latency_ms", "dense_latency_ms", "speedup"),
+    *("energy_mj", "dense_energy_mj", "energy_ratio"),
+)
+
+
+class Circumstances(TypedDict):
+    """Of which images, with what and when something was measured; None where the report does not say."""
+
+    dataset: str | None
+    split: str | None
+    against: str | None
+    device: str | None
+    dtype: str | None
+    measured_at: str | None
+
+
+class Accuracy(Circumstances):
+    """Measured shares of images that were classified rightly, with the 95 % interval of the first."""
+
+    num_images: int
+    top1: float
+    top1_interval: tuple[float, float]
+    top5: float | None
+
+
+class ComparedAccuracy(Accuracy, total=False):
+    """With the dense model's on the same images, where that was measured.
+
+    Attributes:
+        baseline_top1, baseline_interval: the dense model's.
+        delta, interval: by how much the pruned one is better, a negative share where it is worse.
+        flipped_to_wrong, flipped_to_right: images that only one of the two classifies rightly.
+    """
+
+    baseline_top1: float
+    baseline_interval: tuple[float, float]
+    delta: float | None
+    interval: list[float] | None
+    flipped_to_wrong: float | None
+    flipped_to_right: float | None
+
+
+class Closeness(Circumstances):
+    """How close an encoder's embeddings are to the dense model's, see `Fidelity`."""
+
+    num_images: int
+    cosine: float
+    least_cosine: float
+    relative_squared_error: float
+
+
+class LatencyAt(TypedDict):
+    """Milliseconds of a pass and images a second at one batch size, and the quartiles of the speed-up."""
+
+    batch: int
+    dense_latency_ms: float
+    latency_ms: float
+    throughput_img_s: float
+    speedup: float
+    quartiles: list[float] | None
+
+
+class Latencies(TypedDict):
+    """Measured latencies, with where and when."""
+
+    device: str | None
+    dtype: str | None
+    measured_at: str | None
+    threads: float | None
+    rows: list[LatencyAt]
 
 
 @dataclass(frozen=True)
@@ -40,7 +106,7 @@ class CheckpointReport:
     """
 
     name: str
-    values: dict[str, Any]
+    values: JsonDict
     masks: dict[str, Tensor]
 
 
@@ -60,11 +126,11 @@ def describe(
         ConfigError: no such profile.
     """
     wanted = CARD_DEVICES if devices is None else dict.fromkeys(devices, batch_size)
-    profiles = [(load_profile(device), batch) for device, batch in wanted.items()]
+    profiles = load_devices(wanted)
     folder = checkpoint_folder(source)
     name = short(folder.resolve().name if Path(source).expanduser().exists() else str(source))
     stored = open_checkpoint(folder)
-    values = {"name": name, **describe_checkpoint(stored), "notes": []}
+    values: JsonDict = {"name": name, **describe_checkpoint(stored), "notes": []}
     for layer in values["layers"]:
         del layer["cpu_backend"]  # of the machine that makes the report
     predicted, unknown = _predict(stored, profiles)
@@ -83,7 +149,7 @@ def describe(
     return CheckpointReport(name, values, {layer.module: layer.mask for layer in stored.layers})
 
 
-def _is_stale(made: dict[str, Any], folder: Path) -> bool:
+def _is_stale(made: JsonDict, folder: Path) -> bool:
     """Whether a report file holds measurements of other weights than the folder's.
 
     The page shows what it can of any report file, so that this one need not be whole, as `read_report` has it.
@@ -94,16 +160,15 @@ def _is_stale(made: dict[str, Any], folder: Path) -> bool:
     return known != files_fingerprint(folder)
 
 
-def _predict(stored: StoredModel, profiles: list[tuple[Any, int]]) -> tuple[list[dict[str, Any]], str | None]:
+def _predict(stored: StoredModel, profiles: list[tuple[Device, int]]) -> tuple[list[JsonDict], str | None]:
     """(what the model takes on each device, None), or (nothing, why the cost model cannot tell)."""
     try:
-        found = [simulate_stored(stored, profile, batch, usual_dtype(profile)) for profile, batch in profiles]
+        return predictions(stored, profiles, PREDICTED), None
     except ModelError as error:
         return [], str(error)
-    return [{key: values[key] for key in (*PREDICTED, *PREDICTED_ENERGY)} for values in found], None
 
 
-def _made(report: StoredValues, values: dict[str, Any]) -> dict[str, Any]:
+def _made(report: StoredValues, values: JsonDict) -> JsonDict:
     """What the report file says; adds to the layers and the notes of `values`."""
     _add_layers(report, values)
     if words := _other_scores(report.part("evaluation")):
@@ -120,23 +185,23 @@ def _made(report: StoredValues, values: dict[str, Any]) -> dict[str, Any]:
         "calibration": calibration
         and {"dataset": calibration.text("dataset"), "num_images": calibration.number("num_images", 0)},
         "evaluation": evaluation_values(report.part("evaluation")),
-        "other_evaluations": [found for found in evaluations if found is not None],
-        "fidelity": _fidelity(report.part("fidelity")),
-        "other_fidelities": list(map(_fidelity, history.parts("fidelity"))),
+        "other_evaluations": [each for each in evaluations if each is not None],
+        "fidelity": None if (found := report.part("fidelity")) is None else _closeness(found),
+        "other_fidelities": list(map(_closeness, history.parts("fidelity"))),
         "recovery": recovery
         and {
             "dataset": recovery.text("dataset"),
             "num_images": recovery.number("num_images", 0),
             "evaluation_before": evaluation_values(recovery.part("evaluation_before")),
         },
-        "latency": _latency(report.part("latency")),
-        "other_latencies": list(map(_latency, history.parts("latency"))),
+        "latency": None if (found := report.part("latency")) is None else _latencies(found),
+        "other_latencies": list(map(_latencies, history.parts("latency"))),
         "seconds": flat(report.values["seconds"]) if report.part("seconds") else None,
         "environment": environment and flat(environment.values),
     }
 
 
-def evaluation_values(stored: StoredValues | None) -> dict[str, Any] | None:
+def evaluation_values(stored: StoredValues | None) -> ComparedAccuracy | None:
     """Measured accuracies with their intervals, and the paired change where the dense model was measured too.
 
     None also for a task without accuracy, see `_other_scores`.
@@ -144,8 +209,8 @@ def evaluation_values(stored: StoredValues | None) -> dict[str, Any] | None:
     if stored is None or _other_scores(stored):
         return None
     images, top1 = stored.count("num_images"), stored.need("top1", 0, 1)
-    values: dict[str, Any] = {
-        **_place(stored),
+    values: ComparedAccuracy = {
+        **_circumstances(stored),
         "num_images": images,
         "top1": top1,
         "top1_interval": wilson_interval(top1, images),
@@ -155,21 +220,31 @@ def evaluation_values(stored: StoredValues | None) -> dict[str, Any] | None:
     if baseline is not None:
         values["baseline_top1"], values["baseline_interval"] = baseline, wilson_interval(baseline, images)
         values["delta"], values["interval"] = stored.number("delta", -1, 1), stored.numbers("interval", 2)
-        values |= {key: stored.number(key, 0) for key in FLIPPED}
+        values["flipped_to_wrong"] = stored.number("flipped_to_wrong", 0)
+        values["flipped_to_right"] = stored.number("flipped_to_right", 0)
     return values
 
 
-def _place(stored: StoredValues) -> dict[str, Any]:
-    """Of which images, with what and when something was measured; older reports say the first alone."""
-    keys = ("dataset", "split", "against", "device", "dtype", "measured_at")
-    return {key: stored.text(key) for key in keys}
+def _circumstances(stored: StoredValues) -> Circumstances:
+    return {
+        "dataset": stored.text("dataset"),
+        "split": stored.text("split"),
+        "against": stored.text("against"),
+        "device": stored.text("device"),
+        "dtype": stored.text("dtype"),
+        "measured_at": stored.text("measured_at"),
+    }
 
 
-def _fidelity(stored: StoredValues | None) -> dict[str, Any] | None:
-    if stored is None:
-        return None
-    scores = {key: stored.need(key) for key in ("cosine", "least_cosine", "relative_squared_error")}
-    return {**_place(stored), "num_images": stored.count("num_images"), **scores}
+def _closeness(stored: StoredValues) -> Closeness:
+    cosine, least, error = map(stored.need, ("cosine", "least_cosine", "relative_squared_error"))
+    return {
+        **_circumstances(stored),
+        "num_images": stored.count("num_images"),
+        "cosine": cosine,
+        "least_cosine": least,
+        "relative_squared_error": error,
+    }
 
 
 def _other_scores(stored: StoredValues | None) -> str | None:
@@ -182,20 +257,29 @@ def _other_scores(stored: StoredValues | None) -> str | None:
     return f"Measured on {images} images of {dataset}: {', '.join(found)}" if found else None
 
 
-def _latency(stored: StoredValues | None) -> dict[str, Any] | None:
-    if stored is None:
-        return None
+def _latencies(stored: StoredValues) -> Latencies:
     environment = stored.part("environment")
-    rows = []
-    for row in stored.parts("rows"):
-        quartiles = row.numbers("speedup_quartiles", 2)
-        rows.append({"batch": row.count("batch"), **{k: row.need(k, 0) for k in LATENCIES}, "quartiles": quartiles})
-    threads = environment and environment.number("threads", 1)
-    keys = ("device", "dtype", "measured_at")
-    return {**{key: stored.text(key) for key in keys}, "threads": threads, "rows": rows}
+    return {
+        "device": stored.text("device"),
+        "dtype": stored.text("dtype"),
+        "measured_at": stored.text("measured_at"),
+        "threads": None if environment is None else environment.number("threads", 1),
+        "rows": [_latency_at(row) for row in stored.parts("rows")],
+    }
 
 
-def _add_layers(report: StoredValues, values: dict[str, Any]) -> None:
+def _latency_at(row: StoredValues) -> LatencyAt:
+    return {
+        "batch": row.count("batch"),
+        "dense_latency_ms": row.need("dense_latency_ms", 0),
+        "latency_ms": row.need("latency_ms", 0),
+        "throughput_img_s": row.need("throughput_img_s", 0),
+        "speedup": row.need("speedup", 0),
+        "quartiles": row.numbers("speedup_quartiles", 2),
+    }
+
+
+def _add_layers(report: StoredValues, values: JsonDict) -> None:
     """Losses and errors of the report's layers to those of the weights, by name; notes where the two disagree."""
     said = {layer.text("name"): layer for layer in report.parts("layers")}
     for layer in values["layers"]:

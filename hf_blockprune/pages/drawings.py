@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TypedDict
 
 from PIL import Image
 from torch import Tensor
@@ -91,31 +91,70 @@ class Bar:
     title: str
 
 
-def bar_chart(bars: Sequence[Bar], top: float | None = None) -> dict[str, Any]:
+class PlacedBar(TypedDict):
+    """Where a bar stands in per cent, `y` being its upper end, the number of its colour, and what it says."""
+
+    x: float
+    width: float
+    y: float
+    height: float
+    colour: int
+    title: str
+
+
+class Label(TypedDict):
+    """A group's name, and where its middle is in per cent."""
+
+    x: float
+    text: str
+
+
+class Line(TypedDict):
+    """A line across a chart: where in per cent, and the value that it stands for."""
+
+    y: float
+    value: float
+
+
+class BarChart(TypedDict):
+    """A chart of upright bars; `legend` has the role of each colour."""
+
+    bars: list[PlacedBar]
+    labels: list[Label]
+    lines: list[Line]
+    legend: list[str]
+
+
+def bar_chart(bars: Sequence[Bar], top: float | None = None) -> BarChart:
     """Upright bars side by side, in their order.
 
     Args:
         bars: what to draw.
         top: value at the upper edge; by default the largest one.
-
-    Returns:
-        `bars` with `x`, `width`, `y` and `height` in per cent, `colour` and `title`; `labels`, the groups' names,
-        with `x` and `text`; `lines` with `y` and `value`; `legend`, the role of each colour.
     """
     top = top or max([*(bar.value for bar in bars), 0.0]) or 1.0
     starts = [i for i, bar in enumerate(bars) if not i or bar.group != bars[i - 1].group]
     unit = 100 / max(len(bars) + len(starts), 1)  # one bar's width is left between groups
     colours = {role: number for number, role in enumerate(dict.fromkeys(bar.role for bar in bars))}
-    places, labels = [], []
+    places: list[PlacedBar] = []
+    labels: list[Label] = []
     for number, (start, end) in enumerate(pairwise([*starts, len(bars)])):
         left = unit * (start + number + 0.5)
         labels.append({"x": left + unit * (end - start) / 2, "text": bars[start].group})
         for i, bar in enumerate(bars[start:end]):
             height = 100 * min(max(bar.value / top, 0.0), 1.0)
-            place = {"x": left + i * unit, "width": 0.85 * unit, "y": 100 - height, "height": height}
-            places.append({**place, "colour": colours[bar.role] % COLOURS, "title": bar.title})
+            places.append(
+                {
+                    "x": left + i * unit,
+                    "width": 0.85 * unit,
+                    "y": 100 - height,
+                    "height": height,
+                    "colour": colours[bar.role] % COLOURS,
+                    "title": bar.title,
+                }
+            )
     every = math.ceil(len(labels) / MAX_GROUP_LABELS) or 1
-    lines = [{"y": 100 - 100 * tick / top, "value": tick} for tick in ticks(0.0, top, 5)]
+    lines: list[Line] = [{"y": 100 - 100 * tick / top, "value": tick} for tick in ticks(0.0, top, 5)]
     return {"bars": places, "labels": labels[::every], "lines": lines, "legend": list(colours)}
 
 
@@ -141,13 +180,43 @@ class Mark:
     dense: bool = False
 
 
-def scatter(marks: Sequence[Mark]) -> dict[str, Any]:
-    """Costs to the right, gains upwards, and a line through the frontier.
+@dataclass(frozen=True, kw_only=True)
+class PlacedMark(Mark):
+    """A mark, and where it stands in per cent: `x` and `y`, and the `low` and `high` end of its interval."""
 
-    Returns:
-        `marks`, each with `x`, `y`, `low` and `high` in per cent beside its own attributes; `x_ticks`, `y_ticks`, and
-        `line`, the frontier's pieces.
-    """
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+class Tick(TypedDict):
+    """Where on an axis, in per cent, which value is."""
+
+    at: float
+    value: float
+
+
+class Piece(TypedDict):
+    """A straight line from one point to another, in per cent."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+class Plot(TypedDict):
+    """Models by cost and gain; `line` has the pieces of the frontier."""
+
+    marks: list[PlacedMark]
+    line: list[Piece]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+
+
+def scatter(marks: Sequence[Mark]) -> Plot:
+    """Costs to the right, gains upwards, and a line through the frontier."""
     costs = [mark.cost for mark in marks]
     low_x, high_x = _range(min(costs), max(costs))
     low_y, high_y = _range(min(mark.interval[0] for mark in marks), max(mark.interval[1] for mark in marks))
@@ -159,11 +228,11 @@ def scatter(marks: Sequence[Mark]) -> dict[str, Any]:
         return 100 - 100 * (value - low_y) / (high_y - low_y)
 
     placed = [
-        {**vars(mark), "x": x(mark.cost), "y": y(mark.gain), "low": y(mark.interval[0]), "high": y(mark.interval[1])}
+        PlacedMark(**vars(mark), x=x(mark.cost), y=y(mark.gain), low=y(mark.interval[0]), high=y(mark.interval[1]))
         for mark in marks
     ]
-    best = sorted((place["x"], place["y"]) for place in placed if place["best"])
-    line = [{"x1": a[0], "y1": a[1], "x2": b[0], "y2": b[1]} for a, b in pairwise(best)]
+    best = sorted((place.x, place.y) for place in placed if place.best)
+    line: list[Piece] = [{"x1": a[0], "y1": a[1], "x2": b[0], "y2": b[1]} for a, b in pairwise(best)]
     return {
         "marks": placed,
         "line": line,

@@ -4,10 +4,10 @@ All text of a checkpoint is escaped by the templates, and a policy in the page f
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ..checkpoint.folder import CONFIG_FILE, check_output_file, read_json, write_text
 from ..config import budget_text
@@ -15,9 +15,10 @@ from ..errors import CheckpointError
 from ..evaluate.frontier import frontier
 from ..evaluate.intervals import wilson_interval
 from ..stored_values import flat
+from ..types import JsonDict
 from ..version import __version__
-from .description import CheckpointReport, describe
-from .drawings import Bar, Mark, bar_chart, mask_picture, scatter
+from .description import CheckpointReport, ComparedAccuracy, describe
+from .drawings import Bar, BarChart, Mark, Plot, bar_chart, mask_picture, scatter
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -83,7 +84,7 @@ def report_page(reports: Sequence[CheckpointReport]) -> str:
     return render("report_template.html.j2", models=models, plot=_comparison(reports))
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """Fill one of the templates; texts are escaped, and a value that is missing is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -118,10 +119,35 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-def _model(report: CheckpointReport) -> dict[str, Any]:
+class ModelView(TypedDict):
+    """What the template says of one checkpoint.
+
+    Attributes:
+        values: those of its report.
+        layers: its layers' values, with `group`, `role` and the `picture` of the mask, see `split_name` and
+            `mask_picture`.
+        groups: (repeated layer, its layers).
+        kept: shares of blocks.
+        losses: predicted ones, None where none is known.
+    """
+
+    values: JsonDict
+    layers: list[JsonDict]
+    groups: list[tuple[str, list[JsonDict]]]
+    kept: BarChart
+    losses: BarChart | None
+
+
+class Comparison(Plot):
+    """Checkpoints in one plot, and whether all were measured on the same images."""
+
+    same_images: bool
+
+
+def _model(report: CheckpointReport) -> ModelView:
     """What the template says of one checkpoint."""
     values = report.values
-    layers = [dict(layer) for layer in values["layers"]]
+    layers: list[JsonDict] = [dict(layer) for layer in values["layers"]]
     longest = max((max(layer["shape"]) for layer in layers), default=1)
     for layer in layers:
         layer["group"], layer["role"] = split_name(layer["module"])
@@ -157,7 +183,7 @@ def split_name(module: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", module)
 
 
-def _comparison(reports: Sequence[CheckpointReport]) -> dict[str, Any] | None:
+def _comparison(reports: Sequence[CheckpointReport]) -> Comparison | None:
     """Accuracy over FLOPs kept of those checkpoints for which it was measured; None where there are not two."""
     measured = [(i, r) for i, r in enumerate(reports, 1) if r.values["evaluation"] is not None]
     if len(measured) < 2:
@@ -181,16 +207,16 @@ def _comparison(reports: Sequence[CheckpointReport]) -> dict[str, Any] | None:
     }
 
 
-def dense_marks(evaluations: Any) -> list[Mark]:
+def dense_marks(evaluations: Iterable[ComparedAccuracy]) -> list[Mark]:
     """The dense model, where it was measured with the same result beside all others."""
     found = {(e.get("baseline_top1"), e["num_images"]): e for e in evaluations}
     (top1, _), evaluation = next(iter(found.items()))
-    if len(found) != 1 or top1 is None:
+    if len(found) != 1 or top1 is None or "baseline_interval" not in evaluation:
         return []
     return [Mark("dense", "the dense model", 1.0, top1, evaluation["baseline_interval"], dense=True)]
 
 
-def sweep_page(sweep: dict[str, Any]) -> str:
+def sweep_page(sweep: JsonDict) -> str:
     """The page about a sweep, as text.
 
     Args:
@@ -225,7 +251,7 @@ def sweep_page(sweep: dict[str, Any]) -> str:
     )
 
 
-def _point(point: dict[str, Any]) -> dict[str, Any]:
+def _point(point: JsonDict) -> JsonDict:
     """A sweep's point with what the template adds to it."""
     if point["status"] != "done":
         return point

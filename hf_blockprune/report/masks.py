@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from ..cost.flops import ModelFlops
-from ..hub.blockprune_cost import linear_flops
 from ..refit.layerwise import LayerRefit
 from ..score.blocks import block_sizes
+from .shares import KeptLayer, kept_shares
 from .values import LayerReport, MaskReport
 
 
@@ -29,34 +29,26 @@ def describe_masks(
         loss_factors: true over predicted loss by name, empty where it was not measured; predicted losses hold it.
         trace_seconds: time that each layer's removal traces took, by name.
     """
-    layers, dense, removed, removed_weights = [], 0.0, 0.0, 0
+    layers, kept = [], []
     for name, mask in masks.items():
         shape = (targets[name].out_features, targets[name].in_features)
-        sizes, tokens = block_sizes(shape, block_shape), flops.linear_tokens[name]
-        dense += linear_flops(tokens, float(sizes.sum()))
-        removed += linear_flops(tokens, float(sizes[~mask].sum()))
-        removed_weights += int(sizes[~mask].sum())
+        weights = int(block_sizes(shape, block_shape)[mask].sum())
+        blocks, kept_blocks = mask.numel(), int(mask.sum())
+        kept.append(KeptLayer(flops.linear_tokens[name], shape[0] * shape[1], weights, blocks, kept_blocks))
         layers.append(
             LayerReport(
                 name=name,
                 shape=list(shape),
                 block_shape=list(block_shape),
-                kept_blocks=int(mask.sum()),
-                blocks=mask.numel(),
+                kept_blocks=kept_blocks,
+                blocks=blocks,
                 density=float(mask.float().mean()),
                 predicted_loss=losses[name],
                 loss_factor=loss_factors.get(name),
                 seconds=round(trace_seconds[name], 3),
             )
         )
-    return MaskReport(
-        flops_ratio=1 - removed / flops.total,
-        linear_flops_ratio=1 - removed / dense,
-        params_ratio=1 - removed_weights / flops.parameters,
-        dense_flops=flops.total,
-        density=sum(layer.kept_blocks for layer in layers) / sum(layer.blocks for layer in layers),
-        layers=layers,
-    )
+    return MaskReport(**kept_shares(kept, flops), layers=layers)
 
 
 def add_refits(masks: MaskReport, refits: dict[str, LayerRefit]) -> None:

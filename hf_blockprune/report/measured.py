@@ -3,8 +3,8 @@
 Keys that only some versions, tasks or comparisons have are None where there is nothing, see `Part.absent`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from .parts import Part
 
@@ -29,11 +29,11 @@ class Measurement(Part):
     measured_at: str | None = None
     device: str | None = None
     dtype: str | None = None
-    environment: dict[str, Any] | None = None
+    environment: Mapping[str, object] | None = None
 
     @property
-    def threads(self) -> Any:
-        """How many of the CPU were used."""
+    def threads(self) -> object:
+        """How many of the CPU were used, None where nobody said; of a file, which may say anything."""
         return (self.environment or {}).get("threads")
 
     @property

@@ -4,6 +4,7 @@ A report is a file that other versions of the package wrote, or strangers. So a 
 their key, keeps keys that it does not know, and writes no key that the file had not and nobody has set since.
 """
 
+from collections import abc
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
@@ -12,10 +13,12 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 
 from ..errors import CheckpointError
 from ..stored_values import short
+from ..types import JsonDict
 
 P = TypeVar("P", bound="Part")
 FLAT = {"flat": True}  # metadata of a field whose keys stand among those of the part that holds it
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+CHECKED = {"checked": True}  # metadata of a field that the part's own `check` reads, and nothing before
+KINDS: dict[object, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(kw_only=True)
@@ -27,11 +30,11 @@ class Part:
         absent: names of fields that are not written as long as they hold their default.
     """
 
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: JsonDict = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
 
     @classmethod
-    def from_dict(cls: type[P], values: Any, where: str = "report") -> P:
+    def from_dict(cls: type[P], values: object, where: str = "report") -> P:
         """Read plain values, as `to_dict` gives them.
 
         Args:
@@ -44,19 +47,21 @@ class Part:
         return cls._from(values, f"{where}: ")
 
     @classmethod
-    def _from(cls: type[P], values: Any, prefix: str) -> P:
-        """Read values; `prefix` is the file and the keys that lead there."""
+    def _from(cls: type[P], values: object, prefix: str) -> P:
+        """Read values; `prefix` is the file and the keys that lead there, as messages begin."""
         if not isinstance(values, Mapping):
             _refuse(prefix, "an object", values)
         made, absent, known = {}, set(), set()
         for each, kind in _schema(cls):
-            if each.metadata.get("flat"):
-                inner = {key: value for key, value in values.items() if key in kind.key_names()}
-                made[each.name] = kind._from(inner, prefix)
-                known |= kind.key_names()
+            if (part := _flat(each, kind)) is not None:
+                inner = {key: value for key, value in values.items() if key in part.key_names()}
+                made[each.name] = part._from(inner, prefix)
+                known |= part.key_names()
                 continue
             known.add(each.name)
-            if each.name in values:
+            if each.name in values and each.metadata.get("checked"):
+                made[each.name] = values[each.name]
+            elif each.name in values:
                 made[each.name] = _read(values[each.name], kind, f"{prefix}{each.name}.")
             elif _has_default(each):
                 absent.add(each.name)
@@ -65,9 +70,9 @@ class Part:
                     f"{prefix}{each.name} must be there, and be {_words(kind)}; delete the file to go without"
                 )
         extra = {key: value for key, value in values.items() if key not in known}
-        part = cls(**made, extra=extra, absent=frozenset(absent))
-        part.check(prefix)
-        return part
+        read = cls(**made, extra=extra, absent=frozenset(absent))
+        read.check(prefix)
+        return read
 
     def check(self, prefix: str) -> None:
         """Refuse values that are of the right kinds and yet none; `prefix` as of messages."""
@@ -77,12 +82,13 @@ class Part:
         """All keys that the part knows."""
         found = set()
         for each, kind in _schema(cls):
-            found |= kind.key_names() if each.metadata.get("flat") else {each.name}
+            part = _flat(each, kind)
+            found |= {each.name} if part is None else part.key_names()
         return frozenset(found)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Plain values, which JSON can write."""
-        values: dict[str, Any] = {}
+        values: JsonDict = {}
         for each, _ in _schema(type(self)):
             value = getattr(self, each.name)
             if each.metadata.get("flat"):
@@ -93,24 +99,31 @@ class Part:
 
 
 @cache
-def _schema(part: type[Part]) -> list[tuple[Field[Any], Any]]:
+def _schema(part: type[Part]) -> list[tuple[Field[object], object]]:
     """The fields that are keys, or hold some, with their declared kinds."""
     hints = get_type_hints(part)
     return [(each, hints[each.name]) for each in fields(part) if each.name not in ("extra", "absent")]
 
 
-def _has_default(each: Field[Any]) -> bool:
+def _flat(each: Field[object], kind: object) -> type[Part] | None:
+    """The part whose keys stand among those of the part that holds it, where a field is one."""
+    if each.metadata.get("flat") and isinstance(kind, type) and issubclass(kind, Part):
+        return kind
+    return None
+
+
+def _has_default(each: Field[object]) -> bool:
     return each.default is not MISSING or each.default_factory is not MISSING
 
 
-def _default(each: Field[Any]) -> Any:
+def _default(each: Field[object]) -> object:
     return each.default if each.default_factory is MISSING else each.default_factory()
 
 
-def _read(value: Any, kind: Any, prefix: str) -> Any:
-    """A value as the declared kind has it."""
+def _read(value: object, kind: object, prefix: str) -> object:
+    """A value as the declared kind has it, such as `list[int]`, `LayerReport | None`, or `object` for all there is."""
     origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any:
+    if kind in (object, Any):  # the values of a JsonDict are Any
         return value
     if origin in (Union, UnionType):  # of something and None
         return None if value is None else _read(value, inner[0], prefix)
@@ -118,10 +131,12 @@ def _read(value: Any, kind: Any, prefix: str) -> Any:
         if not isinstance(value, (list, tuple)):
             _refuse(prefix, "a list", value)
         return [_read(each, inner[0], f"{prefix[:-1]}[{i}].") for i, each in enumerate(value)]
-    if origin is dict:
+    if origin in (dict, abc.Mapping):
         if not isinstance(value, Mapping):
             _refuse(prefix, "an object", value)
         return {key: _read(each, inner[1], f"{prefix}{short(key)}.") for key, each in value.items()}
+    if not isinstance(kind, type):
+        raise TypeError(f"{kind}: no kind that a key of a report can have")
     if issubclass(kind, Part):
         return kind._from(value, prefix)
     fits = isinstance(value, (int, float) if kind is float else kind)
@@ -130,7 +145,7 @@ def _read(value: Any, kind: Any, prefix: str) -> Any:
     return value
 
 
-def _words(kind: Any) -> str:
+def _words(kind: object) -> str:
     """What a kind is called in messages."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -138,12 +153,12 @@ def _words(kind: Any) -> str:
     return "a list" if origin is list else KINDS.get(kind, "an object")
 
 
-def _refuse(prefix: str, kind: str, value: Any) -> NoReturn:
+def _refuse(prefix: str, kind: str, value: object) -> NoReturn:
     where = prefix.rstrip(".: ")
     raise CheckpointError(f"{where} must be {kind}, got {short(value)}; delete the file to go without")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Values without parts; lists and mappings are copies."""
     if isinstance(value, Part):
         return value.to_dict()

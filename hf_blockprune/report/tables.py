@@ -1,18 +1,17 @@
 """A pruning report as tables for the terminal."""
 
-from typing import Any
-
 from rich.console import Group
 from rich.table import Table
 
 from ..config import shape_text
 from ..display.console import folding_table
 from ..evaluate.scores import SCORES, change_text, main_score, score_text
+from ..types import JsonDict
 from .measured import Measurements
 from .values import Report
 
 
-def summary_table(values: dict[str, Any]) -> Table:
+def summary_table(values: JsonDict) -> Table:
     """What `prune` did, in short.
 
     Args:
@@ -74,7 +73,7 @@ def _add_measurements(table: Table, measured: Measurements) -> None:
         table.add_row(f"speed-up, measured on {measured.latency.device}", rows)
 
 
-def layer_table(values: dict[str, Any]) -> Table:
+def layer_table(values: JsonDict) -> Table:
     """Layer by layer: what is kept, what was predicted and measured, and the time it took.
 
     Args:
@@ -108,13 +107,17 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.2%}"
 
 
-def bytes_text(values: dict[str, Any]) -> str:
-    """Size of the weights beside that of the dense model's."""
+def bytes_text(values: JsonDict) -> str:
+    """Size of the weights beside that of the dense model's, of values with `size_bytes` and `dense_size_bytes`."""
     return f"{values['size_bytes']:,} (dense {values['dense_size_bytes']:,})"
 
 
-def simulation_table(values: dict[str, Any]) -> Table:
-    """What a pruned and a dense model take on a device."""
+def simulation_table(values: JsonDict) -> Table:
+    """What a pruned and a dense model take on a device.
+
+    Args:
+        values: what `simulate_checkpoint` gives.
+    """
     title = f"Predicted: {values['device']}, {values['batch']} images, {values['dtype']}"
     table = folding_table("", "pruned", "dense", "ratio", title=title)
     rows = [
@@ -134,7 +137,7 @@ def simulation_table(values: dict[str, Any]) -> Table:
     return table
 
 
-def plain_table(title: str, values: dict[str, Any]) -> Table:
+def plain_table(title: str, values: JsonDict) -> Table:
     """Names and values."""
     table = folding_table("", "", title=title)
     for key, value in values.items():
@@ -142,8 +145,12 @@ def plain_table(title: str, values: dict[str, Any]) -> Table:
     return table
 
 
-def environment_table(values: dict[str, Any]) -> Table:
-    """The machine, the versions and the backends."""
+def environment_table(values: JsonDict) -> Table:
+    """The machine, the versions and the backends.
+
+    Args:
+        values: those of `runs.environment.environment`, with `backends`.
+    """
     table = folding_table("", "")
     for name, value in values.items():
         for key, part in value.items() if isinstance(value, dict) else [("", value)]:
@@ -151,8 +158,12 @@ def environment_table(values: dict[str, Any]) -> Table:
     return table
 
 
-def latency_table(values: dict[str, Any]) -> Table:
-    """Measured latencies, a row for each batch size."""
+def latency_table(values: JsonDict) -> Table:
+    """Measured latencies, a row for each batch size.
+
+    Args:
+        values: what `BlockPruner.benchmark` gives.
+    """
     title = f"{values['device']}, {values['environment']['threads']} threads, {values['dtype']}"
     used = ", ".join(f"{count} {name}" for name, count in sorted(values["backends"].items()))
     columns = ("images", "dense ms", "pruned ms", "pruned img/s", "speed-up", "quartiles")
@@ -170,8 +181,12 @@ def latency_table(values: dict[str, Any]) -> Table:
     return table
 
 
-def evaluation_table(values: dict[str, Any]) -> Table:
-    """Accuracy, with the comparison where there was one."""
+def evaluation_table(values: JsonDict) -> Table:
+    """Accuracy, with the comparison where there was one.
+
+    Args:
+        values: what `to_dict` of an `Evaluation`, or of another task's, gives.
+    """
     table = folding_table("", "")
     table.add_row("images", str(values["num_images"]))
     for key in SCORES:
@@ -186,8 +201,12 @@ def evaluation_table(values: dict[str, Any]) -> Table:
     return table
 
 
-def fidelity_table(values: dict[str, Any]) -> Table:
-    """How close an encoder's embeddings are to another model's."""
+def fidelity_table(values: JsonDict) -> Table:
+    """How close an encoder's embeddings are to another model's.
+
+    Args:
+        values: what `Fidelity.to_dict` gives.
+    """
     table = folding_table("", "")
     table.add_row("images", str(values["num_images"]))
     table.add_row("cosine similarity", f"{values['cosine']:.4f} (least {values['least_cosine']:.4f})")
@@ -195,8 +214,12 @@ def fidelity_table(values: dict[str, Any]) -> Table:
     return table
 
 
-def inspect_table(values: dict[str, Any]) -> Table:
-    """One row a layer, totals in the footer."""
+def inspect_table(values: JsonDict) -> Table:
+    """One row a layer, totals in the footer.
+
+    Args:
+        values: what `inspect_checkpoint` gives.
+    """
     block = shape_text(values["layers"][0]["block_shape"]) if values["layers"] else "no"
     order = {True: "another order than the dense model's", False: "the dense model's order", None: "an unknown order"}
     table = folding_table(
@@ -219,8 +242,12 @@ def inspect_table(values: dict[str, Any]) -> Table:
     return table
 
 
-def sweep_table(values: dict[str, Any]) -> Table:
-    """A sweep's points, cheapest first; those that no other beats are marked."""
+def sweep_table(values: JsonDict) -> Table:
+    """A sweep's points, cheapest first; those that no other beats are marked.
+
+    Args:
+        values: what `run_sweep` gives, `sweep.json`'s content.
+    """
     dense = values["dense"]
     table = folding_table(
         *("", "point", "FLOPs kept", "top-1", "change, 95 % interval", "seconds"),
@@ -246,7 +273,7 @@ def sweep_table(values: dict[str, Any]) -> Table:
     return table
 
 
-class PruneReport(dict[str, Any]):
+class PruneReport(JsonDict):
     """A report as plain values, which JSON can write; `rich.print` shows it as tables."""
 
     def __rich__(self) -> Group:

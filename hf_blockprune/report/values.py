@@ -1,12 +1,13 @@
 """What is known of how a pruned model was made, and of how good it is: the content of `blockprune_report.json`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ..errors import CheckpointError
 from ..settings_file import with_todays_budgets
+from ..types import JsonDict
 from .measured import MeasuredScores, Measurements
-from .parts import FLAT, Part
+from .parts import CHECKED, FLAT, Part
 
 FORMAT_VERSION = 1  # of the file; one that does not say is of the first, and is written without
 LATER = frozenset({"finetuning", "size_bytes", "dense_size_bytes", "predicted", "card_sha256", "format_version"})
@@ -79,10 +80,10 @@ class PermutationReport(Part):
     block_share: float | None = None
     saliency_kept_before: float | None = None
     saliency_kept_after: float | None = None
-    residual_order: Any = None  # a list of int; `check` says what is wrong with another
+    residual_order: list[int] | None = field(default=None, metadata=CHECKED)
 
     def check(self, prefix: str) -> None:
-        order = self.residual_order
+        order: object = self.residual_order  # of a file, where it may be anything
         whole = isinstance(order, list) and all(type(feature) is int for feature in order)
         if order is not None and not (whole and sorted(order) == list(range(len(order)))):
             raise CheckpointError(f"{prefix}residual_order must name every feature once")
@@ -127,7 +128,7 @@ class RecoveryReport(Part):
     """One recovery, see `recover.recovery.Recovery`; `evaluation_before` is what was measured before it."""
 
     dataset: str | None = None
-    settings: dict[str, Any] | None = None
+    settings: JsonDict | None = None
     num_images: int | None = None
     num_held_back: int | None = None
     divergence: dict[str, float] | None = None
@@ -155,13 +156,13 @@ class FinetuningReport(Part):
 
     dataset: str | None = None
     num_images: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: JsonDict = field(default_factory=dict)
     steps: int | None = None
     losses: list[float] | None = None
     evaluated_on: str | None = None
-    evaluations: list[dict[str, Any]] | None = None
+    evaluations: list[JsonDict] | None = None
     kept_epoch: int | None = None
-    pruning: list[Any] | None = None
+    pruning: list[dict[str, float]] | None = None
     skipped: list[str] = field(default_factory=list)
     evaluation_before: MeasuredScores | None = None
 
@@ -194,7 +195,7 @@ class Report(Part):
     absent: frozenset[str] = LATER
     base_model: str
     model_class: str | None = None
-    config: dict[str, Any]
+    config: JsonDict
     masks: MaskReport = field(metadata=FLAT)
     permutation: PermutationReport | None = None
     power_weight: float | None = None
@@ -204,16 +205,16 @@ class Report(Part):
     measured: Measurements = field(default_factory=Measurements, metadata=FLAT)
     encoder: bool | None = None
     seconds: dict[str, float]
-    environment: dict[str, Any] | None = None
+    environment: Mapping[str, object] | None = None
     finetuning: FinetuningReport | None = None
     size_bytes: int | None = None
     dense_size_bytes: int | None = None
-    predicted: list[dict[str, Any]] | None = None
+    predicted: list[JsonDict] | None = None
     card_sha256: str | None = None
     format_version: int | None = None
 
     @classmethod
-    def _from(cls, values: Any, prefix: str) -> "Report":
+    def _from(cls, values: object, prefix: str) -> "Report":
         if isinstance(values, dict):
             values = {**dict.fromkeys(NULL_WHERE_MISSING), **values}
         report = super()._from(values, prefix)

@@ -3,7 +3,7 @@
 import os
 import platform
 from importlib import metadata
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -11,9 +11,56 @@ from torch import nn
 PACKAGES = ("hf_blockprune", "torch", "transformers", "accelerate", "datasets", "triton")
 
 
-def environment() -> dict[str, Any]:
+class Environment(TypedDict):
+    """Where this process runs.
+
+    Attributes:
+        python: its version.
+        platform: system and kind of processor, such as "Linux x86_64".
+        cpu: name of the processor.
+        cpu_count: logical processors, None where the system does not say.
+        cpu_capability: instructions that torch uses, such as "AVX2".
+        threads: that torch uses.
+        gpu: name of the first one, None without any.
+        versions: of `PACKAGES`, None for one that is not installed.
+    """
+
+    python: str
+    platform: str
+    cpu: str
+    cpu_count: int | None
+    cpu_capability: str
+    threads: int
+    gpu: str | None
+    versions: dict[str, str | None]
+
+
+class Machine(TypedDict):
+    """Where a model runs: name of the processor, kind of numbers of its weights such as "float32", and the rest."""
+
+    device: str | None
+    dtype: str
+    environment: Environment
+
+
+class Backends(TypedDict):
+    """What can multiply with block-sparse weights.
+
+    Attributes:
+        registered: names, most preferred first, joined by commas.
+        cpu: which compiled kernels run, or why there are none.
+        cpu_break_even: by dtype, the share of multiplications left up to which they are preferred to `dense`; None
+            without them.
+    """
+
+    registered: str
+    cpu: str
+    cpu_break_even: dict[str, float] | None
+
+
+def environment() -> Environment:
     """Versions, processor, threads and accelerator of this process, as JSON-ready values."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
@@ -31,7 +78,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def machine_of(model: nn.Module) -> dict[str, Any]:
+def machine_of(model: nn.Module) -> Machine:
     """The processor that a model is on, its dtype and the environment, as JSON-ready values."""
     device, dtype = next((p.device, p.dtype) for p in model.parameters())
     found = environment()
@@ -42,13 +89,8 @@ def machine_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def backends() -> dict[str, Any]:
-    """What can multiply with block-sparse weights here, as JSON-ready values.
-
-    Returns:
-        `registered` (names, most preferred first), `cpu` (which compiled kernels run, or why there are none) and
-        `cpu_break_even` (by dtype, the share of multiplications left up to which they are preferred to `dense`).
-    """
+def backends() -> Backends:
+    """What can multiply with block-sparse weights here, as JSON-ready values."""
     from .._cpu.backend import BREAK_EVEN
     from .._cpu.library import find_library
     from ..hub.blockprune_backends import available_backends

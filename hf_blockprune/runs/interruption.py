@@ -4,9 +4,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import NoReturn, TypeAlias
 
 from .processes import is_first_process
+
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None  # of a signal, as `signal` has it
 
 SIGNAL_BASE = 128  # a shell's exit code of a process that a signal ended is this and the signal's number
 
@@ -64,11 +67,11 @@ def interruptible(say: Callable[[str], None]) -> Iterator[None]:
         _handle(signal.SIGTERM, before)
 
 
-def _terminate(number: int, frame: Any) -> None:
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def _handle(number: int, handler: Any) -> Any:
+def _handle(number: int, handler: Handler) -> Handler:
     """Set a signal's handler, where that is possible: in the main thread; the one before, None where unknown."""
     if handler is None or threading.current_thread() is not threading.main_thread():
         return None

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..files import partial_file
 from ..hub.blockprune_layers import packed_states
+from ..types import JsonDict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,7 +43,7 @@ class RunState:
     """
 
     folder: Path
-    job: dict[str, Any]
+    job: JsonDict
     accelerator: "Accelerator"
     resumed: set[str] = field(init=False)
     _written: float = field(init=False)
@@ -52,14 +53,14 @@ class RunState:
         from accelerate.utils import broadcast_object_list
 
         self._written = perf_counter()
-        found: list[Any] = [None]
+        found: list[set[str]] = [set()]
         if self.accelerator.is_main_process:
             found = [{path.stem for path in self.folder.glob("*.safetensors")}]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(found)
         self.resumed = found[0]
 
-    def read(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def read(self, part: str) -> tuple[dict[str, Tensor], JsonDict] | None:
         """(tensors, values) of a part that was done before; None where it was not.
 
         Raises:
@@ -90,7 +91,7 @@ class RunState:
         self,
         part: str,
         tensors: dict[str, Tensor],
-        values: dict[str, Any],
+        values: JsonDict,
         *,
         done: str,
         instead_of: tuple[str, ...] = (),
@@ -142,19 +143,17 @@ class KeptParts:
 
     run_state: RunState | None = None
 
-    def read(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def read(self, part: str) -> tuple[dict[str, Tensor], JsonDict] | None:
         """As `RunState.read`."""
         return None if self.run_state is None else self.run_state.read(part)
 
-    def write(
-        self, part: str, tensors: dict[str, Tensor], values: dict[str, Any], done: str, *, own: bool = False
-    ) -> None:
+    def write(self, part: str, tensors: dict[str, Tensor], values: JsonDict, done: str, *, own: bool = False) -> None:
         """As `RunState.write`, where something is kept."""
         if self.run_state is not None:
             self.run_state.write(part, tensors, values, done=done, own=own)
 
 
-def fingerprint(values: dict[str, Any]) -> str:
+def fingerprint(values: JsonDict) -> str:
     """The same for equal JSON-ready values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -170,6 +169,5 @@ def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, value in tensors:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        content: Any = value.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        digest.update(content)
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,7 +1,6 @@
 """What a training run holds beside its model, as plain tensors: of one process, of several, or sharded over them."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ class Average:
             value.lerp_(parameters[name].detach(), 1 - self.decay)
 
 
-def moments_of(optimizer: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def moments_of(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """AdamW's state as plain tensors by "moment/parameter", whole, on the CPU; empty before the first step."""
     return {
         f"{moment}/{name}": whole(optimizer.state[parameter][moment]).cpu().clone()
@@ -59,7 +58,9 @@ def moments_of(optimizer: Any, parameters: dict[str, nn.Parameter]) -> dict[str,
     }
 
 
-def set_moments(optimizer: Any, parameters: dict[str, nn.Parameter], moments: dict[str, Tensor]) -> None:
+def set_moments(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], moments: dict[str, Tensor]
+) -> None:
     """Give AdamW the state that `moments_of` returned."""
     for name, parameter in parameters.items():
         if f"step/{name}" not in moments:
@@ -71,8 +72,19 @@ def set_moments(optimizer: Any, parameters: dict[str, nn.Parameter], moments: di
         optimizer.state[parameter] = state
 
 
-def decay_groups(model: nn.Module, parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weights of matrices, which decay, and all others, which do not."""
+def decay_groups(
+    model: nn.Module, parameters: dict[str, nn.Parameter], weight_decay: float
+) -> list[dict[str, list[nn.Parameter] | float]]:
+    """Parameter groups of an optimizer: weights of matrices, which decay, and all others, which do not.
+
+    Args:
+        model: a transformers model, dense or with block-sparse layers.
+        parameters: those that learn, by name.
+        weight_decay: share of a weight that goes at each step, times the learning rate.
+
+    Returns:
+        For each group that is not empty its `params` and its `weight_decay`.
+    """
     decaying = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -80,16 +92,19 @@ def decay_groups(model: nn.Module, parameters: dict[str, nn.Parameter], weight_d
     }
     some = [parameter for name, parameter in parameters.items() if name in decaying]
     others = [parameter for name, parameter in parameters.items() if name not in decaying]
-    groups = [{"params": some, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, list[nn.Parameter] | float]] = [
+        {"params": some, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
-def freeze_unused(model: Any, pixels: Tensor) -> None:
+def freeze_unused(model: nn.Module, pixels: Tensor) -> None:
     """Take parameters that predictions do not depend on out of the training: processes would wait for their gradients.
 
     Args:
         model: a transformers image classifier.
-        pixels: one image.
+        pixels: [1, channels, height, width].
     """
     model(pixel_values=pixels).logits.sum().backward()
     for parameter in model.parameters():

@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, ConfigError
 from .interruption import Interrupted
 from .processes import processes
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def unfinished_run(output: str | Path, *, resume: bool, restart: bool) -> Iterat
         discard(folder)
 
 
-def _make_way(folder: Path, *, restart: bool, of_run: Any) -> None:
+def _make_way(folder: Path, *, restart: bool, of_run: "PartialState") -> None:
     """Leave no state; the first process decides for all, which might see what it writes later."""
     from accelerate.utils import broadcast_object_list
 
