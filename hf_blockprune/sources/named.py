@@ -74,8 +74,8 @@ class DataSource:
 
     Attributes:
         path: a folder of images, of parquet files or of webdataset shards; one such file, a pattern ("shards/*.tar"), a
-            range ("shards/{000..019}.tar"), a URL, or a list of these; the name of a data set on the Hub; or a
-            `datasets` object.
+            range ("shards/{000..019}.tar"), a URL, or a list of these; the name of a data set on the Hub; a
+            `datasets` object; or a list or torch data set of images, see `Items`.
         config: which configuration of a data set on the Hub.
         split: the split to use, where the caller names none.
         image_column: the column with the images; by default the first of type `datasets.Image`.
