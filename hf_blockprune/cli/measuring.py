@@ -25,6 +25,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy, or what else measures the model's task, and the change against another model."""
     shown.begin()
+    from ..evaluate.fidelity import Fidelity
     from ..jobs.measure import run_evaluate
     from ..report.tables import evaluation_table, fidelity_table
     from ..sources.named import DataSource
@@ -34,7 +35,7 @@ def evaluate(
     values = result.to_dict()
     shown.result(values, fidelity_table if "cosine" in values else evaluation_table)
     if not shown.quiet:
-        say_skipped(result.skipped, result.left_out)
+        say_skipped(result.skipped, None if isinstance(result, Fidelity) else result.left_out)
     say_not_kept(why_not_kept)
 
 

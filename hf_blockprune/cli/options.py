@@ -3,10 +3,10 @@
 Options that are left out are None, which leaves the recipe's value; their help shows what holds without a recipe.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.table import Table
@@ -16,14 +16,24 @@ from ..cost.profile_names import profile_names
 from ..errors import ConfigError
 from ..runs.processes import is_first_process
 from ..score.methods import MethodName, names_where
+from ..types import JsonDict
 from .terminal import emit, set_quiet
 
+if TYPE_CHECKING:
+    from ..sources.named import SourceOptions
+
+T = TypeVar("T")
+V = TypeVar("V")  # what a command found, as JSON-ready values
 DEFAULTS, RECOVERY = BlockPruneConfig(), RecoveryConfig()
 REFITS = f"with {' and '.join(names_where(lambda method: method.refits))} alone"
 
 
 def parse_block_shape(text: str) -> tuple[int, int]:
-    """ROWSxCOLS as two numbers."""
+    """ROWSxCOLS as two numbers.
+
+    Raises:
+        typer.BadParameter: it is something else.
+    """
     rows, _, cols = text.lower().partition("x")
     try:
         return int(rows), int(cols)
@@ -32,17 +42,21 @@ def parse_block_shape(text: str) -> tuple[int, int]:
 
 
 def parse_budget(text: str) -> Budget:
-    """METRIC=RATIO."""
+    """METRIC=RATIO, or METRIC=AMOUNT@DEVICE; see `Budget.parse`.
+
+    Raises:
+        typer.BadParameter: it is something else.
+    """
     try:
         return Budget.parse(text)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
 
 
-def parse_each(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Comma-separated values, each read by itself."""
+def parse_each(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """What reads comma-separated values, each of them by `parse`."""
 
-    def parse_list(text: str) -> tuple[Any, ...]:
+    def parse_list(text: str) -> tuple[T, ...]:
         return tuple(parse(part.strip()) for part in text.split(",") if part.strip())
 
     return parse_list
@@ -90,7 +104,7 @@ Ignore = Annotated[
 PrunedModel = Annotated[str | None, typer.Argument(help="Pruned model: a folder or a Hub name. A recipe may name it.")]
 
 BudgetOption = Annotated[
-    Any,
+    Budget | None,
     typer.Option(
         "--budget",
         parser=parse_budget,
@@ -148,7 +162,7 @@ class Columns:
         ),
     ] = None
 
-    def of_evaluation(self) -> dict[str, Any]:
+    def of_evaluation(self) -> "SourceOptions":
         """Attributes of `DataSource` that labelled images of the same command have too."""
         return {
             "image_column": self.image_column,
@@ -158,7 +172,7 @@ class Columns:
             "white": self.white,
         }
 
-    def source(self) -> dict[str, Any]:
+    def source(self) -> "SourceOptions":
         """Attributes of `DataSource` for one data set, its split included."""
         return {
             **self.of_evaluation(),
@@ -182,8 +196,8 @@ class Training(Columns):
         ),
     ] = None
 
-    def settings(self) -> dict[str, Any]:
-        """Overrides of a job."""
+    def settings(self) -> JsonDict:
+        """Overrides of a job; None where nothing was said."""
         columns = self.of_evaluation()
         options = {**columns, "config": self.dataset_config, "shuffle_buffer": self.shuffle_buffer}
         return {"split": self.split, "dataset_options": options, "evaluation_options": columns}
@@ -205,8 +219,8 @@ class Calibration:
     ] = None
     seed: Seed = None
 
-    def settings(self) -> dict[str, Any]:
-        """Overrides of a job."""
+    def settings(self) -> JsonDict:
+        """Overrides of a job; None where nothing was said."""
         values = {"samples": self.samples, "batch_size": self.batch_size, "seed": self.seed}
         return {"calibration": {key: value for key, value in values.items() if value is not None}}
 
@@ -215,8 +229,9 @@ class Calibration:
 class Choosing:
     """What is removed."""
 
+    # Rows and columns. As a tuple typer would take two values for it, and not ask the parser.
     block_shape: Annotated[
-        Any,
+        Sequence[int] | None,
         typer.Option(
             "--block-shape",
             parser=parse_block_shape,
@@ -232,8 +247,8 @@ class Choosing:
     ] = None
     ignore: Ignore = None
 
-    def settings(self) -> dict[str, Any]:
-        """Overrides of a job."""
+    def settings(self) -> JsonDict:
+        """Overrides of a job; None where nothing was said."""
         return {
             "block_shape": self.block_shape,
             "budget": self.budget,
@@ -259,8 +274,8 @@ class Repair:
         ),
     ] = None
 
-    def settings(self) -> dict[str, Any]:
-        """Overrides of a job."""
+    def settings(self) -> JsonDict:
+        """Overrides of a job; None where nothing was said."""
         return {"refit": self.refit, "recover": self.recover}
 
 
@@ -287,8 +302,8 @@ class Recovering:
     ] = None
     seed: Seed = None
 
-    def settings(self) -> dict[str, Any]:
-        """Overrides of a job."""
+    def settings(self) -> JsonDict:
+        """Overrides of a job; None where nothing was said."""
         values = {"samples": self.samples, "epochs": self.epochs, "lr": self.lr, "batch_size": self.batch_size}
         return {"recovery": {key: value for key, value in values.items() if value is not None}, "seed": self.seed}
 
@@ -319,7 +334,7 @@ class Shown:
         """Be quiet where that was asked for, or where another process speaks."""
         set_quiet(self.quiet or not is_first_process())
 
-    def result(self, values: dict[str, Any], table: Callable[[dict[str, Any]], Table]) -> None:
+    def result(self, values: V, table: Callable[[V], Table]) -> None:
         """Print JSON and nothing else, or a table, on the first process; the others end here."""
         from torch import distributed
 

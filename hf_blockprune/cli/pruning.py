@@ -1,12 +1,14 @@
 """Commands that remove blocks, and repair what is left: prune, recover and sweep."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import typer
 
-from ..config import shape_text
+from ..config import Budget, shape_text
 from ..score.methods import METHODS
+from ..types import JsonDict
 from .options import (
     DEFAULTS,
     Calibration,
@@ -112,7 +114,7 @@ def sweep(
     calibration: Calibration,
     shown: Shown,
     budgets: Annotated[
-        Any,
+        Sequence[Budget],
         typer.Option(
             "--budgets",
             parser=parse_each(parse_flops_or_budget),
@@ -129,13 +131,14 @@ def sweep(
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for results and checkpoints.")] = None,
     block_shapes: Annotated[
-        Any,
+        Any,  # pairs of rows and columns; the default is text, which is parsed too
         typer.Option(
             "--block-shapes", parser=parse_each(parse_block_shape), metavar="ROWSxCOLS,...", help="Blocks to try."
         ),
     ] = DEFAULT_SHAPE,
     methods: Annotated[
-        Any, typer.Option("--methods", parser=parse_each(str), metavar="METHOD,...", help=f"Of {', '.join(METHODS)}.")
+        Sequence[str],
+        typer.Option("--methods", parser=parse_each(str), metavar="METHOD,...", help=f"Of {', '.join(METHODS)}."),
     ] = DEFAULTS.method,
     keep: Annotated[
         Literal["all", "frontier", "none"], typer.Option("--keep", help="Checkpoints to keep.")
@@ -153,7 +156,7 @@ def sweep(
 
     settings = {**repair.settings(), **training.settings(), **calibration.settings(), "ignore": ignore or None}
     job = PruneJob.read(config, model=model, dataset=dataset, output=output, evaluation=evaluate_on, **settings)
-    grid = Grid(budgets, block_shapes, methods)  # type: ignore[arg-type]
+    grid = Grid(tuple(budgets), tuple(block_shapes), tuple(methods))
     values = run_sweep(job, grid, keep=keep, on_point=None if shown.quiet else say_point, restart=restart)
     shown.result(values, sweep_table)
     if failed := [point for point in values["points"] if point["status"] == "failed"]:
@@ -162,7 +165,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-def say_point(point: dict[str, Any]) -> None:
+def say_point(point: JsonDict) -> None:
     """One line on a sweep's point that is done."""
     result = f"top-1 {point['evaluation']['top1']:.2%}" if point["status"] == "done" else "failed"
     say(f"{point['name']}: {result}, {point['wall_seconds']:.0f} s")

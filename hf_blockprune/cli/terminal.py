@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from inspect import Parameter, signature
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 from ..display.console import table_console
 from ..errors import first_names
 from ..runs.interruption import interruptible
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 err = Console(stderr=True)
 
@@ -25,9 +28,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     Parameters that are dataclasses become their fields, as options: commands share those that belong together.
     """
     hints = get_type_hints(function, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
 
-    def wrapped(**values: Any) -> None:
+    def wrapped(**values: object) -> None:
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})  # type: ignore[operator]
         with interruptible(say):
@@ -41,7 +44,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _run(function: Callable[..., None], values: dict[str, Any]) -> None:
+def _run(function: Callable[..., None], values: dict[str, object]) -> None:
     from ..errors import BackendError, BlockPruneError, BlockSparseFormatError
 
     try:
@@ -51,8 +54,16 @@ def _run(function: Callable[..., None], values: dict[str, Any]) -> None:
         raise typer.Exit(1) from None
 
 
-def _flat_parameters(function: Callable[..., None], groups: dict[str, Any], hints: dict[str, Any]) -> list[Parameter]:
-    """A command's own parameters, then those of its groups."""
+def _flat_parameters(
+    function: Callable[..., None], groups: "dict[str, type[DataclassInstance]]", hints: dict[str, object]
+) -> list[Parameter]:
+    """A command's own parameters, then those of its groups.
+
+    Args:
+        function: the command.
+        groups: those of its parameters that are dataclasses.
+        hints: the annotation of each of its parameters.
+    """
     own = [p for p in signature(function).parameters.values() if p.name not in groups]
     flat = [p.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
     for group in groups.values():
@@ -79,8 +90,14 @@ def set_quiet(quiet: bool) -> None:
     huggingface_hub.utils.disable_progress_bars()
 
 
-def emit(values: dict[str, Any], table: Table, *, as_json: bool) -> None:
-    """Print JSON and nothing else, or a table."""
+def emit(values: object, table: Table, *, as_json: bool) -> None:
+    """Print JSON and nothing else, or a table.
+
+    Args:
+        values: what `json` can write.
+        table: the same to read.
+        as_json: which of them.
+    """
     if as_json:
         typer.echo(json.dumps(values, indent=2))
     else:

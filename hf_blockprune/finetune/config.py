@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..checks import check_keys, check_number, check_whole, is_number, refuse
 from ..config import MAX_SEED, BlockPruneConfig, Budget
 from ..errors import ConfigError
 from ..score.methods import METHODS, Method, MethodName, find_method
 from ..settings_file import read_settings, with_todays_budgets
+from ..types import JsonDict
 
 FORMAT_VERSION = 1
 USUAL_WARMUP = 5.0  # epochs, of DeiT's training
@@ -149,7 +150,7 @@ class GradualConfig:
 
     @property
     def scoring(self) -> Method:
-        """What the method is like."""
+        """What the method needs: images, gradients, or neither."""
         return find_method(self.method)
 
     def pruning(self, block_shape: tuple[int, int], budget: Budget) -> BlockPruneConfig:
@@ -286,11 +287,11 @@ class FinetuneConfig:
                 f"warmup_epochs: {self.warmup} are more than the {self.epochs} epochs; lower it, or leave it out for a "
                 "sixth of them"
             )
-        shares: dict[str, Any] = {"label_smoothing": self.label_smoothing, "ema": 0 if self.ema is None else self.ema}
+        shares: dict[str, float] = {"label_smoothing": self.label_smoothing, "ema": 0 if self.ema is None else self.ema}
         for key, value in shares.items():
             if not is_number(value) or not 0 <= value < 1:
                 refuse(key, "a share from 0 to below 1", value)
-        positive: dict[str, Any] = {"eps": self.eps, "clip": 1 if self.clip is None else self.clip}
+        positive: dict[str, float] = {"eps": self.eps, "clip": 1 if self.clip is None else self.clip}
         for key, value in positive.items():
             if not is_number(value) or value <= 0:
                 refuse(key, "a number above 0 (YAML reads 1e-8 as text: write 1.0e-8)", value)
@@ -315,14 +316,22 @@ class FinetuneConfig:
         """Whether the images' labels are read at all."""
         return self.label_weight > 0 or (self.gradual is not None and self.gradual.scoring.gradients)
 
-    def replace(self, **changes: Any) -> "FinetuneConfig":
-        """A copy with some settings changed, checked again."""
+    def replace(self, **changes: object) -> "FinetuneConfig":
+        """A copy with some settings changed, checked again.
+
+        Raises:
+            ConfigError: an unknown key, or a value that cannot be.
+        """
         check_keys(type(self), changes, "config")
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "FinetuneConfig":
-        """Build from plain values; unknown keys are refused."""
+    def from_dict(cls, values: JsonDict) -> "FinetuneConfig":
+        """Build from plain values, as `to_dict` gives them or a recipe holds them.
+
+        Raises:
+            ConfigError: an unknown key, or a value that cannot be.
+        """
         check_keys(cls, values, "config")
         gradual = values.get("gradual")
         if isinstance(gradual, Mapping):
@@ -331,22 +340,23 @@ class FinetuneConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "FinetuneConfig":
-        """Read a .yaml, .yml or .json file."""
+        """Read a .yaml, .yml or .json file; errors as for `from_dict`, and where the file cannot be read."""
         return cls.from_dict(read_settings(path))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Plain values that JSON and YAML can write; `from_dict` reads them back."""
-        return _plain(dataclasses.asdict(self))
+        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
 
-    def result_settings(self) -> dict[str, Any]:
+    def result_settings(self) -> JsonDict:
         """Plain values of all that decides what comes of a run."""
         return {key: value for key, value in self.to_dict().items() if key not in NO_PART_OF_THE_RESULT}
 
 
-_NESTED: dict[str, Any] = {"distillation": DistillationConfig, "augment": AugmentConfig, "gradual": GradualConfig}
+_NESTED = {"distillation": DistillationConfig, "augment": AugmentConfig, "gradual": GradualConfig}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
+    """With lists for tuples."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..calibration.collect import collect
 from ..choose.allocation import Allocation
@@ -23,13 +24,15 @@ from ..model.structure import find_transformer_layers
 from ..model.targets import check_storable, find_targets
 from ..reorder.cutting import cut_hidden_units
 from ..score.blocks import grid_shape
+from ..score.statistics import LayerStatistics
+from ..types import ImageProcessor, JsonDict
 from .config import GradualConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def make_sparse(model: Any, settings: GradualConfig) -> None:
+def make_sparse(model: PreTrainedModel, settings: GradualConfig) -> None:
     """Bring a model into the form that blocks leave, in place; its function stays the same.
 
     A dense model gets block-sparse layers that keep all their blocks; in a pruned one what was cut out of the shapes
@@ -58,21 +61,23 @@ def make_sparse(model: Any, settings: GradualConfig) -> None:
 
 
 @torch.no_grad()
-def uncut(model: Any) -> None:
+def uncut(model: PreTrainedModel) -> None:
     """Give layers that were cut the shapes of the dense model again, in place: what was cut is removed blocks."""
-    cut = [(name, module) for name, module in block_sparse_layers(model) if module.dense_shape is not None]
+    shapes = [(name, module, module.dense_shape) for name, module in block_sparse_layers(model)]
     unfuse(model)
-    for name, module in cut:
-        mask = torch.zeros(grid_shape(module.dense_shape, module.block_shape), dtype=torch.bool)
+    for name, module, shape in shapes:
+        if shape is None:
+            continue
+        mask = torch.zeros(grid_shape(shape, module.block_shape), dtype=torch.bool)
         rows, cols = module.grid_shape
         mask[:rows, :cols] = module.mask()
-        dense = module.to_dense(module.dense_shape)
+        dense = module.to_dense(shape)
         model.set_submodule(name, BlockSparseLinear.from_dense(dense, mask, module.block_shape))
     fuse(model)
     update_config(model)
 
 
-def cut_unused(model: Any) -> dict[str, int]:
+def cut_unused(model: PreTrainedModel) -> dict[str, int]:
     """Cut hidden units that lost all their blocks; see `cut_hidden_units`."""
     linears: dict[str, Any] = dict(block_sparse_layers(model))
     return cut_hidden_units(model, find_transformer_layers(model, linears))
@@ -84,7 +89,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def shrink(model: Any, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+def shrink(model: PreTrainedModel, masks: dict[str, Tensor]) -> dict[str, Tensor]:
     """Let a model's layers keep the blocks of smaller masks alone, in place.
 
     Args:
@@ -124,16 +129,16 @@ class GradualPruning:
         model: with block-sparse layers; its weights are read at each choice.
         processor: its image processor.
         images: what statistics are taken from.
-        settings: how.
+        settings: budget, method and schedule.
         seed: of the images' draw.
-        accelerator: the processes.
+        accelerator: device and processes, which share out the statistics.
 
     Attributes:
         allocation: the last choice, with the losses that it predicted.
     """
 
-    model: Any
-    processor: Any
+    model: PreTrainedModel
+    processor: ImageProcessor
     images: ImageSet
     settings: GradualConfig
     seed: int
@@ -142,7 +147,7 @@ class GradualPruning:
 
     @cached_property
     def flops(self) -> ModelFlops:
-        """Of the dense architecture."""
+        """FLOPs of the dense architecture, for one image."""
         return count_flops(self.model, picture_size(self.model, self.processor))
 
     def begin_and_goal(self) -> tuple[float, float]:
@@ -160,8 +165,8 @@ class GradualPruning:
             )
         return begin, goal
 
-    def account(self) -> dict[str, Any]:
-        """What the budget asked for, and what the model costs now, in the budget's unit."""
+    def account(self) -> JsonDict:
+        """What the budget asked for, and what the model costs now, in the budget's unit; see `BudgetReport`."""
         layers: dict[str, Any] = dict(block_sparse_layers(self.model))
         budget = model_budget(self.settings.budget, self.model, layers, self.flops, self._block_shape)
         return budget.account(masks_of(self.model))
@@ -179,7 +184,8 @@ class GradualPruning:
         wanted = replace(self.settings.budget, ratio=share, value=None)
         config = replace(self.settings, min_kept_per_layer=least).pruning(shape, wanted)
         dense = _dense_form(self.model)
-        targets: dict[str, Any] = {name: dense.get_submodule(name) for name in masks}
+        linears = {name: module for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
+        targets = {name: linears[name] for name in masks}
         found = self._statistics(dense, targets, shape) if self.settings.scoring.needs_images else {}
         budgets = model_budgets(config, dense, targets, self.flops)
         gone = {name: ~mask for name, mask in masks.items()}
@@ -191,7 +197,10 @@ class GradualPruning:
     def _block_shape(self) -> tuple[int, int]:
         return next(module.block_shape for _, module in block_sparse_layers(self.model))
 
-    def _statistics(self, dense: nn.Module, targets: dict[str, nn.Linear], shape: tuple[int, int]) -> dict[str, Any]:
+    def _statistics(
+        self, dense: PreTrainedModel, targets: dict[str, nn.Linear], shape: tuple[int, int]
+    ) -> dict[str, LayerStatistics]:
+        """What the method needs to know of each target's inputs and gradients, by the target's name."""
         return collect(
             dense,
             self.images.sample(self.settings.samples, self.seed),
@@ -205,7 +214,7 @@ class GradualPruning:
         )[0]
 
 
-def _dense_form(model: nn.Module) -> Any:
+def _dense_form(model: PreTrainedModel) -> PreTrainedModel:
     """A copy with dense layers, zeros where blocks are gone."""
     dense = copied(model)
     unfuse(dense)

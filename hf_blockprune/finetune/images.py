@@ -4,14 +4,15 @@ A step's batch falls into pairs of images, which processes share out; a pair sta
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from transformers.configuration_utils import PreTrainedConfig
 
 from ..data.batches import ImageSet
 from ..data.model_input import ModelInput, preprocess
@@ -19,10 +20,43 @@ from ..errors import DataError
 from ..hub.blockprune_skeleton import channels_of
 from ..model.tasks import MULTI, NO_LABEL, SINGLE, task_of
 from ..sources.columns import label_of
+from ..sources.items import Items, Record
 from ..sources.pictures import BROKEN, name_of, stored_pixels
 from ..sources.reading import read_errors, reason
+from ..types import ImageProcessor
 from .config import FinetuneConfig
 from .views import ORDER, PAIR, draws, erase, mix, view
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class Numbered(NamedTuple):
+    """What a data set holds of one image, with its position there."""
+
+    position: int
+    record: Record
+
+
+class _Labels(TypedDict):
+    """What every micro-batch has; see `MicroBatch`."""
+
+    corrupt: list[str]
+    labels: Tensor
+
+
+class MicroBatch(_Labels, total=False):
+    """Images that a process takes at once.
+
+    Keys:
+        corrupt: names of the files that cannot be decoded.
+        labels: of the others, as the task takes them (see `model.tasks`), [images] or [images, outputs].
+        pixel_values: [images, channels, height, width]; absent where there is no image.
+        targets: what is learned, [images, outputs]; absent likewise.
+    """
+
+    pixel_values: Tensor
+    targets: Tensor
 
 
 def num_images(images: ImageSet, settings: FinetuneConfig) -> int:
@@ -75,16 +109,16 @@ class TrainingImages:
     Args:
         images: the data set; its labels are read where they count.
         processor: the model's image processor.
-        settings: how.
-        model_config: the model's.
+        settings: batch sizes, views, weights of labels, and the seed of all draws.
+        model_config: the model's, which says what its outputs mean and how many channels it takes.
         size: (height, width) that the model takes.
         rank, world: which process, of how many.
     """
 
     images: ImageSet
-    processor: Any
+    processor: ImageProcessor
     settings: FinetuneConfig
-    model_config: Any
+    model_config: PreTrainedConfig
     size: tuple[int, int]
     rank: int
     world: int
@@ -97,16 +131,15 @@ class TrainingImages:
         self.count = num_images(self.images, self.settings)
         self.steps = -(-self.count // self.settings.batch_size)
 
-    def epoch(self, number: int, first_step: int = 0) -> Iterator[list[dict[str, Any]]]:
+    def epoch(self, number: int, first_step: int = 0) -> Iterator[list[MicroBatch]]:
         """The micro-batches of each step of an epoch.
 
         Args:
-            number: of the epoch.
-            first_step: where to begin.
+            number: of the epoch, from 0.
+            first_step: of the epoch, from 0; those before it were taken already.
 
         Yields:
-            For each micro-batch pixel_values [n, c, h, w], targets [n, outputs], labels (see `model.tasks`) and corrupt
-            (file names); without pixel_values where there is no image.
+            The micro-batches of a step.
         """
         seed, size = self.settings.seed, self.settings.batch_size
         order = torch.arange(self.count) if self.images.streaming else epoch_order(self.count, seed, number)
@@ -118,14 +151,14 @@ class TrainingImages:
         for step in steps:
             yield list(itertools.islice(parts, len(step)))
 
-    def _chosen(self, steps: list[list[list[int]]], views: "Views") -> Iterator[dict[str, Any]]:
+    def _chosen(self, steps: list[list[list[int]]], views: "Views") -> Iterator[MicroBatch]:
         batches = [micro for step in steps for micro in step]
         workers = self.settings.workers
         return iter(
             DataLoader(_Rows(self.images.dataset), batch_sampler=batches, collate_fn=views, num_workers=workers)
         )
 
-    def _streamed(self, steps: list[list[list[int]]], views: "Views", epoch: int) -> Iterator[dict[str, Any]]:
+    def _streamed(self, steps: list[list[list[int]]], views: "Views", epoch: int) -> Iterator[MicroBatch]:
         """Every process reads the whole stream, and decodes its share."""
         stream, name = self.images.dataset, self.images.name
         if self.images.shuffle_buffer:
@@ -142,18 +175,18 @@ class TrainingImages:
                 if record is None:
                     raise DataError(f"{name}: holds fewer than {self.count} images; lower epoch_images")
                 read = index + 1
-                found.append({**record, "index": index})
+                found.append(Numbered(index, record))
             yield views(found)
 
 
-class _Rows(Dataset):
+class _Rows(Dataset[Numbered]):
     """Records of a map-style data set with their position."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: "datasets.Dataset | Items") -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], "index": index}
+    def __getitem__(self, index: int) -> Numbered:
+        return Numbered(index, self.dataset[index])
 
 
 class Views:
@@ -161,7 +194,7 @@ class Views:
 
     Args:
         source: what they are views of.
-        epoch: its number.
+        epoch: its number, from 0.
     """
 
     def __init__(self, source: TrainingImages, epoch: int) -> None:
@@ -173,39 +206,50 @@ class Views:
         mean = getattr(source.processor, "image_mean", None) or [0.5] * self.model_input.channels
         self.fill = tuple(round(255 * value) for value in mean)
 
-    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, records: Sequence[Numbered]) -> MicroBatch:
+        """The views of records, of which 0 and 1, 2 and 3, ... are pairs.
+
+        Raises:
+            DataError: a label does not fit the model, or the images cannot be used.
+        """
         labels = self._labels(records)
         pixels, corrupt = self._pixels(records)
         here = [place for place, one in enumerate(pixels) if one is not None]
-        batch: dict[str, Any] = {"corrupt": corrupt, "labels": labels[here]}
+        batch: MicroBatch = {"corrupt": corrupt, "labels": labels[here]}
         if here:
             targets = self._targets(labels)
             self._mix(records, pixels, targets)
-            batch["pixel_values"] = torch.stack([pixels[place] for place in here])  # type: ignore[arg-type]
+            batch["pixel_values"] = torch.stack([one for one in pixels if one is not None])
             batch["targets"] = targets[here]
         return batch
 
-    def _labels(self, records: list[dict[str, Any]]) -> Tensor:
+    def _labels(self, records: Sequence[Numbered]) -> Tensor:
+        """As the task takes them, [records] or [records, outputs]."""
         if self.labels is None:
             return torch.full((len(records),), NO_LABEL)
-        return self.labels.tensor([label_of(record, self.images.label_column or "") for record in records])
+        return self.labels.tensor([label_of(record, self.images.label_column or "") for _, record in records])
 
-    def _pixels(self, records: list[dict[str, Any]]) -> tuple[list[Tensor | None], list[str]]:
+    def _pixels(self, records: Sequence[Numbered]) -> tuple[list[Tensor | None], list[str]]:
         """(each record's view, None where it cannot be decoded; the names of those)."""
         views: list[Tensor | None] = []
         corrupt = []
-        for record in records:
+        for index, record in records:
             stored = record[self.images.image_column]
             try:
                 image = stored_pixels(stored) if self.images.preprocessed else self.decode(stored)
             except BROKEN:
-                corrupt.append(name_of(stored, record["index"]))
+                corrupt.append(name_of(stored, index))
                 views.append(None)
                 continue
-            views.append(self._view(image, record["index"]))
+            views.append(self._view(image, index))
         return views, corrupt
 
     def _view(self, image: Image.Image | Tensor, index: int) -> Tensor:
+        """A view of the image at a position, [channels, height, width].
+
+        Raises:
+            DataError: it is not as the model takes it, or there are no views of pixel_values.
+        """
         augment = self.settings.augment
         if torch.is_tensor(image):
             if augment is not None:
@@ -235,14 +279,16 @@ class Views:
             return targets
         return (1 - smoothing) * labels + smoothing / 2 if self.task.problem == MULTI else labels.clone()
 
-    def _mix(self, records: list[dict[str, Any]], pixels: list[Any], targets: Tensor) -> None:
+    def _mix(self, records: Sequence[Numbered], pixels: list[Tensor | None], targets: Tensor) -> None:
         """Mix the images of each pair, in place; one whose partner is missing stays as it is."""
         augment = self.settings.augment
         if augment is None:
             return
         for first in range(0, len(records) - 1, 2):
             pair = slice(first, first + 2)
-            if any(one is None for one in pixels[pair]):
+            both = [one for one in pixels[pair] if one is not None]
+            if len(both) < 2:
                 continue
-            rng = draws(self.settings.seed, self.epoch, records[first]["index"], PAIR)
-            pixels[pair], targets[pair] = mix(torch.stack(pixels[pair]), targets[pair], augment, rng)
+            rng = draws(self.settings.seed, self.epoch, records[first].position, PAIR)
+            mixed, targets[pair] = mix(torch.stack(both), targets[pair], augment, rng)
+            pixels[pair] = mixed.unbind()

@@ -7,13 +7,16 @@ that nobody has to call that: which layer a target becomes, what "all-linear" me
 import functools
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners import lora, tuners_utils
 from torch import nn
 
 from ..errors import ModelError
 from ..hub.blockprune_linear import BlockSparseLinear
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig
 
 SHORTHAND, ALL_LINEAR = "all-linear", "_maybe_include_all_linear_layers"
 MARK = "knows_block_sparse_layers"
@@ -29,16 +32,21 @@ class LoraBlockSparseLinear(lora.Linear):
         ModelError: a kind of LoRA, or initial values, that need the whole weight; or on merging.
     """
 
+    # Arguments are passed on as they come: which there are differs between versions of peft.
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():  # older peft warns of every layer that is not its own
             warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
             super().__init__(base_layer, adapter_name, *args, **kwargs)
 
-    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+    def _get_in_out_features(self, module: BlockSparseLinear | nn.Linear) -> tuple[int, int]:
         return module.in_features, module.out_features
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter."""
+        """Add an adapter.
+
+        Raises:
+            ModelError: of a kind, or with initial values, that need the whole weight of a block-sparse layer.
+        """
         settings = vars(kwargs["config"]) if "config" in kwargs else kwargs
         found = [name for key, name in WHOLE_WEIGHT.items() if settings.get(key)]
         initial = settings.get("init_lora_weights", True)
@@ -51,10 +59,14 @@ class LoraBlockSparseLinear(lora.Linear):
             )
         super().update_layer(adapter_name, *args, **kwargs)
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Refused, but where the layer was made dense."""
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused, but where the layer was made dense.
+
+        Raises:
+            ModelError: it is block-sparse.
+        """
         _check_mergeable(self)
-        super().merge(*args, **kwargs)
+        super().merge(safe_merge, adapter_names)
 
 
 def _is_block_sparse(module: object) -> bool:
@@ -79,25 +91,27 @@ def teach() -> None:
     all_linear = getattr(tuners_utils, ALL_LINEAR)
 
     @functools.wraps(create)
-    def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module:
+    def create_new_module(
+        lora_config: "LoraConfig", adapter_name: str, target: nn.Module, **kwargs: object
+    ) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, tuners_utils.BaseTunerLayer) else target
         if _is_block_sparse(base) and kwargs.get("parameter_name") is None:
             lora_config._register_custom_module({type(base): LoraBlockSparseLinear})
         return create(lora_config, adapter_name, target, **kwargs)
 
     @functools.wraps(all_linear)
-    def include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+    def include_all_linear_layers(peft_config: "PeftConfig", model: nn.Module) -> "PeftConfig":
         asked = getattr(peft_config, "target_modules", None)
-        peft_config = all_linear(peft_config, model)
+        found = all_linear(peft_config, model)
         if isinstance(asked, str) and asked.lower() == SHORTHAND:
             layers = {name for name, module in model.named_modules() if _is_block_sparse(module)}
             # The layer inside an adapter's is named by the adapter's.
             inside = {name for name in layers if name.endswith(".base_layer")}
-            peft_config.target_modules = {*peft_config.target_modules, *(layers - inside)}
-        return peft_config
+            found.target_modules = {*found.target_modules, *(layers - inside)}
+        return found
 
     @functools.wraps(may_merge)
-    def check_merge_allowed(self: Any) -> None:
+    def check_merge_allowed(self: lora.LoraModel) -> None:
         _check_mergeable(self.model)
         may_merge(self)
 

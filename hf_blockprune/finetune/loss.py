@@ -28,14 +28,20 @@ def soft_distillation(task: Task, outputs: Tensor, wanted: Tensor, temperature: 
     Args:
         task: what outputs mean.
         outputs: the student's, [images, outputs].
-        wanted: the teacher's.
+        wanted: the teacher's, of the same shape.
         temperature: T; the factor T^2 keeps gradients as large as they are at 1.
     """
     return task.divergence(wanted / temperature, outputs / temperature) * temperature**2
 
 
 def hard_distillation(task: SingleLabel | MultiLabel, outputs: Tensor, wanted: Tensor) -> Tensor:
-    """The task's loss with the labels that the teacher takes for the most likely (arXiv 2012.12877), [images]."""
+    """The task's loss with the labels that the teacher takes for the most likely (arXiv 2012.12877), [images].
+
+    Args:
+        task: what outputs mean.
+        outputs: the student's, [images, outputs].
+        wanted: the teacher's, of the same shape.
+    """
     return task.losses(outputs, task.hard(wanted))
 
 
@@ -46,7 +52,7 @@ def hidden_distance(have: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 
     Args:
         have: the student's after each layer, [images, ...].
-        wanted: the teacher's.
+        wanted: the teacher's, of the same number and shapes.
 
     Raises:
         ModelError: they differ in number or shape.

@@ -2,17 +2,34 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..checkpoint.measurements import drop
 from ..config import BlockPruneConfig
 from ..cost.flops import count_flops
 from ..model.copying import copied
 from ..report.masks import add_cuts, describe_masks
-from ..report.values import LATER, BudgetReport, FinetuningReport, Report
+from ..report.values import LATER, BudgetReport, FinetuningReport, MaskReport, Report
 from ..runs.environment import environment
+from ..types import JsonDict
 from .gradual import cut_unused, masks_of, uncut
 from .training import Finetuning
+
+
+class _Described(TypedDict):
+    """Fields of a `Report` that follow from the masks."""
+
+    base_model: str
+    model_class: str
+    config: JsonDict
+    masks: MaskReport
+    permutation: None
+    power_weight: float
+    budgets: list[BudgetReport]
+    calibration: None
+    recovery: None
+    seconds: dict[str, float]
+    environment: JsonDict
 
 
 def with_finetuning(report: Report | None, run: Finetuning, config: BlockPruneConfig, name: str) -> Report:
@@ -54,7 +71,7 @@ def with_finetuning(report: Report | None, run: Finetuning, config: BlockPruneCo
     return described
 
 
-def _describe(run: Finetuning, config: BlockPruneConfig, name: str) -> dict[str, Any]:
+def _describe(run: Finetuning, config: BlockPruneConfig, name: str) -> _Described:
     """Fields of the report that a pruning run would have made of the model's masks."""
     model = copied(run.model)
     uncut(model)
@@ -62,7 +79,8 @@ def _describe(run: Finetuning, config: BlockPruneConfig, name: str) -> dict[str,
     chosen = None if run.gradual is None else run.gradual.allocation
     losses = dict.fromkeys(masks, 0.0) if chosen is None else chosen.loss
     flops = count_flops(model, run.data.size)
-    targets = {layer: model.get_submodule(layer) for layer in masks}
+    # Block-sparse layers, of which numbers of inputs and outputs are asked alone.
+    targets: dict[str, Any] = {layer: model.get_submodule(layer) for layer in masks}
     seconds = dict.fromkeys(masks, 0.0)
     return {
         "base_model": name,

@@ -28,7 +28,7 @@ class LearningRates:
     steps: int
 
     def at(self, step: int) -> float:
-        """Of a step, counted from 0."""
+        """The learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
             return self.first + (self.peak - self.first) * step / self.warmup_steps
         way = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)

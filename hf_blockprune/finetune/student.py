@@ -1,12 +1,13 @@
 """The copy of a model that trains: what processes wrap, its optimizer and the average of its weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..hub.blockprune_layout import PackedWeight, block_mask
@@ -14,11 +15,25 @@ from ..model.tasks import Task
 from ..runs.training_state import Average, decay_groups, fill, freeze_unused, moments_of, set_moments, weights_of, whole
 from .config import FinetuneConfig
 from .gradual import masks_of, shrink
+from .images import MicroBatch
 from .loss import hard_distillation, hidden_distance, label_losses, soft_distillation
 from .views import DROPOUT, draws
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+
+class Answer(Protocol):
+    """What a classifier of transformers gives for a batch.
+
+    Attributes:
+        logits: [images, outputs].
+        hidden_states: of the embeddings and after each layer, [images, ...]; None where they were not asked for.
+    """
+
+    logits: Tensor
+    hidden_states: Sequence[Tensor] | None
 
 
 @dataclass
@@ -28,14 +43,14 @@ class Student:
     Args:
         model: what trains, in single precision; weights change in place, and layers where blocks leave.
         teacher: the dense model, None where nothing is asked of it.
-        settings: how.
+        settings: learning rates apart, what a step does: AdamW's parameters, losses and their weights, clipping.
         accelerator: device, processes and precision.
         blank: one image, [1, channels, height, width].
         task: what the models' outputs mean.
     """
 
-    model: Any
-    teacher: Any
+    model: PreTrainedModel
+    teacher: PreTrainedModel | None
     settings: FinetuneConfig
     accelerator: "Accelerator"
     blank: Tensor
@@ -64,7 +79,8 @@ class Student:
         FSDP shards contiguous weights alone. Left to itself the plugin loads weights from the first process, where all
         hold them, and shards a vision model's embeddings twice.
         """
-        plugin: Any = self.accelerator.state.fsdp_plugin
+        plugin: FullyShardedDataParallelPlugin | None = self.accelerator.state.fsdp_plugin
+        assert plugin is not None
         plugin.cpu_ram_efficient_loading = False
         lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
         if plugin.transformer_cls_names_to_wrap is None:
@@ -72,14 +88,14 @@ class Student:
         for parameter in self.model.parameters():
             parameter.data = parameter.data.contiguous()
 
-    def step(self, micro_batches: list[dict[str, Any]], *, number: int, images: int, lr: float) -> tuple[float, int]:
+    def step(self, micro_batches: list[MicroBatch], *, number: int, images: int, lr: float) -> tuple[float, int]:
         """One step of the optimizer.
 
         Args:
             micro_batches: this process's part of the batch.
-            number: of the step.
-            images: of the batch, on all processes.
-            lr: learning rate.
+            number: of the step, from 0.
+            images: of the batch, on all processes, those included that cannot be decoded.
+            lr: learning rate of this step.
 
         Returns:
             The sum of the losses, and the number of images that could be decoded, on all processes.
@@ -102,7 +118,7 @@ class Student:
             self.average.update(self.parameters)
         return total, count
 
-    def _add_up_gradients(self, micro_batches: list[dict[str, Any]], number: int, images: int) -> tuple[float, int]:
+    def _add_up_gradients(self, micro_batches: list[MicroBatch], number: int, images: int) -> tuple[float, int]:
         """Gradients of the sum of the losses on all processes, over `images`."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         # Processes' gradients are averaged, and Accelerate divides by its own count of accumulations.
@@ -114,7 +130,8 @@ class Student:
                 self.accelerator.backward(losses.sum() * scale)
             sums[0] += losses.detach().double().sum()
             sums[1] += len(batch["labels"])
-        reduced: Any = self.accelerator.reduce(sums, "sum")
+        reduced = self.accelerator.reduce(sums, "sum")
+        assert torch.is_tensor(reduced)
         total, count = reduced.tolist()
         if not abs(total) < float("inf"):
             raise ModelError(f"step {number + 1}: the loss is not finite; lower lr, or set clip")
@@ -129,9 +146,9 @@ class Student:
             torch.manual_seed(int(seed))
             yield
 
-    def _losses(self, batch: dict[str, Any]) -> Tensor:
+    def _losses(self, batch: MicroBatch) -> Tensor:
         """Of each image; where there are none, of a blank one, nothing: other processes wait for gradients."""
-        if "pixel_values" not in batch:
+        if "pixel_values" not in batch or "targets" not in batch:
             output = self._call(self.wrapped, self.blank)
             return sum((part.sum((*range(1, part.dim()),)) * 0.0 for part in _tensors(output)), self.blank.new_zeros(1))
         pixels = batch["pixel_values"].to(self.accelerator.device)
@@ -140,12 +157,22 @@ class Student:
         losses = torch.zeros_like(have[:, 0])
         if self.settings.label_weight:
             losses = losses + self.settings.label_weight * label_losses(self.task, have, batch["targets"].to(have))
-        return losses if self.teacher is None else losses + self._distillation(output, pixels)
+        return losses if self.teacher is None else losses + self._distillation(self.teacher, output, pixels)
 
-    def _distillation(self, output: Any, pixels: Tensor) -> Tensor:
+    def _distillation(self, teacher: nn.Module, output: Answer, pixels: Tensor) -> Tensor:
+        """Of each image, [images].
+
+        Args:
+            teacher: the dense model.
+            output: what the student gives.
+            pixels: the images, [images, channels, height, width].
+
+        Raises:
+            ModelError: hidden states of both do not compare.
+        """
         settings = self.settings.distillation
         with torch.no_grad(), self.accelerator.autocast():
-            answer = self._call(self.teacher, pixels)
+            answer = self._call(teacher, pixels)
         have, wanted = output.logits.float(), answer.logits.float()
         losses = torch.zeros_like(have[:, 0])
         if settings.kind == "soft" and settings.weight:
@@ -153,11 +180,11 @@ class Student:
         elif settings.kind == "hard" and settings.weight:
             losses = losses + settings.weight * hard_distillation(self.task, have, wanted)  # type: ignore[arg-type]
         if settings.hidden_weight:
-            sides = [[states.float() for states in side.hidden_states[1:]] for side in (output, answer)]
+            sides = [[states.float() for states in (side.hidden_states or ())[1:]] for side in (output, answer)]
             losses = losses + settings.hidden_weight * hidden_distance(*sides)
         return losses
 
-    def _call(self, model: nn.Module, pixels: Tensor) -> Any:
+    def _call(self, model: nn.Module, pixels: Tensor) -> Answer:
         return model(pixel_values=pixels, output_hidden_states=self.settings.distillation.hidden_weight > 0)
 
     def shrink(self, masks: dict[str, Tensor]) -> None:
@@ -224,5 +251,6 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def _tensors(output: Answer) -> list[Tensor]:
+    """All that a loss may have to do with."""
     return [output.logits, *(output.hidden_states or ())]

@@ -10,10 +10,11 @@ goes on as if it had not been, and any number of processes takes the same steps,
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..config import BlockPruneConfig
 from ..data.batches import MAX_CORRUPT_SHARE, ImageSet
@@ -27,10 +28,11 @@ from ..model.copying import copied
 from ..model.tasks import Regression, missing, task_of
 from ..runs.resume import RunState, weights_fingerprint
 from ..runs.training_state import weights_of
+from ..types import ImageProcessor
 from ..version import __version__
 from .config import FinetuneConfig
 from .gradual import GradualPruning, make_sparse, shrink
-from .images import TrainingImages
+from .images import MicroBatch, TrainingImages
 from .schedule import LearningRates, PruningSteps
 from .student import Student, is_sharded, stored_masks
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STATE, BEST = "state", "best"  # parts of a run's folder
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass
@@ -60,7 +63,7 @@ class History:
     step_in_epoch: int = 0
     step: int = 0
     losses: list[float] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int | None = None
     pruning: list[dict[str, float]] = field(default_factory=list)
     loss_sum: float = 0.0
@@ -78,7 +81,7 @@ class Finetuning:
         model: a transformers image classifier with block-sparse layers, or a dense one where `settings.gradual` is set.
         processor: its image processor.
         images: what to learn from.
-        settings: how.
+        settings: see `FinetuneConfig`.
         accelerator: device, processes and precision.
         teacher: the dense model, where `settings.distillation` asks for one; left as it is.
         evaluation: labelled images, other ones, that choose which epoch's weights to keep; None keeps the last.
@@ -95,12 +98,12 @@ class Finetuning:
         DataError: the images or labels cannot be used.
     """
 
-    model: Any
-    processor: Any
+    model: PreTrainedModel
+    processor: ImageProcessor
     images: ImageSet
     settings: FinetuneConfig
     accelerator: "Accelerator"
-    teacher: Any = None
+    teacher: PreTrainedModel | None = None
     evaluation: ImageSet | None = None
     work_dir: str | Path | None = None
     history: History = field(default_factory=History, init=False)
@@ -212,7 +215,7 @@ class Finetuning:
         self.model.load_state_dict(self.student.weights() if self.best is None else self.best)
         self.model.requires_grad_(True)
         if self.dtype != torch.float32:
-            self.model.to(self.dtype)
+            self.model.to(self.dtype)  # pyright: ignore[reportArgumentType]  # it is annotated as a function
         choose_storage(self.model)
         return self.history
 
@@ -238,7 +241,7 @@ class Finetuning:
         history.epoch, history.step_in_epoch = history.epoch + 1, 0
         history.loss_sum, history.seen, history.missing = 0.0, 0, 0
 
-    def _step(self, micro_batches: list[dict[str, Any]]) -> dict[str, float]:
+    def _step(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Learn from a batch.
 
         Returns:
@@ -261,7 +264,7 @@ class Finetuning:
             self._prune(share)
         return logged
 
-    def _check_batch(self, batch: dict[str, Any]) -> None:
+    def _check_batch(self, batch: MicroBatch) -> None:
         self.history.skipped += [file for file in batch["corrupt"] if file not in self.history.skipped]
         if self.settings.label_weight and missing(batch["labels"]).any():
             raise DataError(f"{self.images.name}: some images have no label; remove them, or set label_weight to 0")
@@ -339,6 +342,8 @@ class Finetuning:
             self.best = best[0]
 
 
-def _single(model: nn.Module) -> Any:
+def _single(model: Module) -> Module:
     """In single precision and without gradients; transformers refuses to cast what it takes for quantised."""
-    return nn.Module.float(model).requires_grad_(False)
+    nn.Module.float(model)
+    model.requires_grad_(False)
+    return model

@@ -33,7 +33,7 @@ def view(
 
     Args:
         image: grey, RGB or RGBA.
-        settings: how.
+        settings: crops, flips and the operations of RandAugment.
         size: (height, width) of the view.
         fill: colour of what operations uncover.
         rng: where draws come from.
@@ -85,7 +85,7 @@ def erase(pixels: Tensor, share: float, rng: np.random.Generator) -> Tensor:
 
     Args:
         pixels: [channels, height, width], normalised.
-        share: the probability.
+        share: the probability, from 0 to 1.
         rng: where draws come from.
     """
     channels, height, width = pixels.shape
@@ -110,7 +110,7 @@ def mix(pixels: Tensor, targets: Tensor, settings: AugmentConfig, rng: np.random
     Args:
         pixels: [2, channels, height, width].
         targets: shares of the classes, [2, classes].
-        settings: how.
+        settings: how often pairs are mixed, and by what.
         rng: where draws come from.
 
     Returns:

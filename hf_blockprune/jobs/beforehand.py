@@ -3,9 +3,8 @@
 What costs least is looked at first, and no model's weights are read.
 """
 
-from typing import Any
-
 from transformers import AutoModelForImageClassification
+from transformers.configuration_utils import PreTrainedConfig
 
 from ..config import Budget
 from ..cost.profiles import load_profile
@@ -15,16 +14,17 @@ from ..hub.blockprune_backends import wanted_backend
 from ..hub.blockprune_storage import wanted_storage
 from ..model.loading import load_config, model_class_of
 from ..pruner.other_model import AGAINST, ENCODER, misfit
+from ..sources.named import Images
 
 
 def check_inputs(
     model: str,
     *,
-    evaluation: Any = None,
+    evaluation: Images | ImageSet | None = None,
     other: str | None = None,
     budgets: tuple[Budget | None, ...] = (),
     compared: bool = True,
-) -> tuple[Any, ImageSet | None]:
+) -> tuple[PreTrainedConfig, ImageSet | None]:
     """Refuse a job that would fail at its end.
 
     Args:
@@ -54,7 +54,7 @@ def check_inputs(
     return config, None if evaluation is None else _evaluation_images(model, config, evaluation, compared=compared)
 
 
-def _evaluation_images(model: str, config: Any, dataset: Any, *, compared: bool) -> ImageSet:
+def _evaluation_images(model: str, config: PreTrainedConfig, dataset: Images | ImageSet, *, compared: bool) -> ImageSet:
     """A data set to measure a model on, opened, with labels that fit a classifier; of an encoder without.
 
     Args:

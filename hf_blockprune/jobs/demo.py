@@ -11,8 +11,9 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.table import Table
@@ -27,6 +28,10 @@ from ..errors import CheckpointError, ModelError
 from ..pruner.measuring import evaluation_stages
 from ..pruner.pruner import BlockPruner
 from ..pruner.pruning import pruning_stages
+from ..types import ImageProcessor, JsonDict
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 EPOCHS = 16
 BATCH_SIZE = 16  # many small steps teach it as much as larger ones in half the time
@@ -60,9 +65,47 @@ print(json.dumps({
 """
 
 
-def run_demo(
-    output: str | Path | None = None, *, budget: Budget | None = None, overwrite: bool = False
-) -> dict[str, Any]:
+class _Loaded(TypedDict):
+    """What the new process says of the dense and the pruned model, in this order."""
+
+    classes: list[str]
+    sparse_layers: int
+    latency_ms: list[float]
+    predictions: list[list[int]]
+
+
+class ModelFigures(TypedDict):
+    """Figures of one of both models; `latency_ms` is of 64 images, `top1` a share of the images."""
+
+    top1: float
+    size_bytes: int
+    kept_blocks: int
+    latency_ms: float
+
+
+class DemoFigures(TypedDict):
+    """What the demonstration came to.
+
+    Keys:
+        num_images: that accuracy was measured on.
+        train_seconds, prune_seconds: that training and pruning took.
+        flops_ratio: kept share of the FLOPs.
+        evaluation: see `Evaluation.to_dict`.
+        loaded_class: of the pruned model in the new process.
+        dense, pruned: figures of both models.
+    """
+
+    num_images: int
+    train_seconds: float
+    prune_seconds: float
+    flops_ratio: float
+    evaluation: JsonDict
+    loaded_class: str
+    dense: ModelFigures
+    pruned: ModelFigures
+
+
+def run_demo(output: str | Path | None = None, *, budget: Budget | None = None, overwrite: bool = False) -> DemoFigures:
     """Train, prune, save, and load both models back in a new process.
 
     Args:
@@ -121,8 +164,12 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         check_output(folder / name, overwrite=overwrite)
 
 
-def _digits() -> tuple[Any, Any]:
-    """Training and test images as `datasets.Dataset`, drawn once."""
+def _digits() -> "tuple[Dataset, Dataset]":
+    """Training and test images of 8x8 pixels with the classes 0 to 9, drawn once.
+
+    Raises:
+        ModelError: scikit-learn is missing.
+    """
     import datasets
     from PIL import Image
 
@@ -130,21 +177,22 @@ def _digits() -> tuple[Any, Any]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ModelError("the demo needs scikit-learn's digits: pip install 'hf_blockprune[demo]'") from error
-    digits: Any = load_digits()
-    scans = (digits.images * (255 / 16)).astype("uint8")
+    pixels, classes = load_digits(return_X_y=True)  # [images, 64] from 0 to 16, [images]
+    scans = (np.asarray(pixels).reshape(-1, 8, 8) * (255 / 16)).astype("uint8")
     order = torch.randperm(len(scans), generator=torch.Generator().manual_seed(0)).tolist()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
 
-    def subset(indices: list[int]) -> Any:
+    def subset(indices: list[int]) -> datasets.Dataset:
         images = [Image.fromarray(scans[i]).convert("RGB") for i in indices]
         return datasets.Dataset.from_dict(
-            {"image": images, "label": [int(digits.target[i]) for i in indices]}, features=features
+            {"image": images, "label": [int(classes[i]) for i in indices]}, features=features
         )
 
     return subset(order[:TRAIN_IMAGES]), subset(order[TRAIN_IMAGES:])
 
 
-def _processor() -> Any:
+def _processor() -> ImageProcessor:
+    """Brings pictures to 32x32 pixels from -1 to 1."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor  # as in model/loading.py
 
     with tempfile.TemporaryDirectory() as folder:
@@ -159,8 +207,8 @@ def _processor() -> Any:
         return AutoImageProcessor.from_pretrained(folder)
 
 
-def _train(train: Any) -> tuple[ViTForImageClassification, Any]:
-    """A vision transformer of 800 thousand weights, from scratch."""
+def _train(train: "Dataset") -> tuple[ViTForImageClassification, ImageProcessor]:
+    """A vision transformer of 800 thousand weights, from scratch, and its image processor."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = ViTConfig(
@@ -192,7 +240,7 @@ def _train(train: Any) -> tuple[ViTForImageClassification, Any]:
     return model.eval(), processor
 
 
-def _load_in_new_process(dense: Path, pruned: Path, processor: Any, test: Any) -> dict[str, Any]:
+def _load_in_new_process(dense: Path, pruned: Path, processor: ImageProcessor, test: "Dataset") -> _Loaded:
     with tempfile.TemporaryDirectory() as folder:
         pixels = Path(folder) / "pixels.pt"
         torch.save(_first_pixels(processor, test), pixels)
@@ -203,20 +251,19 @@ def _load_in_new_process(dense: Path, pruned: Path, processor: Any, test: Any) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _first_pixels(processor: Any, test: Any) -> torch.Tensor:
+def _first_pixels(processor: ImageProcessor, test: "Dataset") -> torch.Tensor:
+    """pixel_values of 64 images, [64, 3, 32, 32]."""
     return processor(images=list(test["image"][:64]), return_tensors="pt")["pixel_values"]
 
 
-def _check_loaded(loaded: dict[str, Any], pruner: BlockPruner, processor: Any, test: Any) -> None:
+def _check_loaded(loaded: _Loaded, pruner: BlockPruner, processor: ImageProcessor, test: "Dataset") -> None:
     with torch.inference_mode():
         expected = pruner.model(pixel_values=_first_pixels(processor, test)).logits.argmax(-1).tolist()
     if loaded["predictions"][1] != expected or not loaded["sparse_layers"]:
         raise ModelError("the pruned model loaded back in a new process gives other predictions")
 
 
-def _figures(
-    report: dict[str, Any], evaluation: dict[str, Any], loaded: dict[str, Any], dense: Path, train_seconds: float
-) -> dict[str, Any]:
+def _figures(report: JsonDict, evaluation: JsonDict, loaded: _Loaded, dense: Path, train_seconds: float) -> DemoFigures:
     blocks = sum(layer["blocks"] for layer in report["layers"])
     return {
         "num_images": evaluation["num_images"],
@@ -240,8 +287,8 @@ def _figures(
     }
 
 
-def demo_table(result: dict[str, Any]) -> Table:
-    """Dense beside pruned."""
+def demo_table(result: DemoFigures) -> Table:
+    """Figures of the dense beside those of the pruned model."""
     table = folding_table(
         *("", "dense", "pruned"),
         title=f"A small ViT on scikit-learn's digits, {result['flops_ratio']:.1%} of the FLOPs kept",

@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checkpoint.folder import check_output
 from ..data.batches import ImageSet
@@ -14,7 +14,8 @@ from ..pruner.measuring import evaluation_stages
 from ..pruner.pruner import BlockPruner
 from ..runs.unfinished import unfinished_run
 from ..settings_file import read_settings
-from ..sources.named import DataSource
+from ..sources.named import Images
+from ..types import JsonDict
 from .beforehand import check_inputs
 from .prune import job_values
 
@@ -34,21 +35,21 @@ class FinetuneJob:
         output: folder to write.
         dataset: images to learn from; in a recipe what `DataSource.path` can be, or a mapping with its attributes.
         teacher: Hub name or folder of the dense model; where the model is dense itself, that one by default.
-        split: of the data set.
+        split: of the data set; by default "train".
         evaluation: labelled images that choose the epoch whose weights are kept, or None; written like `dataset`.
-        config: how to train.
+        config: epochs, losses, views and rates; see `FinetuneConfig`.
     """
 
     model: str
     output: str
-    dataset: DataSource | str
+    dataset: Images
     teacher: str | None = None
     split: str | None = None
-    evaluation: DataSource | ImageSet | str | None = None
+    evaluation: Images | ImageSet | None = None
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     @classmethod
-    def read(cls, recipe: str | Path | None, **overrides: Any) -> "FinetuneJob":
+    def read(cls, recipe: str | Path | None, **overrides: object) -> "FinetuneJob":
         """A job from a recipe file and overrides, which win; an override of None leaves the recipe's value.
 
         A recipe holds the keys of `FinetuneConfig` and any of model, teacher, dataset, split, evaluation and output.
@@ -58,7 +59,7 @@ class FinetuneJob:
             ConfigError: unknown or impossible settings, or no model, data set or output anywhere.
         """
         settings = read_settings(recipe) if recipe is not None else {}
-        given = {key: value for key, value in overrides.items() if value is not None}
+        given: JsonDict = {key: value for key, value in overrides.items() if value is not None}
         values = job_values(cls, FinetuneConfig, settings, given)
         if values.get("dataset") is None:
             raise ConfigError("dataset: name images to learn from, on the command line or in the recipe")
@@ -69,7 +70,7 @@ def make_accelerator(settings: FinetuneConfig, logs: str | Path) -> "Accelerator
     """An accelerator with the precision and trackers of settings.
 
     Args:
-        settings: of the training.
+        settings: of the training; its `precision` and `trackers` count here.
         logs: folder for trackers that write files; made where they do.
 
     Raises:
@@ -91,9 +92,9 @@ def make_accelerator(settings: FinetuneConfig, logs: str | Path) -> "Accelerator
     return accelerator
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: JsonDict, prefix: str = "") -> dict[str, bool | int | float | str]:
     """Settings as trackers take them: text and numbers by dotted names."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, bool | int | float | str] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
@@ -102,9 +103,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def run_finetune(
-    job: FinetuneJob, *, overwrite: bool = False, resume: bool = False, restart: bool = False
-) -> dict[str, Any]:
+def run_finetune(job: FinetuneJob, *, overwrite: bool = False, resume: bool = False, restart: bool = False) -> JsonDict:
     """Train, evaluate where the job names labelled images, and save.
 
     The state of a run that does not come to its end stays beside the output.
@@ -133,7 +132,7 @@ def run_finetune(
         return _run_finetune(job, overwrite=overwrite, resume=resume, restart=restart)
 
 
-def _run_finetune(job: FinetuneJob, *, overwrite: bool, resume: bool, restart: bool) -> dict[str, Any]:
+def _run_finetune(job: FinetuneJob, *, overwrite: bool, resume: bool, restart: bool) -> JsonDict:
     output = Path(job.output).expanduser().resolve()
     with unfinished_run(output, resume=resume, restart=restart) as work_dir:
         accelerator = make_accelerator(job.config, output.with_name(f"{output.name}-logs"))

@@ -4,20 +4,33 @@ What costs least is looked at first, so that a wrong name ends a command before 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 
+from ..data.batches import ImageSet
 from ..errors import CheckpointError, ConfigError, ModelError
+from ..evaluate.accuracy import Evaluation, MultiLabelEvaluation, RegressionEvaluation
+from ..evaluate.fidelity import Fidelity
 from ..hub.blockprune_config import describes
 from ..hub.blockprune_quantizer import block_sparse_layers
 from ..pruner.pruner import BlockPruner
+from ..sources.named import Images
+from ..types import JsonDict
 from .beforehand import check_inputs
+
+Measured: TypeAlias = Evaluation | MultiLabelEvaluation | RegressionEvaluation | Fidelity
+"""How good a model is at its task: one class an image, several labels, numbers, or an encoder's embeddings."""
 
 
 def run_evaluate(
-    model: str, dataset: Any, *, against: str | None = None, batch_size: int = 32, save: bool = True
-) -> tuple[Any, str | None]:
+    model: str,
+    dataset: Images | ImageSet,
+    *,
+    against: str | None = None,
+    batch_size: int = 32,
+    save: bool = True,
+) -> tuple[Measured, str | None]:
     """Measure how good a saved model is at its task, and keep the result with it.
 
     Args:
@@ -28,7 +41,7 @@ def run_evaluate(
         save: keep the result in the folder of a pruned model.
 
     Returns:
-        (what `BlockPruner.evaluate` gives, why the result could not be kept or None).
+        (the result, by the model's task; why the result could not be kept or None).
 
     Raises:
         BackendError: `BLOCKPRUNE_BACKEND` names none.
@@ -49,7 +62,7 @@ def run_benchmark(
     seconds: float = 10.0,
     threads: int | None = None,
     save: bool = True,
-) -> tuple[dict[str, Any], str | None]:
+) -> tuple[JsonDict, str | None]:
     """Time a saved pruned model and the dense one by turns, and keep the result with it.
 
     Args:

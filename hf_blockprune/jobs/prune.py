@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..calibration.shared import SharedCalibration
 from ..checkpoint.folder import check_output
@@ -18,7 +17,8 @@ from ..pruner.pruning import pruning_stages
 from ..recover.recovery import recovery_stages
 from ..runs.unfinished import unfinished_run
 from ..settings_file import read_settings
-from ..sources.named import DataSource
+from ..sources.named import DataSource, Images
+from ..types import JsonDict
 from .beforehand import check_inputs
 
 
@@ -30,20 +30,20 @@ class PruneJob:
         model: Hub name or folder of the dense model.
         output: folder to write.
         dataset: calibration images; in a recipe what `DataSource.path` can be, or a mapping with its attributes.
-        split: their split.
+        split: their split; by default "train".
         evaluation: labelled images to compare the pruned with the dense model on, or None; written like `dataset`.
-        config: how to prune.
+        config: budget, blocks and method; see `BlockPruneConfig`.
     """
 
     model: str
     output: str
-    dataset: DataSource | str | None = None
+    dataset: Images | None = None
     split: str | None = None
-    evaluation: DataSource | ImageSet | str | None = None
+    evaluation: Images | ImageSet | None = None
     config: BlockPruneConfig = field(default_factory=BlockPruneConfig)
 
     @classmethod
-    def read(cls, recipe: str | Path | None, **overrides: Any) -> "PruneJob":
+    def read(cls, recipe: str | Path | None, **overrides: object) -> "PruneJob":
         """A job from a recipe file and overrides, which win; an override of None leaves the recipe's value.
 
         A recipe holds the keys of `BlockPruneConfig` and any of model, dataset, split, evaluation and output. Overrides
@@ -55,7 +55,7 @@ class PruneJob:
             ConfigError: unknown or impossible settings, or no model or output anywhere.
         """
         settings = read_settings(recipe) if recipe is not None else {}
-        given = {key: value for key, value in overrides.items() if value is not None}
+        given: JsonDict = {key: value for key, value in overrides.items() if value is not None}
         calibration = {**(settings.get("calibration") or {}), **given.pop("calibration", {})}
         if (wanted := given.pop("recover", None)) is not None:
             settings["recovery"] = (settings.get("recovery") or {}) if wanted else None
@@ -64,13 +64,13 @@ class PruneJob:
         return cls(**job_values(cls, BlockPruneConfig, settings, given))
 
 
-def job_values(job: type, config: type, settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def job_values(job: type, config: type, settings: JsonDict, overrides: JsonDict) -> JsonDict:
     """What a job is made from: its own keys, and the config that all others make.
 
     Args:
         job: a dataclass with `config` among its fields.
-        config: the class of that.
-        settings: of a recipe.
+        config: the class of that field, with a `from_dict`.
+        settings: of a recipe, by key.
         overrides: which win; `dataset_options` and `evaluation_options` are attributes of `DataSource`.
 
     Raises:
@@ -89,7 +89,7 @@ def job_values(job: type, config: type, settings: dict[str, Any], overrides: dic
     return {"config": made, **{key: settings[key] for key in own if key in settings}}
 
 
-def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False, restart: bool = False) -> dict[str, Any]:
+def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False, restart: bool = False) -> JsonDict:
     """Prune, recover where the config says so, evaluate after both where the job names labelled images, and save.
 
     The state of a run that does not come to its end stays beside the output.
@@ -124,8 +124,8 @@ def run_prune(job: PruneJob, *, overwrite: bool = False, resume: bool = False, r
     return {"output": job.output, **pruner.report()}
 
 
-def job_stages(job: PruneJob, against: Any) -> list[str]:
-    """The stages of `prune_and_measure` that are shown, where it compares with `against`."""
+def job_stages(job: PruneJob, against: object) -> list[str]:
+    """The stages of `prune_and_measure` that are shown, where it compares with `against`, a model or its answers."""
     evaluation = evaluation_stages(against) if job.evaluation is not None else []
     recovery = [] if job.config.recovery is None else [*recovery_stages(job.config.recovery), *evaluation]
     return [*pruning_stages(job.config), *evaluation, *recovery]

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.folder import check_output
 from ..config import RecoveryConfig
@@ -11,7 +10,8 @@ from ..errors import ConfigError
 from ..pruner.pruner import BlockPruner
 from ..runs.unfinished import unfinished_run
 from ..settings_file import read_settings
-from ..sources.named import DataSource
+from ..sources.named import Images
+from ..types import JsonDict
 from .beforehand import check_inputs
 from .prune import PruneJob
 
@@ -25,18 +25,18 @@ class RecoverJob:
         teacher: of the dense model that it was pruned from.
         output: folder to write.
         dataset: images to learn from; labels are not read.
-        split: of the data set.
+        split: of the data set; by default "train".
         evaluation: labelled images to compare the recovered with the dense model on, or None.
-        recovery: how.
+        recovery: numbers of images and epochs, and rates; see `RecoveryConfig`.
         seed: of the draw of images and of the steps.
     """
 
     model: str
     teacher: str
     output: str
-    dataset: DataSource | str | None
+    dataset: Images | None
     split: str | None = None
-    evaluation: DataSource | ImageSet | str | None = None
+    evaluation: Images | ImageSet | None = None
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     seed: int = 0
 
@@ -48,19 +48,28 @@ class RecoverJob:
         model: str | None,
         output: str | None,
         teacher: str | None = None,
-        recovery: dict[str, Any] | None = None,
+        recovery: JsonDict | None = None,
         seed: int | None = None,
-        **overrides: Any,
+        **overrides: object,
     ) -> "RecoverJob":
         """A job from the recipe that a model was pruned with and overrides, which win where they are not None.
 
         Of the recipe are taken `recovery`, the seed of its calibration, its images, and its model as the teacher.
 
+        Args:
+            recipe: YAML or JSON file of a pruning run, None for none.
+            model: Hub name or folder of the pruned model.
+            output: folder to write.
+            teacher: of the dense model, where it is not the recipe's.
+            recovery: keys of `RecoveryConfig`, which win over the recipe's.
+            seed: of the draw of images and of the steps.
+            overrides: as for `PruneJob.read`.
+
         Raises:
             ConfigError: unknown or impossible settings, or no model, teacher, data set or output.
         """
         settings = read_settings(recipe) if recipe is not None else {}
-        given = {key: value for key, value in overrides.items() if value is not None}
+        given: JsonDict = {key: value for key, value in overrides.items() if value is not None}
         given["recovery"] = {**(settings.get("recovery") or {}), **(recovery or {})}
         if seed is not None:
             given["calibration"] = {**(settings.get("calibration") or {}), "seed": seed}
@@ -86,9 +95,7 @@ class RecoverJob:
         )
 
 
-def run_recover(
-    job: RecoverJob, *, overwrite: bool = False, resume: bool = False, restart: bool = False
-) -> dict[str, Any]:
+def run_recover(job: RecoverJob, *, overwrite: bool = False, resume: bool = False, restart: bool = False) -> JsonDict:
     """Recover, evaluate where the job names labelled images, and save.
 
     Arguments, what is kept, and errors as for `run_prune`.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
 from ..calibration.shared import SharedCalibration
 from ..checkpoint.inspection import inspect_checkpoint
@@ -26,6 +26,7 @@ from ..runs.environment import environment
 from ..runs.interruption import Interrupted
 from ..runs.resume import weights_fingerprint
 from ..runs.unfinished import discard, kept_in
+from ..types import JsonDict
 from ..version import __version__
 from .beforehand import check_inputs
 from .prune import PruneJob, job_stages, prune_and_measure
@@ -79,9 +80,9 @@ def run_sweep(
     grid: Grid,
     *,
     keep: Literal["all", "frontier", "none"] = "frontier",
-    on_point: Callable[[dict[str, Any]], None] | None = None,
+    on_point: Callable[[JsonDict], None] | None = None,
     restart: bool = False,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Prune, measure and compare at every point that is not done yet.
 
     Points on one dense model share what they can: its answers on the labelled images, and calibration where method and,
@@ -143,7 +144,7 @@ class _Sweep:
     folder: SweepFolder
     keep: str
 
-    def run(self, on_point: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def run(self, on_point: Callable[[JsonDict], None]) -> JsonDict:
         values = self.folder.open({"format_version": FORMAT_VERSION, "settings": self._settings(), "points": []})
         done = {point["name"]: point for point in values["points"] if point["status"] == "done"}
         values["points"] = list(done.values())
@@ -156,7 +157,7 @@ class _Sweep:
             self.folder.discard_unfinished()
         return values
 
-    def _run_missing(self, values: dict[str, Any], on_point: Callable[[dict[str, Any]], None]) -> None:
+    def _run_missing(self, values: JsonDict, on_point: Callable[[JsonDict], None]) -> None:
         done = {point["name"] for point in values["points"]}
         if missing := [name for name in self.configs if name not in done]:
             answers, shared = self.dense.predictions(self.job.evaluation), SharedCalibration()
@@ -167,7 +168,7 @@ class _Sweep:
                 self._write(values)
                 on_point(point)
 
-    def _kept(self, values: dict[str, Any]) -> str:
+    def _kept(self, values: JsonDict) -> str:
         """What an interrupted sweep leaves, for the user."""
         done = sum(point["status"] == "done" for point in values["points"])
         begun = [f"of {name} {kept}" for name in self.configs if (kept := kept_in(self.folder.work_dir(name)))]
@@ -186,7 +187,7 @@ class _Sweep:
             ahead=kinds[number + 1 :],
         )
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> JsonDict:
         """All that decides the results, as JSON-ready values."""
         calibration, labels = None, any(config.scoring.gradients for config in self.configs.values())
         if self.job.dataset is not None:
@@ -201,7 +202,7 @@ class _Sweep:
             "version": __version__,
         }
 
-    def _point(self, name: str, answers: Predictions | Outputs, shared: SharedCalibration) -> dict[str, Any]:
+    def _point(self, name: str, answers: Predictions | Outputs, shared: SharedCalibration) -> JsonDict:
         """Prune, measure and save one point; errors that a user can act on become part of it."""
         config = self.configs[name]
         shape = list(config.block_shape)
@@ -215,7 +216,7 @@ class _Sweep:
 
     def _prune(
         self, name: str, config: BlockPruneConfig, answers: Predictions | Outputs, shared: SharedCalibration
-    ) -> dict[str, Any]:
+    ) -> JsonDict:
         with stage("loading", aside=True):
             pruner = BlockPruner.from_pretrained(self.job.model, config, accelerator=self.dense.accelerator)
         job, work_dir = replace(self.job, config=config), self.folder.work_dir(name)
@@ -231,7 +232,7 @@ class _Sweep:
             **{key: report[key] for key in MEASURED},
         }
 
-    def _write(self, values: dict[str, Any]) -> None:
+    def _write(self, values: JsonDict) -> None:
         """Mark the frontier, drop checkpoints that are not to be kept, and write both files."""
         points = [point for point in values["points"] if point["status"] == "done"]
         marks = frontier([(point["flops_ratio"], point["evaluation"]["top1"]) for point in points])

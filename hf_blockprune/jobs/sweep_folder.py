@@ -4,10 +4,10 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.folder import read_json, write_text
 from ..errors import CheckpointError
+from ..types import JsonDict
 
 RESULTS, PAGE = "sweep.json", "sweep.html"
 CHECKPOINTS, UNFINISHED = "checkpoints", ".unfinished"
@@ -39,7 +39,7 @@ class SweepFolder:
         if others and not (self.path / RESULTS).is_file():
             raise CheckpointError(f"{self.path}: holds files that are no sweep's; name an empty folder, or a new one")
 
-    def open(self, fresh: dict[str, Any]) -> dict[str, Any]:
+    def open(self, fresh: JsonDict) -> JsonDict:
         """The results so far, of a sweep with the settings of `fresh`; or `fresh` where there are none.
 
         Raises:
@@ -72,7 +72,7 @@ class SweepFolder:
                 for path in folder.glob(pattern):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def write(self, values: dict[str, Any], page: str | None) -> None:
+    def write(self, values: JsonDict, page: str | None) -> None:
         """Write the results, points in their order, and the page about them.
 
         Raises:

@@ -1,11 +1,16 @@
 """Which columns of a data set hold images and labels."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import DataError
 from .image_columns import find_image_column, is_array
-from .named import DataSource
+from .named import DataSource, Rows
+
+if TYPE_CHECKING:
+    from datasets import Features
+    from datasets.features.features import FeatureType
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "json.label")
 
@@ -27,7 +32,7 @@ class LabelColumn:
     fixed: int | None = None
 
 
-def choose_columns(dataset: Any, source: DataSource, *, labels: bool = True) -> tuple[Any, str, LabelColumn | None]:
+def choose_columns(dataset: Rows, source: DataSource, *, labels: bool = True) -> tuple[Rows, str, LabelColumn | None]:
     """(the data set with undecoded images and labels alone, its image column, its label column or None).
 
     Args:
@@ -40,9 +45,10 @@ def choose_columns(dataset: Any, source: DataSource, *, labels: bool = True) -> 
     """
     import datasets
 
-    if dataset.features is None:  # A stream that went through a function.
-        dataset = dataset.cast(_features_of_first(dataset, source.name))
     features = dataset.features
+    if features is None:  # A stream that went through a function.
+        features = _features_of_first(dataset, source.name)
+        dataset = dataset.cast(features)
     image = find_image_column(features, source)
     label = _label_column(features, source) if labels and source.labels_by != "none" else None
     kept = [image]
@@ -54,15 +60,21 @@ def choose_columns(dataset: Any, source: DataSource, *, labels: bool = True) -> 
     return dataset, image, label
 
 
-def label_of(record: dict[str, Any], column: str) -> Any:
-    """The label of a record; "json.label" is a key inside of a column."""
+def label_of(record: Mapping[str, object], column: str) -> object:
+    """The label of a record, as `Labels` takes it; "json.label" is a key inside of a column."""
     if column in record:
         return record[column]
     outer, _, key = column.partition(".")
-    return (record[outer] or {}).get(key)
+    inside = record[outer]
+    return inside.get(key) if isinstance(inside, Mapping) else None
 
 
-def _features_of_first(stream: Any, name: str) -> Any:
+def _features_of_first(stream: Rows, name: str) -> "Features":
+    """As the first record of a stream shows them.
+
+    Raises:
+        DataError: there is none.
+    """
     import datasets
 
     first = next(iter(stream), None)
@@ -71,7 +83,7 @@ def _features_of_first(stream: Any, name: str) -> Any:
     return datasets.Dataset.from_list([first]).features
 
 
-def _label_column(features: Any, source: DataSource) -> LabelColumn | None:
+def _label_column(features: "Features", source: DataSource) -> LabelColumn | None:
     import datasets
 
     column = source.label_column
@@ -82,9 +94,8 @@ def _label_column(features: Any, source: DataSource) -> LabelColumn | None:
     feature = _feature(features, column)
     if feature is None:
         raise DataError(f"{source.name}: has no column {column!r}; choose the labels from {', '.join(features)}")
-    inner, listed = feature, isinstance(feature, (datasets.List, datasets.LargeList))
-    if listed:
-        inner = feature.feature
+    listed = isinstance(feature, (datasets.List, datasets.LargeList))
+    inner = feature.feature if listed else feature
     if not isinstance(inner, (datasets.Value, datasets.ClassLabel)):
         raise DataError(
             f"{source.name}: column {column!r} holds {type(feature).__name__}, not one label an image or a list of "
@@ -95,7 +106,7 @@ def _label_column(features: Any, source: DataSource) -> LabelColumn | None:
     return LabelColumn(column, tuple(names) if names else None, listed, length if length >= 0 else None)
 
 
-def _feature(features: Any, column: str) -> Any:
+def _feature(features: "Features", column: str) -> "FeatureType | None":
     """Of a column, or of a key inside of one; None where there is none."""
     if column in features:
         return features[column]

@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from ..errors import DataError
 from .pictures import BROKEN, register_plugins
 from .splits import WORDS, look_like_splits, split_of, splits_by_name, spoken_split
+
+if TYPE_CHECKING:
+    from .named import DataFiles, Loaded
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SPLIT_COLUMNS = ("split", "data_split", "subset", "partition", "set")
@@ -83,8 +86,14 @@ def loader_suffixes() -> set[str]:
     return set(ImageFolder.EXTENSIONS)
 
 
-def load_more_suffixes(data_files: dict[str, Any], *, streaming: bool, drop_labels: bool | None) -> Any:
-    """What `datasets.load_dataset("imagefolder")` makes of files, with pictures of all suffixes that Pillow opens."""
+def load_more_suffixes(data_files: "DataFiles", *, streaming: bool, drop_labels: bool | None) -> "Loaded":
+    """What `datasets.load_dataset("imagefolder")` makes of files, with pictures of all suffixes that Pillow opens.
+
+    Args:
+        data_files: patterns of files by split.
+        streaming: read them one by one, and store nothing.
+        drop_labels: whether the names of folders are no labels; None leaves it to the loader.
+    """
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     suffixes = sorted(image_suffixes() | loader_suffixes())
@@ -100,7 +109,8 @@ def load_more_suffixes(data_files: dict[str, Any], *, streaming: bool, drop_labe
         drop_labels=drop_labels,
     )
     if streaming:
-        return builder.as_streaming_dataset()
+        # An IterableDatasetDict, whatever its annotation says.
+        return builder.as_streaming_dataset()  # pyright: ignore[reportReturnType]
     builder.download_and_prepare()
     return builder.as_dataset()
 
@@ -174,8 +184,12 @@ def _split_of_numbered(name: str) -> str | None:
     return split_of(re.sub(r"\d+-of-\d+|\b(shard|part)\b", "", name.lower()))
 
 
-def by_split_column(dataset: Any, name: str) -> Any:
+def by_split_column(dataset: "Loaded", name: str) -> "Loaded":
     """Splits of what has a column `split`, or one of a like name, that names some; else the data set as it is.
+
+    Args:
+        dataset: of one split.
+        name: its name, for messages.
 
     Raises:
         DataError: some rows say no split.
@@ -196,8 +210,10 @@ def by_split_column(dataset: Any, name: str) -> Any:
         spelled: dict[str, list[str]] = {}
         for value in said:
             spelled.setdefault(split_of(value) or value, []).append(value)
-        kind: Any = datasets.DatasetDict if isinstance(rows, datasets.Dataset) else datasets.IterableDatasetDict
-        return kind({split: rows.filter(_In(values), input_columns=column) for split, values in spelled.items()})
+        parts = {split: _In(values) for split, values in spelled.items()}
+        if isinstance(rows, datasets.Dataset):
+            return datasets.DatasetDict({s: rows.filter(part, input_columns=column) for s, part in parts.items()})
+        return datasets.IterableDatasetDict({s: rows.filter(part, input_columns=column) for s, part in parts.items()})
     return dataset
 
 

@@ -1,16 +1,20 @@
 """Which column of a data set holds its images, by type and by name."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import DataError
 from .named import DataSource
+
+if TYPE_CHECKING:
+    from datasets import Features
+    from datasets.features.features import FeatureType
 
 PIXEL_VALUES = "pixel_values"  # what image processors of transformers call what they made
 NAMES = ("image", "img", "picture", "photo", PIXEL_VALUES)
 
 
-def find_image_column(features: Any, source: DataSource) -> str:
+def find_image_column(features: "Features", source: DataSource) -> str:
     """The column that was named, or the first of images, or one with a usual name that holds what may be images.
 
     Raises:
@@ -46,8 +50,8 @@ def find_image_column(features: Any, source: DataSource) -> str:
     return usual
 
 
-def holds_images(features: Any, source: DataSource) -> bool:
-    """Whether there is such a column."""
+def holds_images(features: "Features", source: DataSource) -> bool:
+    """Whether there is a column that `find_image_column` finds."""
     try:
         return bool(find_image_column(features, source))
     except DataError:
@@ -63,7 +67,7 @@ def usual_image_column(names: Iterable[str]) -> str | None:
     return next(usual, next((name for name in names if f".{name}".lower() in image_suffixes()), None))
 
 
-def is_array(feature: Any) -> bool:
+def is_array(feature: "FeatureType") -> bool:
     """Whether a column holds numbers as [height, width] or with channels."""
     import datasets
 
@@ -75,7 +79,7 @@ def is_array(feature: Any) -> bool:
     return depth in (2, 3) and isinstance(inner, datasets.Value) and inner.dtype not in ("string", "large_string")
 
 
-def is_preprocessed(column: str, feature: Any) -> bool:
+def is_preprocessed(column: str, feature: "FeatureType") -> bool:
     """Whether a column holds what an image processor made: numbers in floating point under its name."""
     inner = feature
     while (deeper := _inside(inner)) is not None:
@@ -83,15 +87,15 @@ def is_preprocessed(column: str, feature: Any) -> bool:
     return column == PIXEL_VALUES and is_array(feature) and str(getattr(inner, "dtype", "")).startswith("float")
 
 
-def _may_be_images(feature: Any) -> bool:
+def _may_be_images(feature: "FeatureType") -> bool:
     """Paths, encoded bytes, both, or arrays."""
     encoded = isinstance(feature, Mapping) and {"bytes", "path"} <= feature.keys()
     text_or_bytes = getattr(feature, "dtype", None) in ("binary", "large_binary", "string", "large_string")
     return encoded or text_or_bytes or is_array(feature)
 
 
-def _inside(feature: Any) -> Any:
-    """What the lists of a column hold."""
+def _inside(feature: "FeatureType") -> "FeatureType | None":
+    """What the lists of a column hold; None where it holds none."""
     if isinstance(feature, list):
         return feature[0]
     return None if isinstance(feature, Mapping) else getattr(feature, "feature", None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -10,9 +10,26 @@ from PIL import Image
 
 from ..errors import DataError
 from .image_columns import usual_image_column
-from .named import DataSource
+from .named import DataSource, Indexed
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 IMAGE, LABEL = "image", "label"
+
+Record: TypeAlias = dict[str, object]
+"""Values of one image by column: its picture as `decode_image` takes it, and its label where it has one."""
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """Numbers of NumPy, torch or the like."""
+
+    ndim: int
+
+    def item(self) -> object:
+        """The only number of them."""
+        ...
 
 
 class Items:
@@ -32,7 +49,7 @@ class Items:
     split = None
 
     def __init__(
-        self, items: Any, source: DataSource, label_columns: Sequence[str], chosen: Sequence[int] | None = None
+        self, items: Indexed, source: DataSource, label_columns: Sequence[str], chosen: Sequence[int] | None = None
     ) -> None:
         self.items, self.source, self.label_columns = items, source, label_columns
         self.chosen = range(len(items)) if chosen is None else chosen
@@ -41,7 +58,7 @@ class Items:
             self.labelled, self.preprocessed = LABEL in first, _is_preprocessed(first[IMAGE])
 
     @staticmethod
-    def fit(items: Any) -> bool:
+    def fit(items: object) -> "TypeGuard[Indexed]":
         """Whether something has a length and items, and may hold images."""
         if isinstance(items, (str, bytes, Mapping, torch.Tensor, np.ndarray)) or hasattr(items, "columns"):
             return False
@@ -50,10 +67,10 @@ class Items:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Record:
         item = self.items[self.chosen[index]]
         if isinstance(item, Mapping):
             return self._of_mapping(item)
@@ -62,7 +79,7 @@ class Items:
         return {IMAGE: self._image(item)}
 
     def select(self, indices: Sequence[int]) -> "Items":
-        """Those at some positions."""
+        """The items at some positions, in their order."""
         return Items(self.items, self.source, self.label_columns, [self.chosen[index] for index in indices])
 
     @property
@@ -71,7 +88,12 @@ class Items:
         names = getattr(self.items, "classes", getattr(getattr(self.items, "dataset", None), "classes", None))
         return tuple(names) if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else None
 
-    def _of_mapping(self, item: Mapping[str, Any]) -> dict[str, Any]:
+    def _of_mapping(self, item: Mapping[str, object]) -> Record:
+        """An item whose keys are columns, or the `bytes` and `path` of a picture.
+
+        Raises:
+            DataError: it has no image, or lacks the label that was asked for.
+        """
         if {"bytes", "path"} & item.keys() and self.source.image_column is None:
             return {IMAGE: dict(item)}
         column = self.source.image_column or usual_image_column(item)
@@ -86,7 +108,12 @@ class Items:
             raise DataError(f"{self.source.name}: has no {self.source.label_column!r}; choose the labels from {keys}")
         return {IMAGE: self._image(item[column])} | ({} if label is None else {LABEL: _plain(item[label])})
 
-    def _image(self, value: Any) -> Any:
+    def _image(self, value: object) -> object:
+        """What a user gives as an image, as `decode_image` takes it.
+
+        Raises:
+            DataError: it is none.
+        """
         if isinstance(value, (str, Path)):
             return {"bytes": None, "path": str(value)}
         if isinstance(value, (bytes, bytearray)):
@@ -99,16 +126,18 @@ class Items:
         )
 
 
-def _is_picture(value: Any) -> bool:
+def _is_picture(value: object) -> bool:
+    """Whether it is an image, or numbers [height, width] or with channels."""
     if isinstance(value, (list, tuple)):
         return bool(value) and isinstance(value[0], (list, tuple)) and np.ndim(value) in (2, 3)
     return isinstance(value, Image.Image) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim in (2, 3))
 
 
-def _is_preprocessed(value: Any) -> bool:
+def _is_preprocessed(value: object) -> bool:
+    """Whether it is pixel_values [channels, height, width]."""
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 3
 
 
-def _plain(label: Any) -> Any:
+def _plain(label: object) -> object:
     """A label as Python's own number, where it is one."""
-    return label.item() if hasattr(label, "item") and np.ndim(label) == 0 else label
+    return label.item() if isinstance(label, _Array) and label.ndim == 0 else label

@@ -5,14 +5,67 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypedDict, Union
 
 from ..checks import is_number
 from ..errors import ConfigError, DataError
+from ..types import JsonDict
 from .reading import is_url, read_errors, reason
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from typing_extensions import TypeIs, Unpack
+
+    from .folders import Listing
 
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
 LABELS_BY = ("name", "position", "none")
+
+
+class Indexed(Protocol):
+    """A list, a torch data set, or anything else with a length and items, which `Items` reads one by one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> object:
+        """An image, an (image, label) pair, or a mapping with an image among its values."""
+        ...
+
+
+Named: TypeAlias = str | Path | Sequence[str | Path]
+"""A folder, file, pattern, range or URL, the name of a data set on the Hub; or several files."""
+
+Rows: TypeAlias = Union["Dataset", "IterableDataset"]
+"""One data set of `datasets`: records by number, or one after the other."""
+
+Loaded: TypeAlias = Union["Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict"]
+"""What `datasets` loads: one data set, or one for each split."""
+
+Images: TypeAlias = Union[Named, Loaded, Indexed, "DataSource"]
+"""What serves wherever a data set of images is asked for: what names one, one that is loaded, or a `DataSource`."""
+
+DataFiles: TypeAlias = dict[str, list[str]]
+"""Files, patterns and URLs by split, as `datasets` takes them."""
+
+
+class SourceOptions(TypedDict, total=False):
+    """Attributes of `DataSource` beside its path; None leaves what holds without."""
+
+    config: str | None
+    split: str | None
+    image_column: str | None
+    label_column: str | None
+    streaming: bool | None
+    shuffle_buffer: int | None
+    labels_by: str | None
+    white: float | None
+
+
+class _Files(TypedDict, total=False):
+    """Arguments of `datasets.load_dataset` where files were named; builders refuse those that they do not know."""
+
+    data_files: DataFiles
+    drop_labels: bool | None
 
 
 @dataclass(frozen=True)
@@ -21,8 +74,8 @@ class DataSource:
 
     Attributes:
         path: a folder of images, of parquet files or of webdataset shards; one such file, a pattern ("shards/*.tar"), a
-            range ("shards/{000..019}.tar"), a URL, or a list of these; the name of a data set on the Hub; or a
-            `datasets` object.
+            range ("shards/{000..019}.tar"), a URL, or a list of these; the name of a data set on the Hub; a
+            `datasets` object; or a list or torch data set of images, see `Items`.
         config: which configuration of a data set on the Hub.
         split: the split to use, where the caller names none.
         image_column: the column with the images; by default the first of type `datasets.Image`.
@@ -39,7 +92,7 @@ class DataSource:
         ```
     """
 
-    path: Any
+    path: Named | Loaded | Indexed
     config: str | None = None
     split: str | None = None
     image_column: str | None = None
@@ -61,22 +114,24 @@ class DataSource:
             raise ConfigError(f"data set: shuffle_buffer must be a number of images, got {self.shuffle_buffer!r}")
         if self.white is not None and (not is_number(self.white) or self.white <= 0):
             raise ConfigError(f"data set: white must be a number above 0, got {self.white!r}")
-        if self.shuffle_buffer and self._named and not self.streaming:
+        if self.shuffle_buffer and _is_named(self.path) and not self.streaming:
             raise ConfigError("data set: shuffle_buffer is for streams, other samples are random anyway; add streaming")
 
     @classmethod
-    def of(cls, value: Any, **options: Any) -> "DataSource":
-        """A source from what names one: itself, the mapping of its attributes in a recipe, or a path.
+    def of(cls, value: Images | JsonDict, **options: "Unpack[SourceOptions]") -> "DataSource":
+        """A source from what names one.
 
-        Options of None change nothing.
+        Args:
+            value: a source, the mapping of its attributes in a recipe, or what `path` can be.
+            options: attributes that win over those; None changes nothing.
 
         Raises:
             ConfigError: the mapping has no path or unknown keys, or a value is impossible.
         """
-        given = {key: option for key, option in options.items() if option is not None}
+        given: JsonDict = {key: option for key, option in options.items() if option is not None}
         if isinstance(value, DataSource):
             return replace(value, **given)
-        if type(value) is not dict:  # A DatasetDict is a mapping too.
+        if not _is_mapping(value):
             return cls(value, **given)
         known = [f.name for f in fields(cls)]
         if unknown := sorted(map(str, value.keys() - set(known))):
@@ -86,30 +141,25 @@ class DataSource:
         return cls(**{**value, **given})
 
     @property
-    def _named(self) -> bool:
-        parts = self.path if isinstance(self.path, (list, tuple)) else [self.path]
-        return all(isinstance(part, (str, Path)) for part in parts)
-
-    @property
     def name(self) -> str:
-        """For messages."""
-        if not self._named:
+        """What to call it in messages: its path, or the first of several."""
+        if not _is_named(self.path):
             return "the data set"
         if not isinstance(self.path, (list, tuple)):
             return str(self.path)
         more = f" and {len(self.path) - 1} more" if len(self.path) > 1 else ""
         return f"{self.path[0]}{more}" if self.path else "the empty list"
 
-    def open(self) -> tuple[Any, list[str]]:
+    def open(self) -> tuple[Loaded | Indexed, list[str]]:
         """(what `datasets` makes of it: splits, or one data set; files that may be pictures and are not read).
 
         Raises:
             DataError: nothing is there, or no images that can be read.
         """
-        if not self._named:
+        if not _is_named(self.path):
             return self.path, []
         files = _files(self.path)
-        path = Path() if files else Path(self.path).expanduser()
+        path = Path() if files else Path(str(self.path)).expanduser()
         try:
             if files:
                 # `datasets` takes brackets in names for patterns.
@@ -125,7 +175,8 @@ class DataSource:
             found = "no such folder, and no such data set on the Hub" if named else "holds no images that can be read"
             raise DataError(f"{self.name}: {found} ({reason(error)})") from error
 
-    def _open_folder(self, path: Path) -> tuple[Any, list[str]]:
+    def _open_folder(self, path: Path) -> tuple[Loaded, list[str]]:
+        """As `open`, of a folder that is there."""
         import datasets
 
         from .folders import METADATA_FILES, by_split_column, list_folder, split_folders
@@ -157,7 +208,10 @@ class DataSource:
         flat = any(folder.relative_to(path).parts in listing.image_folders for one in splits.values() for folder in one)
         return self._load_pictures(splits, listing, drop_labels=True if flat else None), listing.left_out
 
-    def _load_pictures(self, splits: dict[str, list[Path]], listing: Any, drop_labels: bool | None = None) -> Any:
+    def _load_pictures(
+        self, splits: dict[str, list[Path]], listing: "Listing", drop_labels: bool | None = None
+    ) -> Loaded:
+        """The pictures in the folders of each split; `drop_labels` keeps the folders' names from becoming labels."""
         from .folders import loader_suffixes, read_files
 
         if any(Path(Path(name).stem).suffix.lower() in loader_suffixes() for name in listing.left_out):
@@ -170,7 +224,7 @@ class DataSource:
             data_files = {split: [_everything(folder) for folder in folders] for split, folders in splits.items()}
         return self._load_suffixes(data_files, listing.suffixes, drop_labels)
 
-    def _load_suffixes(self, data_files: Any, suffixes: set[str], drop_labels: bool | None = None) -> Any:
+    def _load_suffixes(self, data_files: DataFiles, suffixes: set[str], drop_labels: bool | None = None) -> Loaded:
         """Pictures, also of formats that Pillow opens and the loader does not know."""
         from .folders import image_suffixes, load_more_suffixes, loader_suffixes
 
@@ -178,7 +232,7 @@ class DataSource:
             return self._load("imagefolder", data_files=data_files, drop_labels=drop_labels)
         return load_more_suffixes(data_files, streaming=self.streaming, drop_labels=drop_labels)
 
-    def _open_tables(self, path: Path, suffixes: set[str]) -> Any:
+    def _open_tables(self, path: Path, suffixes: set[str]) -> Loaded:
         """Parquet files or shards; in splits by the names of files or folders, in any spelling."""
         from .folders import table_splits
 
@@ -188,7 +242,12 @@ class DataSource:
         data_files = {split: [glob.escape(str(file)) for file in files] for split, files in splits.items()}
         return self._load(BUILDERS[suffixes.pop()], data_files=data_files)
 
-    def _load(self, path: str, **options: Any) -> Any:
+    def _load(self, path: str, **options: "Unpack[_Files]") -> Loaded:
+        """What `datasets` makes of the name of a loader or of a data set on the Hub.
+
+        Raises:
+            DataError: a configuration was named, which files have not.
+        """
         import datasets
 
         if self.config is not None and "data_files" in options:
@@ -196,7 +255,18 @@ class DataSource:
         return datasets.load_dataset(path, self.config, streaming=self.streaming, **options)
 
 
-def _files(path: str | Path | Sequence[str | Path]) -> list[str] | None:
+def _is_named(path: object) -> "TypeIs[Named]":
+    """Whether it is a name, or a list of names; also where the list is empty."""
+    parts = path if isinstance(path, (list, tuple)) else [path]
+    return all(isinstance(part, (str, Path)) for part in parts)
+
+
+def _is_mapping(value: object) -> "TypeIs[JsonDict]":
+    """Whether it is a mapping of a recipe; what `datasets` keeps splits in is a dict too, of another class."""
+    return type(value) is dict
+
+
+def _files(path: Named) -> list[str] | None:
     """The files and URLs that were named one by one, by pattern or by range; None for folders and names on the Hub."""
     if isinstance(path, (list, tuple)):
         if not path:
@@ -230,6 +300,11 @@ def _expand(text: str) -> list[str]:
 
 
 def _existing(file: str) -> str:
+    """The whole path of a file.
+
+    Raises:
+        DataError: it is none.
+    """
     path = Path(file).expanduser()
     if not path.is_file():
         raise DataError(f"{file}: no such file")
@@ -242,7 +317,11 @@ def _suffixes(files: Sequence[str]) -> set[str]:
 
 
 def _builder(suffixes: set[str], name: str) -> str:
-    """The loader for files of one kind."""
+    """The loader of `datasets` for files with these suffixes.
+
+    Raises:
+        DataError: they are of several kinds, or of none that can be read.
+    """
     from .folders import image_suffixes
 
     if suffixes <= image_suffixes():
@@ -255,4 +334,5 @@ def _builder(suffixes: set[str], name: str) -> str:
 
 
 def _everything(folder: Path) -> str:
+    """The pattern of all files in a folder and below."""
     return str(Path(glob.escape(str(folder.resolve()))) / "**")

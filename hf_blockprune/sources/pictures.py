@@ -7,11 +7,11 @@ are stretched, which is said.
 
 import io
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,12 +57,12 @@ class Decoding:
     mode: str | None = None
     white: float | None = None
 
-    def __call__(self, stored: Any) -> Image.Image:
+    def __call__(self, stored: object) -> Image.Image:
         """See `decode_image`."""
         return decode_image(stored, self)
 
 
-def decode_image(stored: Any, decoding: Decoding | None = None) -> Image.Image:
+def decode_image(stored: object, decoding: Decoding | None = None) -> Image.Image:
     """An image of 8 bits a channel, turned upright; of several frames or pages the first.
 
     EXIF that cannot be read is ignored. Pictures of 16 bits are scaled by their whole range, 65535, those of 32 by the
@@ -103,13 +103,16 @@ def register_plugins() -> None:
             getattr(import_module(name), "register_heif_opener", lambda: None)()
 
 
-def name_of(stored: Any, position: int) -> str:
-    """What to call a record's picture in messages."""
+def name_of(stored: object, position: int) -> str:
+    """What to call a record's picture in messages: its path where it has one, else its number."""
     return (stored.get("path") if isinstance(stored, dict) else None) or f"image {position}"
 
 
-def stored_pixels(stored: Any) -> torch.Tensor:
-    """pixel_values [channels, height, width] that an image processor made earlier.
+def stored_pixels(stored: object) -> torch.Tensor:
+    """pixel_values [channels, height, width], float32, that an image processor made earlier.
+
+    Args:
+        stored: a tensor, an array, or lists of numbers.
 
     Raises:
         ValueError: they are none.
@@ -154,7 +157,7 @@ def _to_8_bits(image: Image.Image, white: float | None) -> Image.Image:
     if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
         return image
     values = np.asarray(image)
-    tags: Any = getattr(image, "tag_v2", {})
+    tags: Mapping[int, int | tuple[int, ...]] = getattr(image, "tag_v2", {})  # of TIFF alone
     signed = SIGNED in np.atleast_1d(tags.get(SIGN_TAG, 0 if tags else SIGNED))
     bits = int(np.max(tags.get(BITS_TAG, 16 if image.mode.startswith("I;") else 32)))
     if image.mode == "I" and tags and not signed:

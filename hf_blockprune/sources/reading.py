@@ -15,7 +15,7 @@ def read_errors() -> tuple[type[Exception], ...]:
 
 
 def reason(error: BaseException) -> str:
-    """One line on what went wrong."""
+    """One line on what went wrong: the kind of the error and the first 300 characters of its text."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
