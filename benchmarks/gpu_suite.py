@@ -36,6 +36,7 @@ from hf_blockprune.cost.profiles import load_profile
 from hf_blockprune.hub.blockprune_cost import Linear
 from hf_blockprune.hub.blockprune_layout import grid_shape
 from hf_blockprune.hub.blockprune_ops import block_sparse_linear
+from hf_blockprune.hub.blockprune_profiles import GpuProfile
 from hf_blockprune.measure.calibrate import Measurement, blank_gpu, fit_profile, rank_correlation
 
 MINUTES = {"correctness": 1.0, "kernels": 3.5, "end_to_end": 4.0, "fit": 0.1}
@@ -170,6 +171,7 @@ def fit_row(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
     if len(measured) < 8:
         return {"op": "cost model", "held_out_error": None, "measurements": len(measured)}
     base = blank_gpu("fitted") if device == "cuda" else load_profile("h100-sxm")
+    assert isinstance(base, GpuProfile)
     profile = fit_profile(base, measured)
     return {
         "op": "cost model",

@@ -1,13 +1,18 @@
 """FLOPs of a whole model, as `hub.blockprune_flops` counts them, for those that mean to prune it."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ModelError
 from ..hub import blockprune_flops as counting
 from ..hub.blockprune_flops import ModelFlops, UncountableError, dtype_of
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.modeling_utils import PreTrainedModel
+
+    from ..types import JsonDict
 
 __all__ = ["ModelFlops", "count_flops", "dry_run", "dtype_of", "image_size"]
 
@@ -18,7 +23,7 @@ NO_ANSWER = (
 )
 
 
-def image_size(config: Any, processing: Mapping[str, Any] | None = None) -> tuple[int, int]:
+def image_size(config: "PreTrainedConfig", processing: "JsonDict | None" = None) -> tuple[int, int]:
     """(height, width) of the images that a model is given, as far as settings say.
 
     Where the processor itself is at hand, ask `data.model_input.picture_size`: it looks at what the processor makes of
@@ -37,7 +42,7 @@ def image_size(config: Any, processing: Mapping[str, Any] | None = None) -> tupl
         raise ModelError(f"{error}; {NO_SIZE}") from None
 
 
-def count_flops(model: nn.Module, size: tuple[int, int] | None = None) -> ModelFlops:
+def count_flops(model: "PreTrainedModel", size: tuple[int, int] | None = None) -> ModelFlops:
     """Count the FLOPs of one image through the dense form of a model.
 
     Args:
@@ -54,7 +59,7 @@ def count_flops(model: nn.Module, size: tuple[int, int] | None = None) -> ModelF
         raise ModelError(f"{error}; {NO_ANSWER}") from error.__cause__
 
 
-def dry_run(dense: nn.Module, size: tuple[int, int]) -> tuple[Any, Tensor]:
+def dry_run(dense: "PreTrainedModel", size: tuple[int, int]) -> tuple[object, Tensor]:
     """What a skeleton gives for one image, and that image, [1, channels, height, width] without values.
 
     Args:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -10,11 +10,14 @@ import yaml
 from ..errors import ConfigError
 from ..files import partial_file
 from ..hub.blockprune_devices import DEVICES
-from ..hub.blockprune_profiles import named_profile, profile_from_dict
+from ..hub.blockprune_profiles import DeviceProfile, named_profile, profile_from_dict
 from ..runs.environment import environment
 
+if TYPE_CHECKING:
+    from ..types import JsonDict
 
-def load_profile(name_or_path: str | Path) -> Any:
+
+def load_profile(name_or_path: str | Path) -> DeviceProfile:
     """A profile by its name, or from a YAML file.
 
     Raises:
@@ -40,7 +43,7 @@ def load_profile(name_or_path: str | Path) -> Any:
         raise ConfigError(f"device: {error}") from error
 
 
-def save_profile(profile: Any, path: Path) -> dict[str, Any]:
+def save_profile(profile: DeviceProfile, path: Path) -> "JsonDict":
     """Write a measured profile as YAML, whole or not at all.
 
     Returns:

@@ -1,14 +1,17 @@
 """A model's shape for the cost model."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from ..hub import blockprune_model_cost
 from ..hub.blockprune_cost import VisionTransformer
 from ..hub.blockprune_flops import UncountableError
 
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
 
-def transformer_shape(config: Any, size: tuple[int, int], tokens: float) -> VisionTransformer:
+
+def transformer_shape(config: "PreTrainedConfig", size: tuple[int, int], tokens: float) -> VisionTransformer:
     """See `hub.blockprune_model_cost.transformer_shape`.
 
     Raises:

@@ -3,14 +3,18 @@
 import copy
 import reprlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .blockprune_layout import BlockSparseFormatError
 
 QUANT_METHOD = "blockprune"
 FORMAT_VERSION = 3  # the newest that this code reads, and the one that it writes
+
+JsonDict: TypeAlias = dict[str, Any]
+"""An object as `json` reads and writes it; who reads one checks what is in it."""
 
 
 class BlockPruneQuantizationConfig(QuantizationConfigMixin):
@@ -34,7 +38,7 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
         format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
         cut: dict[str, list[int]] | None = None,
-        **unknown: Any,
+        **unknown: object,
     ) -> None:
         if format_version is None:
             format_version = FORMAT_VERSION
@@ -65,7 +69,8 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
             raise BlockSparseFormatError(
                 "quantization_config.cut: must map names of layers to their [out_features, in_features]"
             )
-        self.quant_method: Any = QUANT_METHOD  # transformers declares its own enum, and takes names too
+        # transformers declares its own enum, and takes names too
+        self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.block_shape = [int(size) for size in block_shape]
         self.layers = dict(layers)
@@ -84,14 +89,14 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
         self._biased = frozenset(names)
         return self
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """What is stored."""
         return {key: copy.deepcopy(value) for key, value in vars(self).items() if not key.startswith("_")}
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[tuple[str, object]]:
         yield from self.to_dict().items()
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> object:
         """A stored value; transformers asks for them as if this was the dict that a file holds."""
         return self.to_dict().get(key, default)
 
@@ -116,19 +121,20 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
         return shape[0], shape[1]
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number from 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return is_count(value) and value >= 1
 
 
-def _is_pair(value: Any) -> bool:
+def _is_pair(value: object) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_size, value))
 
 
-def describes(config: Any) -> bool:
+def describes(config: PreTrainedConfig) -> bool:
     """Whether a model's config says that layers of it are block-sparse."""
     stored = vars(config).get("quantization_config")
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)

@@ -11,7 +11,7 @@ fp16 multiply with fp32 add 0.72 pJ; HBM2 access 250 to 450 pJ for 64 bits, of w
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -122,7 +122,12 @@ class Linear(NamedTuple):
 class Profile(Protocol):
     """What every device's profile can tell."""
 
-    name: str
+    kind: ClassVar[str]  # one of `blockprune_profiles.KINDS`
+
+    @property
+    def name(self) -> str:
+        """In reports."""
+        ...
 
     def dense(self, work: Linear) -> Cost:
         """A dense product; the mask is left out of account."""

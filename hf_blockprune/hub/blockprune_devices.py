@@ -4,10 +4,13 @@ Plain values alone, so that whoever wants the names can run this file without wa
 kind in `blockprune_profiles` says what the keys are; what is left out here is as there.
 """
 
-from typing import Any
+from typing import TypeAlias
+
+DeviceSettings: TypeAlias = dict[str, str | float | dict[str, float]]
+"""A device's kind, its name and numbers, and of some numbers one for each dtype."""
 
 
-def _generic_array(side: int) -> dict[str, Any]:
+def _generic_array(side: int) -> DeviceSettings:
     """A generic array of side x side multiply-add elements at 1 GHz with float16 numbers, outputs stationary, folds
     overlapped, and one DDR4-3200 channel pair (51.2 GB/s).
 
@@ -30,7 +33,7 @@ def _generic_array(side: int) -> dict[str, Any]:
     }
 
 
-DEVICES: dict[str, dict[str, Any]] = {
+DEVICES: dict[str, DeviceSettings] = {
     # NVIDIA A100 80GB SXM data sheet (2021): 108 multiprocessors, 312 TFLOP/s bfloat16 without sparsity, 19.5 TFLOP/s
     # float32, 2.04 TB/s, 40 MB L2, 400 W. Energy: Jouppi et al., ISCA 2021, table 2 (7 nm). l2_gb_s, idle_w and the
     # efficiencies are assumptions until fitted on one.

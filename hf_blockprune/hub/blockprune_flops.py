@@ -2,13 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .blockprune_skeleton import channels_of, skeleton
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.modeling_utils import PreTrainedModel
+
+    from .blockprune_config import JsonDict
 
 
 class UncountableError(ValueError):
@@ -33,7 +39,7 @@ class ModelFlops:
     image_size: tuple[int, int]
 
 
-def image_size(config: Any, processing: Mapping[str, Any] | None = None) -> tuple[int, int]:
+def image_size(config: "PreTrainedConfig", processing: "JsonDict | None" = None) -> tuple[int, int]:
     """(height, width) of the images that a model is given, as far as settings say.
 
     Args:
@@ -49,7 +55,7 @@ def image_size(config: Any, processing: Mapping[str, Any] | None = None) -> tupl
     raise UncountableError(f"{type(config).__name__}: its config has no image_size")
 
 
-def _sizes(config: Any, processing: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+def _sizes(config: "PreTrainedConfig", processing: "JsonDict") -> Iterator[tuple[int, int]]:
     """(height, width) by the processor's settings, by the config, and by the configs in it."""
     crop = processing.get("crop_size") if processing.get("do_center_crop") else None
     resized = processing.get("size") if processing.get("do_resize") is not False else None
@@ -68,7 +74,7 @@ def _sizes(config: Any, processing: Mapping[str, Any]) -> Iterator[tuple[int, in
             yield height, width
 
 
-def count_flops(model: nn.Module, size: tuple[int, int] | None = None) -> ModelFlops:
+def count_flops(model: "PreTrainedModel", size: tuple[int, int] | None = None) -> ModelFlops:
     """Count the FLOPs of one image through the dense form of a model.
 
     Args:
@@ -86,7 +92,7 @@ def count_flops(model: nn.Module, size: tuple[int, int] | None = None) -> ModelF
 
 
 @torch.no_grad()
-def dry_run(dense: nn.Module, size: tuple[int, int]) -> tuple[Any, Tensor]:
+def dry_run(dense: "PreTrainedModel", size: tuple[int, int]) -> tuple[object, Tensor]:
     """What a skeleton gives for one image, and that image, [1, channels, height, width] without values.
 
     Args:

@@ -8,7 +8,7 @@ replaced, and hooks see the values of the dense model.
 import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,17 @@ class FusedActivation(NamedTuple):
 
     name: str
     module: nn.Module
-    forward: Callable[..., Any]
-    attributes: dict[str, Any]
+    forward: Callable[..., object]
+    attributes: dict[str, object]
 
     def is_that_of(self, mlp: nn.Module) -> bool:
         """Whether the MLP still has it, as it was, and nobody watches it."""
-        module: Any = getattr(mlp, ACTIVATION, None)
-        if module is not self.module or type(module).forward is not self.forward or is_watched(module):
+        module = self.module
+        if (
+            getattr(mlp, ACTIVATION, None) is not module
+            or type(module).forward is not self.forward
+            or is_watched(module)
+        ):
             return False
         return all(getattr(module, key, None) == value for key, value in self.attributes.items())
 
@@ -74,10 +78,9 @@ def share_inputs(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        layers: list[Any] = [getattr(module, name, None) for name in PROJECTIONS]
-        if all(isinstance(layer, BlockSparseLinear) for layer in layers) and (
-            len({(layer.block_shape, layer.in_features) for layer in layers}) == 1
-        ):
+        found = [getattr(module, name, None) for name in PROJECTIONS]
+        layers = [layer for layer in found if isinstance(layer, BlockSparseLinear)]
+        if len(layers) == len(found) and len({(layer.block_shape, layer.in_features) for layer in layers}) == 1:
             shared = SharedInput(layers)
             for layer in layers:
                 layer.shared_input = shared
@@ -134,7 +137,7 @@ def _is_plain(mlp_class: type[nn.Module]) -> bool:
     def step(i: int) -> Callable[[object], object]:
         return lambda value: path[i + 1] if value is path[i] else None
 
-    stand_in: Any = SimpleNamespace(**{LINEAR: step(0), ACTIVATION: step(1), SECOND_LINEAR: step(2)})
+    stand_in = SimpleNamespace(**{LINEAR: step(0), ACTIVATION: step(1), SECOND_LINEAR: step(2)})
     try:
         return mlp_class.forward(stand_in, path[0]) is path[-1]
     except Exception:  # it asks for more than that
@@ -144,16 +147,17 @@ def _is_plain(mlp_class: type[nn.Module]) -> bool:
 @functools.cache
 def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an MLP's class whose fc1 applies the activation where it may."""
-    plain_forward: Callable[..., Any] = base.forward
+    plain_forward = base.forward
 
     @functools.wraps(plain_forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         fused: FusedActivation | None = getattr(self, _FUSED, None)
         if fused is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return base.forward(self, *args, **kwargs)
-        linear: Any = getattr(self, LINEAR, None)
+        linear = getattr(self, LINEAR, None)
         if (
-            getattr(type(linear), "forward", None) is not _LINEAR_FORWARD
+            not isinstance(linear, BlockSparseLinear)
+            or type(linear).forward is not _LINEAR_FORWARD
             or linear.is_unpacked  # torch applies the activation apart
             or is_watched(linear)
             or linear.activation != "none"
@@ -164,7 +168,7 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, *args, **kwargs)
         return getattr(self, SECOND_LINEAR)(linear.product(args[0], fused.name))
 
-    def reduce(self: Any, protocol: Any) -> Any:
+    def reduce(self: nn.Module, protocol: object) -> tuple[object, ...]:
         """Classes made at run time cannot be found by their name."""
         return _new, (base,), vars(self)
 

@@ -2,17 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
 from .blockprune_linear import BlockSparseLinear
 
 
+def is_block_sparse(module: nn.Module) -> TypeGuard[BlockSparseLinear]:
+    """Whether a module is a block-sparse layer, also one of another copy of this code, whose class is another."""
+    return type(module).__name__ == BlockSparseLinear.__name__
+
+
 def block_sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, module) of every block-sparse layer, also of one made by another copy of this code."""
     for name, module in model.named_modules():
-        if type(module).__name__ == BlockSparseLinear.__name__:
+        if is_block_sparse(module):
             yield name, module
 
 
@@ -21,7 +26,7 @@ def packed_states(model: nn.Module) -> Iterator[None]:
     """While it lasts, a model's `state_dict()` has blocks alone, whichever form the weights of its layers have."""
     layers = [layer for _, layer in block_sparse_layers(model)]
     for layer in layers:
-        layer.saves_packed = True
+        vars(layer)["saves_packed"] = True
     try:
         yield
     finally:

@@ -1,7 +1,6 @@
 """`BlockSparseLinear`: a drop-in for `torch.nn.Linear` that keeps a pattern of blocks."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +189,7 @@ class BlockSparseLinear(nn.Module):
         else:
             self.unpack_weight()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BlockSparseLinear":
         """What `to`, `cuda`, `half` and their like go through: elsewhere the other storage may be the better one."""
         before = self.weight.device, self.weight.dtype
         super()._apply(fn, recurse)
@@ -198,16 +197,17 @@ class BlockSparseLinear(nn.Module):
             self.choose_storage()
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if "saves_packed" in vars(self):  # see `blockprune_saving`
             destination[f"{prefix}weight"] = self.packed().weight
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """Takes either form; `state_dict` is a copy that torch made for this."""
         weight = state_dict.get(f"{prefix}weight")
         if isinstance(weight, Tensor) and weight.dim() != self.weight.dim():
-            crow, col = (state_dict.get(f"{prefix}{n}", getattr(self, n)) for n in ("crow_indices", "col_indices"))
+            crow = state_dict.get(f"{prefix}crow_indices", self.crow_indices)
+            col = state_dict.get(f"{prefix}col_indices", self.col_indices)
             state_dict[f"{prefix}weight"] = self._other_form(f"{prefix}weight", PackedWeight(weight, crow, col))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -7,21 +7,25 @@ Which blocks are kept is read off the layers themselves, packed or not.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .blockprune_cost import ELEMENT_BYTES, Cost, Linear, VisionTransformer, model_cost
+from .blockprune_cost import ELEMENT_BYTES, Cost, Linear, Profile, VisionTransformer, model_cost
 from .blockprune_flops import ModelFlops, UncountableError, count_flops
-from .blockprune_layers import block_sparse_layers
+from .blockprune_layers import is_block_sparse
 from .blockprune_profiles import KINDS, DeviceError, named_profile, profile_from_dict, usual_dtype
 from .blockprune_skeleton import COMPILED
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.modeling_utils import PreTrainedModel
 
 
 def hardware_cost(
     self: Any,
-    device: Any,
+    device: str | Mapping[str, object] | Profile,
     *,
     batch: int = 1,
     dtype: str | torch.dtype | None = None,
@@ -67,7 +71,7 @@ def hardware_cost(
     return model_cost(profile, shape, works, batch=batch, dtype=dtype)
 
 
-def profile_of(device: Any) -> Any:
+def profile_of(device: str | Mapping[str, object] | Profile) -> Profile:
     """A device's profile by its name, from plain values, or as it is.
 
     Raises:
@@ -88,7 +92,7 @@ def profile_of(device: Any) -> Any:
     return device
 
 
-def _counted(model: Any, image_size: int | tuple[int, int] | None) -> ModelFlops:
+def _counted(model: "PreTrainedModel", image_size: int | tuple[int, int] | None) -> ModelFlops:
     """What a model's Linears multiply.
 
     Raises:
@@ -108,7 +112,7 @@ def _counted(model: Any, image_size: int | tuple[int, int] | None) -> ModelFlops
     return flops
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return type(value) is int and value > 0
 
 
@@ -126,29 +130,27 @@ def linear_works(model: nn.Module, tokens: Mapping[str, float]) -> dict[str, Lin
     Raises:
         UncountableError: it is not known which blocks a layer keeps, as its indices have no values.
     """
-    sparse = dict(block_sparse_layers(model))
     works = {}
     for name, module in model.named_modules():
-        if not (name in sparse or isinstance(module, nn.Linear)):
+        if not (is_block_sparse(module) or isinstance(module, nn.Linear)):
             continue
         parts = [part for part in name.split(".") if part != COMPILED]
         rows = tokens[".".join(parts)]
         if not rows or not any(map(str.isdigit, parts)):
             continue
-        layer: Any = module
-        work = Linear(round(rows), layer.out_features, layer.in_features)
-        if name in sparse:
-            if layer.col_indices.is_meta or layer.crow_indices.is_meta:
+        work = Linear(round(rows), module.out_features, module.in_features)
+        if is_block_sparse(module):
+            if module.col_indices.is_meta or module.crow_indices.is_meta:
                 raise UncountableError(
                     f"{name}: which blocks it keeps is not in memory; load the model without offload_buffers, and not "
                     "on the meta device"
                 )
-            work = work._replace(mask=layer.mask().cpu().numpy(), block_shape=layer.block_shape)
+            work = work._replace(mask=module.mask().cpu().numpy(), block_shape=module.block_shape)
         works[name] = work
     return works
 
 
-def transformer_shape(config: Any, size: tuple[int, int], tokens: float) -> VisionTransformer:
+def transformer_shape(config: "PreTrainedConfig", size: tuple[int, int], tokens: float) -> VisionTransformer:
     """A transformers config as the cost model's shape.
 
     Args:
@@ -159,7 +161,7 @@ def transformer_shape(config: Any, size: tuple[int, int], tokens: float) -> Visi
     Raises:
         UncountableError: a config of another kind of model.
     """
-    classes = config.num_labels
+    classes = config.num_labels or 0  # None where the config names none
     config = getattr(config, "vision_config", config)
     try:
         if not isinstance(config.num_attention_heads, int):
@@ -180,5 +182,5 @@ def transformer_shape(config: Any, size: tuple[int, int], tokens: float) -> Visi
         ) from None
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -8,7 +8,7 @@ nothing of blocks: block-sparse layers are stored one by one, as the model has t
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,14 +20,18 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.modeling_utils import PreTrainedModel
 
 from .blockprune_headers import TENSOR_NAMES
 from .blockprune_layout import BlockSparseFormatError
 
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightTransform
+
 T = TypeVar("T")
 
 
-def find_linears(model: Any, stored_names: Iterable[str]) -> dict[str, str]:
+def find_linears(model: PreTrainedModel, stored_names: Iterable[str]) -> dict[str, str]:
     """Module names, by stored name, of the Linears that transformers loads each `stored_name.weight` into.
 
     Raises:
@@ -55,7 +59,7 @@ def find_linears(model: Any, stored_names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def by_module(model: Any, stored: dict[str, T], extra: Iterable[str] = ()) -> dict[str, T]:
+def by_module(model: PreTrainedModel, stored: dict[str, T], extra: Iterable[str] = ()) -> dict[str, T]:
     """What is stored, under the names of the model's tensors that it is loaded into; anything else is left out.
 
     Args:
@@ -82,7 +86,7 @@ def by_module(model: Any, stored: dict[str, T], extra: Iterable[str] = ()) -> di
     return found
 
 
-def stored_layer_names(model: Any, names: Collection[str]) -> dict[str, str]:
+def stored_layer_names(model: PreTrainedModel, names: Collection[str]) -> dict[str, str]:
     """The names under which transformers saves block-sparse layers, by module name (the inverse of `find_linears`)."""
     weights = {f"{name}.weight": torch.empty(0) for name in names}
     owner = {id(weight): key.removesuffix(".weight") for key, weight in weights.items()}
@@ -105,12 +109,12 @@ def unstorable(model: Any, names: Collection[str]) -> list[str]:
 
 
 @contextmanager
-def unconverted(model: Any, layers: Collection[str]) -> Iterator[None]:
+def unconverted(model: PreTrainedModel, layers: Collection[str]) -> Iterator[None]:
     """While it lasts, transformers saves these layers, and those it would merge with them, as the model has them."""
     transforms = _saving_transforms(model)
     keys = _merged_with(model, transforms, layers)
     before = vars(model).get("_weight_conversions")
-    model._weight_conversions = [
+    vars(model)["_weight_conversions"] = [
         _PartialConverter.of(transform, keys) if isinstance(transform, WeightConverter) else transform
         for transform in transforms
     ]
@@ -138,13 +142,14 @@ class _PartialConverter(WeightConverter):
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         return (source_key, None) if source_key in self.passed_over else super().rename_source_key(source_key)
 
-    def reverse_transform(self) -> Any:
-        backwards: Any = super().reverse_transform()
+    def reverse_transform(self) -> "_PartialConverter":
+        backwards = super().reverse_transform()
+        assert isinstance(backwards, _PartialConverter)  # transformers makes it of the converter's own class
         backwards.passed_over = self.passed_over
         return backwards
 
 
-def _saving_transforms(model: Any) -> list[Any]:
+def _saving_transforms(model: PreTrainedModel) -> "list[WeightTransform]":
     """What `revert_weight_conversion` reverts: what a model was loaded with, or what one like it would be."""
     transforms = getattr(model, "_weight_conversions", None)
     if transforms is not None:
@@ -153,12 +158,15 @@ def _saving_transforms(model: Any) -> list[Any]:
     return [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
 
 
-def _merged_with(model: Any, transforms: list[Any], layers: Collection[str]) -> frozenset[str]:
+def _merged_with(
+    model: PreTrainedModel, transforms: "list[WeightTransform]", layers: Collection[str]
+) -> frozenset[str]:
     """Names of the tensors that converters would merge with one of these layers' when saving, theirs among them."""
-    backwards: list[Any] = [t.reverse_transform() for t in transforms[::-1] if isinstance(t, WeightConverter)]
+    backwards = [t.reverse_transform() for t in transforms[::-1] if isinstance(t, WeightConverter)]
     merged: defaultdict[str, set[str]] = defaultdict(set)
     for key in {*model.state_dict(), *(f"{name}.weight" for name in layers)} if backwards else ():
-        target, pattern = rename_source_key(key, [], backwards)
+        # Declared for converters alone, which these are, but for what reversing them is declared to give.
+        target, pattern = rename_source_key(key, [], backwards)  # pyright: ignore[reportArgumentType]
         if pattern is not None:
             merged[target].add(key)
     inside = set(layers)
@@ -167,7 +175,7 @@ def _merged_with(model: Any, transforms: list[Any], layers: Collection[str]) -> 
     )
 
 
-def _renamer(model: Any, names: dict[str, Any]) -> Callable[[str], tuple[str, str | None]]:
+def _renamer(model: PreTrainedModel, names: dict[str, bool]) -> Callable[[str], tuple[str, str | None]]:
     """Stored key -> (the model's key, the pattern of a converter that makes it from several)."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]

@@ -23,100 +23,111 @@ LINEARS_SCHEMA = (
 
 def _define_op() -> None:
     """Define the op and its backward pass. Called once in a process, whichever copy of this file comes first."""
+    linear = torch.library.custom_op("blockprune::block_sparse_linear", _linear, mutates_args=())
+    linear.register_fake(_linear_shape)
+    linears = torch.library.custom_op(
+        "blockprune::block_sparse_linears", _linears, mutates_args=(), schema=LINEARS_SCHEMA
+    )
+    linears.register_fake(_linears_shapes)
+    backward = torch.library.custom_op("blockprune::block_sparse_linear_backward", _gradients, mutates_args=())
+    backward.register_fake(_gradients_shapes)
+    backward.register_autograd(_gradients_backward, setup_context=_keep_inputs)
+    linear.register_autograd(_linear_backward, setup_context=_keep_for_backward)
 
-    @torch.library.custom_op("blockprune::block_sparse_linear", mutates_args=())
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        crow_indices: Tensor,
-        col_indices: Tensor,
-        bias: Tensor | None,
-        out_features: int,
-        activation: str,
-        backend: str,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
-        return _compute(x, layer, backend)
 
-    @forward.register_fake
-    def _(x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual=None):
-        _check_devices(x, [weight])
-        return x.new_empty(*x.shape[:-1], out_features)
+# torch reads the schemas of two of the ops out of the annotations of `_linear` and `_gradients`.
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    backend: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    layer = LayerArguments(weight, crow_indices, col_indices, bias, out_features, activation, residual)
+    return _compute(x, layer, backend)
 
-    @torch.library.custom_op("blockprune::block_sparse_linears", mutates_args=(), schema=LINEARS_SCHEMA)
-    def forward_all(
-        x: Tensor,
-        weights: Sequence[Tensor],
-        crow_indices: Sequence[Tensor],
-        col_indices: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        out_features: Sequence[int],
-        activations: str,
-    ) -> list[Tensor]:
-        arguments = zip(weights, crow_indices, col_indices, biases, out_features, activations.split(), strict=True)
-        return _compute_all(x, [LayerArguments(*each) for each in arguments])
 
-    @forward_all.register_fake
-    def _(x, weights, crow_indices, col_indices, biases, out_features, activations):
-        _check_devices(x, weights)
-        return [x.new_empty(*x.shape[:-1], n) for n in out_features]
+def _linear_shape(x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual=None):
+    _check_devices(x, [weight])
+    return x.new_empty(*x.shape[:-1], out_features)
 
-    @torch.library.custom_op("blockprune::block_sparse_linear_backward", mutates_args=())
-    def backward(
-        grad: Tensor, x: Tensor, weight: Tensor, crow_indices: Tensor, col_indices: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        gradients = dense_backward if x.is_cuda else reference_backward
-        grad_x, grad_weight = gradients(flat_grad, flat_x, weight, crow_indices, col_indices)
-        return grad_x.view(x.shape), grad_weight
 
-    @backward.register_fake
-    def _(grad, x, weight, crow_indices, col_indices):
-        return x.new_empty(x.shape), torch.empty_like(weight)
+def _keep_for_backward(ctx, inputs, output):
+    x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual = inputs
+    ctx.save_for_backward(x, weight, crow_indices, col_indices, bias)
+    ctx.out_features, ctx.activation, ctx.backend = out_features, activation, backend
+    ctx.has_residual = residual is not None
 
-    def setup_backward(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
 
-    def run_double_backward(ctx, grad_x, grad_weight):
-        """Of (g W, the kept blocks of g^T x), by the two ops themselves: so there are gradients of any order."""
-        grad, x, weight, crow_indices, col_indices = ctx.saved_tensors
-        pattern, n = (crow_indices, col_indices), grad.shape[-1]
-        linear, linear_backward = torch.ops.blockprune.block_sparse_linear, backward
-        of_grad = of_x = of_weight = None
-        if grad_x is not None:
-            of_grad = linear(grad_x, weight, *pattern, None, n, "none", "auto")
-            _, of_weight = linear_backward(grad, grad_x, weight, *pattern)
-        if grad_weight is not None:
-            through_weight = linear(x, grad_weight, *pattern, None, n, "none", "auto")
-            of_grad = through_weight if of_grad is None else of_grad + through_weight
-            of_x, _ = linear_backward(grad, x, grad_weight, *pattern)
-        return of_grad, of_x, of_weight, None, None
-
-    backward.register_autograd(run_double_backward, setup_context=setup_backward)
-
-    def setup_context(ctx, inputs, output):
-        x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual = inputs
-        ctx.save_for_backward(x, weight, crow_indices, col_indices, bias)
-        ctx.out_features, ctx.activation, ctx.backend = out_features, activation, backend
-        ctx.has_residual = residual is not None
-
-    def run_backward(ctx, grad):
-        x, weight, crow_indices, col_indices, bias = ctx.saved_tensors
-        grad_residual = grad if ctx.has_residual else None
-        if ctx.activation != "none":  # the pre-activation is cheaper to recompute than to keep
-            z = torch.ops.blockprune.block_sparse_linear(
-                x, weight, crow_indices, col_indices, bias, ctx.out_features, "none", ctx.backend
-            )
-            approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
-            grad = torch.ops.aten.gelu_backward(grad, z, approximate=approximate)
-        grad_x, grad_weight = torch.ops.blockprune.block_sparse_linear_backward(
-            grad, x, weight, crow_indices, col_indices
+def _linear_backward(ctx, grad):
+    """Gradients of what `_linear` takes, given `grad` [..., out_features] of what it returns."""
+    x, weight, crow_indices, col_indices, bias = ctx.saved_tensors
+    grad_residual = grad if ctx.has_residual else None
+    if ctx.activation != "none":  # the pre-activation is cheaper to recompute than to keep
+        z = torch.ops.blockprune.block_sparse_linear(
+            x, weight, crow_indices, col_indices, bias, ctx.out_features, "none", ctx.backend
         )
-        grad_bias = None if bias is None else grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, grad_weight, None, None, grad_bias, None, None, None, grad_residual
+        approximate = "tanh" if ctx.activation == "gelu_tanh" else "none"
+        grad = torch.ops.aten.gelu_backward(grad, z, approximate=approximate)
+    grad_x, grad_weight = torch.ops.blockprune.block_sparse_linear_backward(grad, x, weight, crow_indices, col_indices)
+    grad_bias = None if bias is None else grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, grad_weight, None, None, grad_bias, None, None, None, grad_residual
 
-    forward.register_autograd(run_backward, setup_context=setup_context)
+
+def _linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    crow_indices: Sequence[Tensor],
+    col_indices: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out_features: Sequence[int],
+    activations: str,
+) -> list[Tensor]:
+    arguments = zip(weights, crow_indices, col_indices, biases, out_features, activations.split(), strict=True)
+    return _compute_all(x, [LayerArguments(*each) for each in arguments])
+
+
+def _linears_shapes(x, weights, crow_indices, col_indices, biases, out_features, activations):
+    _check_devices(x, weights)
+    return [x.new_empty(*x.shape[:-1], n) for n in out_features]
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, crow_indices: Tensor, col_indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the kept blocks, given `grad` [..., out_features] of the product without activation."""
+    flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    gradients = dense_backward if x.is_cuda else reference_backward
+    grad_x, grad_weight = gradients(flat_grad, flat_x, weight, crow_indices, col_indices)
+    return grad_x.view(x.shape), grad_weight
+
+
+def _gradients_shapes(grad, x, weight, crow_indices, col_indices):
+    return x.new_empty(x.shape), torch.empty_like(weight)
+
+
+def _keep_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients_backward(ctx, grad_x, grad_weight):
+    """Of (g W, the kept blocks of g^T x), by the two ops themselves: so there are gradients of any order."""
+    grad, x, weight, crow_indices, col_indices = ctx.saved_tensors
+    pattern, n = (crow_indices, col_indices), grad.shape[-1]
+    linear, backward = torch.ops.blockprune.block_sparse_linear, torch.ops.blockprune.block_sparse_linear_backward
+    of_grad = of_x = of_weight = None
+    if grad_x is not None:
+        of_grad = linear(grad_x, weight, *pattern, None, n, "none", "auto")
+        _, of_weight = backward(grad, grad_x, weight, *pattern)
+    if grad_weight is not None:
+        through_weight = linear(x, grad_weight, *pattern, None, n, "none", "auto")
+        of_grad = through_weight if of_grad is None else of_grad + through_weight
+        of_x, _ = backward(grad, x, grad_weight, *pattern)
+    return of_grad, of_x, of_weight, None, None
 
 
 def _compute(x: Tensor, layer: LayerArguments, backend: str) -> Tensor:

@@ -1,7 +1,7 @@
 """What is learned from a layer's indices once, where asking again would make the host wait for a GPU."""
 
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -26,7 +26,7 @@ class PreparedCache(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Any, tuple[list[int], list[StorageWeakRef], T]] = {}
+        self._entries: dict[Hashable, tuple[list[int], list[StorageWeakRef], T]] = {}
 
     def get(self, tensors: tuple[Tensor, ...], key: Hashable, make: Callable[[], T]) -> T:
         """The value for these tensors.

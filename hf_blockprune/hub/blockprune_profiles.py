@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
-from typing import Any, ClassVar, get_args, get_origin
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypedDict, get_args, get_origin
 
-from .blockprune_cost import ELEMENT_BYTES, PJ_PER_BYTE_DRAM, PJ_PER_MAC, PJ_TO_MJ, Cost, Linear
+from .blockprune_cost import ELEMENT_BYTES, PJ_PER_BYTE_DRAM, PJ_PER_MAC, PJ_TO_MJ, Cost, Linear, Profile
 from .blockprune_devices import DEVICES
 from .blockprune_systolic import Fold, block_sparse_cycles, dense_cycles, makespan
+
+if TYPE_CHECKING:
+    from .blockprune_config import JsonDict
 
 
 class DeviceError(ValueError):
@@ -178,6 +181,16 @@ class GpuProfile:
         return Cost(work.flops, work.size_bytes, latency, min(energy, self.power_limit_w * latency))
 
 
+class ArraySettings(TypedDict):
+    """What `blockprune_systolic` wants to know of arrays; see there."""
+
+    rows: int
+    cols: int
+    dataflow: str
+    overlap: bool
+    arrays: int
+
+
 @dataclass(frozen=True)
 class SystolicProfile:
     """A systolic array (see `blockprune_systolic`) with memory beside it.
@@ -218,8 +231,9 @@ class SystolicProfile:
     def sparse(self, work: Linear) -> Cost:
         """See `Profile`."""
         assert work.mask is not None
-        options = {**self.array, "block_shape": work.block_shape, "shape": (work.out_features, work.in_features)}
-        return self._cost(work, block_sparse_cycles(work.tokens, work.mask, **options))
+        shape = work.out_features, work.in_features
+        cycles = block_sparse_cycles(work.tokens, work.mask, block_shape=work.block_shape, shape=shape, **self.array)
+        return self._cost(work, cycles)
 
     def elementwise(self, size_bytes: float) -> Cost:
         """Beside the arrays, which do not wait for it."""
@@ -230,9 +244,15 @@ class SystolicProfile:
         return self.dense(work).times(times)
 
     @property
-    def array(self) -> dict[str, Any]:
+    def array(self) -> ArraySettings:
         """What `blockprune_systolic` wants to know of the arrays."""
-        return {key: getattr(self, key) for key in ("rows", "cols", "dataflow", "overlap", "arrays")}
+        return {
+            "rows": self.rows,
+            "cols": self.cols,
+            "dataflow": self.dataflow,
+            "overlap": self.overlap,
+            "arrays": self.arrays,
+        }
 
     def _cost(self, work: Linear, cycles: int) -> Cost:
         macs = work.tokens * work.weights
@@ -243,10 +263,11 @@ class SystolicProfile:
         return Cost(work.flops, size_bytes, latency, self.static_w * latency + picojoules * PJ_TO_MJ)
 
 
-KINDS: dict[str, type] = {cls.kind: cls for cls in (CpuProfile, GpuProfile, SystolicProfile)}
+DeviceProfile: TypeAlias = CpuProfile | GpuProfile | SystolicProfile
+KINDS: dict[str, type[DeviceProfile]] = {cls.kind: cls for cls in (CpuProfile, GpuProfile, SystolicProfile)}
 
 
-def named_profile(name: str) -> Any:
+def named_profile(name: str) -> DeviceProfile:
     """The profile of a device that comes with this code.
 
     Raises:
@@ -261,12 +282,12 @@ def named_profile(name: str) -> Any:
     return profile_from_dict(DEVICES[name], name)
 
 
-def usual_dtype(profile: Any) -> str:
+def usual_dtype(profile: Profile) -> str:
     """What models are run in on such a device."""
     return "float32" if profile.kind == "cpu" else "float16"
 
 
-def profile_from_dict(values: Mapping[str, Any], where: str = "profile") -> Any:
+def profile_from_dict(values: Mapping[str, object], where: str = "profile") -> DeviceProfile:
     """A profile from plain values, `kind` among them.
 
     Raises:
@@ -278,22 +299,22 @@ def profile_from_dict(values: Mapping[str, Any], where: str = "profile") -> Any:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
-    values = dict(values)
-    kind = values.pop("kind", None)
+    settings: JsonDict = dict(values)
+    kind = settings.pop("kind", None)
     if kind not in KINDS:
         raise ValueError(f"{where}.kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     known = {field.name: field for field in fields(KINDS[kind])}
-    for key, value in values.items():
+    for key, value in settings.items():
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r} for a {kind}; known keys are {', '.join(known)}")
         _check_value(f"{where}.{key}", value, known[key].type)
-    missing = [key for key, field in known.items() if field.default is MISSING and key not in values]
+    missing = [key for key, field in known.items() if field.default is MISSING and key not in settings]
     if missing:
         raise ValueError(f"{where}: a {kind} needs {', '.join(missing)} too")
-    return KINDS[kind](**values)
+    return KINDS[kind](**settings)
 
 
-def _check_value(where: str, value: Any, kind: Any) -> None:
+def _check_value(where: str, value: object, kind: object) -> None:
     if kind is str:
         right, expected = isinstance(value, str), "a text"
     elif kind is bool:
@@ -312,5 +333,5 @@ def _check_value(where: str, value: Any, kind: Any) -> None:
         raise ValueError(f"{where}: expected {expected}, got {value!r}")
 
 
-def _positive(value: Any) -> bool:
+def _positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")

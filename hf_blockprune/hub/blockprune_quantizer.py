@@ -8,7 +8,7 @@ before its tensors are read. Nothing is quantized: the interface only carries th
 import reprlib
 from collections.abc import Iterable
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ from .blockprune_names import by_module, find_linears
 from .blockprune_saving import block_sparse_layers, forget, install, native_class, stored_config
 from .blockprune_storage import DEFAULT_TOKENS, PIECE, least_tokens
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
 
 class BlockPruneHfQuantizer(HfQuantizer):
     """Replaces Linears by `BlockSparseLinear` while a checkpoint loads, and back on `model.dequantize()`."""
@@ -67,13 +69,13 @@ class BlockPruneHfQuantizer(HfQuantizer):
             model.set_submodule(name, _empty_layer(config, stored_name, linears[name], headers))
         self._expected = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs):
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         self._hold_to_expected(model)
         for name, module in block_sparse_layers(model):
             module.check(name)
         choose_storage(model)
         fuse(model)
-        model.is_quantized = False  # no weight is: with it, transformers refuses half() and float()
+        vars(model)["is_quantized"] = False  # no weight is: with it, transformers refuses half() and float()
         if next(block_sparse_layers(model), None):
             self.quantization_config = model.config.quantization_config = stored_config(model)
         return model
@@ -137,7 +139,7 @@ def register() -> None:
 register()
 
 
-def sparsify(model: Any, masks: dict[str, Tensor], block_shape: tuple[int, int]) -> Any:
+def sparsify(model: Model, masks: dict[str, Tensor], block_shape: tuple[int, int]) -> Model:
     """Turn masked Linears of a transformers model into `BlockSparseLinear`, in place.
 
     Args:
@@ -149,14 +151,13 @@ def sparsify(model: Any, masks: dict[str, Tensor], block_shape: tuple[int, int])
         The model, ready for inference, training and `save_pretrained`.
     """
     for name, mask in masks.items():
-        model.set_submodule(name, BlockSparseLinear.from_dense(model.get_submodule(name), mask, block_shape))
+        model.set_submodule(name, BlockSparseLinear.from_dense(_linear(model, name), mask, block_shape))
     choose_storage(model)
     fuse(model)
-    model.hf_quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](stored_config(model), pre_quantized=True)
+    quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](stored_config(model), pre_quantized=True)
+    vars(model).update(hf_quantizer=quantizer, is_quantized=False, quantization_method=QUANT_METHOD)
     update_config(model)
-    model.is_quantized = False
     model.config._is_quantized = True  # attention kernels then ask the config for the dtype, not a Linear
-    model.quantization_method = QUANT_METHOD
     return model
 
 
@@ -199,7 +200,7 @@ def pack_weights(model: nn.Module) -> None:
 
 def update_config(model: Any) -> None:
     """Make a model's config describe its block-sparse layers as they are now."""
-    model.hf_quantizer.quantization_config = model.config.quantization_config = stored_config(model)
+    vars(model)["hf_quantizer"].quantization_config = model.config.quantization_config = stored_config(model)
 
 
 def check_repeated_layers(config: PreTrainedConfig) -> None:
@@ -210,7 +211,7 @@ def check_repeated_layers(config: PreTrainedConfig) -> None:
     """
     for key in ("num_hidden_layers", "num_layers", "depth", "depths"):
         value = vars(config).get(key)
-        counts: Any = value if isinstance(value, (list, tuple)) else [value]
+        counts = value if isinstance(value, (list, tuple)) else [value]
         if sum(count for count in counts if is_count(count)) > MAX_REPEATED_LAYERS:
             raise BlockSparseFormatError(f"{key}: at most {MAX_REPEATED_LAYERS} layers, got {reprlib.repr(value)}")
     for part in vars(config).values():
@@ -219,7 +220,7 @@ def check_repeated_layers(config: PreTrainedConfig) -> None:
 
 
 def match_layers(
-    model: Any, config: BlockPruneQuantizationConfig, headers: dict[str, StoredTensor] | None
+    model: PreTrainedModel, config: BlockPruneQuantizationConfig, headers: dict[str, StoredTensor] | None
 ) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     """Find the block-sparse layers, and compare all that is stored with the config and the architecture.
 
@@ -243,7 +244,7 @@ def match_layers(
     return modules, {} if headers is None else _check_stored(model, config, modules, headers)
 
 
-def _check_cuts(model: Any, config: BlockPruneQuantizationConfig, modules: dict[str, str]) -> None:
+def _check_cuts(model: PreTrainedModel, config: BlockPruneQuantizationConfig, modules: dict[str, str]) -> None:
     """Refuse cuts that do not take as many units from what reads an MLP's hidden features as from what writes them.
 
     Raises:
@@ -253,7 +254,7 @@ def _check_cuts(model: Any, config: BlockPruneQuantizationConfig, modules: dict[
     cut = []  # fc1, fc2, fc1, ... with their sizes
     for name, linear in model.named_modules():
         stored_name = stored_names.get(name, "")
-        if stored_name in getattr(config, "cut", {}):
+        if stored_name in getattr(config, "cut", {}) and isinstance(linear, nn.Linear):
             dense = (linear.out_features, linear.in_features)
             cut.append((stored_name, dense, config.shape_of(stored_name, dense)))
     for fc1, fc2 in zip_longest(cut[::2], cut[1::2]):
@@ -266,10 +267,13 @@ def _check_cuts(model: Any, config: BlockPruneQuantizationConfig, modules: dict[
 
 
 def _check_stored(
-    model: Any, config: BlockPruneQuantizationConfig, modules: dict[str, str], headers: dict[str, StoredTensor]
+    model: PreTrainedModel,
+    config: BlockPruneQuantizationConfig,
+    modules: dict[str, str],
+    headers: dict[str, StoredTensor],
 ) -> dict[str, StoredTensor]:
     """Compare what the files hold with the config and the architecture, before anything is allocated."""
-    linears = {name: model.get_submodule(name) for name in modules.values()}
+    linears = {name: _linear(model, name) for name in modules.values()}
     for stored_name, name in modules.items():
         linear = linears[name]
         check_layer(
@@ -283,6 +287,13 @@ def _check_stored(
     found = by_module(model, headers, [f"{name}.{index}" for name in linears for index in INDEX_NAMES])
     check_allocation(model, found, headers, linears)
     return found
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    """That module, which is known to be a Linear."""
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def _empty_layer(

@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, describes
+from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, JsonDict, describes
 from .blockprune_layers import block_sparse_layers, packed_states
 from .blockprune_layout import BlockSparseFormatError
+from .blockprune_linear import BlockSparseLinear
 from .blockprune_model_cost import hardware_cost
 from .blockprune_names import stored_layer_names, unconverted
 
@@ -50,7 +52,7 @@ def install() -> None:
     cls.__init__ = _refusing(cls.__init__)
 
 
-def stored_config(model: Any, *, original_names: bool = True) -> BlockPruneQuantizationConfig:
+def stored_config(model: PreTrainedModel, *, original_names: bool = True) -> BlockPruneQuantizationConfig:
     """The config that describes a model's block-sparse layers as they will be stored.
 
     Args:
@@ -75,14 +77,14 @@ def stored_config(model: Any, *, original_names: bool = True) -> BlockPruneQuant
     ).with_biases(name for name, module in layers.items() if module.bias is not None)
 
 
-def native_class(model: Any) -> type:
+def native_class(model: nn.Module) -> type:
     """A model's class, or for one of those that come with a checkpoint the class of transformers that it stands for."""
     cls = type(model)
     ours = cls.__module__.rpartition(".")[2] == CODE_MODULE
     return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.")) if ours else cls
 
 
-def forget(config: PreTrainedConfig) -> list[tuple[dict[str, Any], str, Any]]:
+def forget(config: PreTrainedConfig) -> list[tuple[dict[str, object], str, object]]:
     """Take out of a config, and of those in it, what says that layers are block-sparse, in place.
 
     Returns:
@@ -111,16 +113,18 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from _parts(value)
 
 
-def _is_ours(reference: Any) -> bool:
+def _is_ours(reference: object) -> bool:
     """Whether an entry of `auto_map`, "module.Class" or "repository--module.Class", names a class of this code."""
     return isinstance(reference, str) and reference.rpartition("--")[2].startswith(f"{CODE_MODULE}.")
 
 
-def _saving(original: Callable[..., None]) -> Any:
+def _saving(original: Callable[..., None]) -> Callable[..., None]:
     parameters = inspect.signature(original)
 
     @functools.wraps(original)
-    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: object, **kwargs: object
+    ) -> None:
         # Beside adapters no config is written, and no weights of the model's own.
         if getattr(self, "_hf_peft_config_loaded", False):
             return original(self, save_directory, *args, **kwargs)
@@ -128,7 +132,8 @@ def _saving(original: Callable[..., None]) -> Any:
             call = parameters.bind(self, save_directory, *args, **kwargs)
             if (state := call.arguments.get("state_dict")) is not None:
                 call.arguments["state_dict"] = _packed_state(layers, state)
-            with _described(self, original_names=kwargs.get("save_original_format", True)), packed_states(self):
+            original_names = bool(kwargs.get("save_original_format", True))
+            with _described(self, original_names=original_names), packed_states(self):
                 return original(*call.args, **call.kwargs)
         with _undescribed(self.config):
             return original(self, save_directory, *args, **kwargs)
@@ -136,7 +141,7 @@ def _saving(original: Callable[..., None]) -> Any:
     return save_pretrained
 
 
-def _packed_state(layers: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+def _packed_state(layers: dict[str, BlockSparseLinear], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state of a model as it is stored."""
     packed = {**state}
     for name, layer in layers.items():
@@ -145,9 +150,9 @@ def _packed_state(layers: dict[str, Any], state: Mapping[str, Any]) -> dict[str,
     return packed
 
 
-def _building(original: Callable[..., Any]) -> Any:
+def _building(original: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
     @functools.wraps(original)
-    def _from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
+    def _from_config(cls: type[PreTrainedModel], config: object, **kwargs: object) -> PreTrainedModel:
         """A dense model: new weights have no blocks, and its config must not say so."""
         if isinstance(config, PreTrainedConfig) and any(map(describes, _parts(config))):
             config = copy.deepcopy(config)
@@ -157,9 +162,9 @@ def _building(original: Callable[..., Any]) -> Any:
     return _from_config
 
 
-def _refusing(original: Callable[..., None]) -> Any:
+def _refusing(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: PreTrainedModel, config: object, *args: object, **kwargs: object) -> None:
         if isinstance(config, PreTrainedConfig) and describes(config):
             raise BlockSparseFormatError(
                 f"{type(self).__name__}(config): the config is a block-sparse model's, which from_pretrained() loads; "
@@ -182,7 +187,7 @@ def _undescribed(config: PreTrainedConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _described(model: Any, *, original_names: bool) -> Iterator[None]:
+def _described(model: PreTrainedModel, *, original_names: bool) -> Iterator[None]:
     """While it lasts, a model's config describes its block-sparse layers as they are, and saving completes the folder.
 
     The quantizer stands aside meanwhile: with one, transformers saves other tensors than those passed as `state_dict`.
@@ -216,14 +221,16 @@ def _described(model: Any, *, original_names: bool) -> Iterator[None]:
             quantizer.quantization_config = config.quantization_config = described
 
 
-def _save_config(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+def _save_config(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: object
+) -> None:
     """Stands where the config's own `save_pretrained` stood, which transformers calls before it writes the weights."""
     del vars(model.config)["save_pretrained"]
-    model.config.save_pretrained(save_directory, **kwargs)
+    model.config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
     _complete(Path(save_directory), model)
 
 
-def _complete(folder: Path, model: Any) -> None:
+def _complete(folder: Path, model: PreTrainedModel) -> None:
     """Put the code beside a saved config, and in it what leads there."""
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -241,7 +248,7 @@ def _complete(folder: Path, model: Any) -> None:
             shutil.copyfile(source, folder / source.name)
 
 
-def _describe_parts(values: dict[str, Any], config: PreTrainedConfig, model: Any) -> None:
+def _describe_parts(values: JsonDict, config: PreTrainedConfig, model: PreTrainedModel) -> None:
     """Guard a saved config, and describe the layers in those parts of it that a part of the model is loaded by."""
     values["transformers_weights"] = WEIGHTS_GUARD
     sparse = {id(m.config) for m in model.modules() if isinstance(m, PreTrainedModel) and any(block_sparse_layers(m))}
@@ -251,7 +258,7 @@ def _describe_parts(values: dict[str, Any], config: PreTrainedConfig, model: Any
             _describe_parts(values[name], part, model)
 
 
-def _auto_map(model: Any) -> dict[str, str]:
+def _auto_map(model: PreTrainedModel) -> dict[str, str]:
     """For each Auto class of transformers that knows a model's config, the class to load with the code beside it."""
     own = {cls.__name__ for cls in native_class(model).__mro__}
     found = {}

@@ -2,13 +2,16 @@
 
 import copy
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .blockprune_fusion import unfuse
 from .blockprune_layers import block_sparse_layers
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -26,14 +29,14 @@ def skeleton(model: nn.Module) -> Any:
     It is made of the model itself, not of its class and config: constructors may take more than a config. What others
     hooked to the model is neither copied nor called. Names are the model's, but for `COMPILED` in them.
     """
-    tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     tensors += [value for module in model.modules() for value in vars(module).values() if torch.is_tensor(value)]
-    memo: dict[int, Any] = {id(tensor): _weightless(tensor) for tensor in tensors}
+    memo: dict[int, object] = {id(tensor): _weightless(tensor) for tensor in tensors}
     for module in model.modules():
         memo |= {id(hooks): type(hooks)() for name in HOOKS if (hooks := getattr(module, name, None)) is not None}
         if (moving := vars(module).get(MOVING)) is not None:
             memo[id(moving)] = moving  # it may hold the weights
-    made: Any = _uncompiled(deep_copy(model, memo))
+    made = _uncompiled(deep_copy(model, memo))
     for module in made.modules():
         if MOVING in vars(module):  # would move inputs to where the weights lie
             for name in (MOVING, MOVED_FORWARD, "forward"):
@@ -48,7 +51,7 @@ def skeleton(model: nn.Module) -> Any:
     return made.eval()
 
 
-def _uncompiled(module: nn.Module) -> nn.Module:
+def _uncompiled(module: Module) -> Module:
     """A module without what `torch.compile` put around it and its parts, which it changes in place."""
     while COMPILED in module._modules:
         module = getattr(module, COMPILED)
@@ -62,7 +65,7 @@ def _weightless(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def channels_of(config: Any, model: nn.Module | None = None) -> int:
+def channels_of(config: "PreTrainedConfig", model: nn.Module | None = None) -> int:
     """Channels of the images that a model takes: what its config says, or its first convolution, or 3."""
     for holder in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
         for name in CHANNEL_NAMES:
@@ -82,7 +85,7 @@ def replaced_forward(module: nn.Module) -> bool:
     return any(isinstance(getattr(value, "__self__", value), nn.Module) for value in held)
 
 
-def deep_copy(model: Module, memo: dict[int, Any]) -> Module:
+def deep_copy(model: Module, memo: dict[int, object]) -> Module:
     """A deep copy; what a module holds that has none is shared with the original.
 
     Args:
@@ -98,7 +101,7 @@ def deep_copy(model: Module, memo: dict[int, Any]) -> Module:
         return copy.deepcopy(model, memo | {key: shared[key] for key in _without_copy(held, memo)})
 
 
-def _without_copy(held: list[Any], memo: dict[int, Any]) -> set[int]:
+def _without_copy(held: list[object], memo: dict[int, object]) -> set[int]:
     """Ids of values that cannot be copied."""
     found = set()
     for value in held:

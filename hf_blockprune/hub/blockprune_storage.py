@@ -9,7 +9,7 @@ when it is moved, without measuring: processes of one machine shall not differ, 
 import os
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from .blockprune_layout import (
     unpack,
 )
 from .blockprune_reference import LayerArguments
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
 
 VARIABLE, CHOICES = "BLOCKPRUNE_STORAGE", ("auto", "packed", "unpacked")
 DEFAULT_TOKENS = 64  # of configs that do not say how large images are
@@ -61,7 +64,7 @@ def is_best_packed(layer: LayerArguments, in_features: int, tokens: int) -> bool
     return wanted_backend() != "auto" or beats_dense(layer, in_features, tokens)  # a backend that is named shall run
 
 
-def least_tokens(config: Any) -> int | None:
+def least_tokens(config: "PreTrainedConfig") -> int | None:
     """Tokens of one image in the layer of a model that sees fewest; None where its config does not say.
 
     Args:
@@ -132,16 +135,27 @@ def kept_blocks(weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> T
     return blocks
 
 
+class _Context(Protocol):
+    """What `KeptBlocksLearn` leaves for its backward pass; torch makes it."""
+
+    block_shape: tuple[int, int]
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class KeptBlocksLearn(torch.autograd.Function):
     """A weight as it is, the gradient of which is zero outside of the kept blocks."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: _Context, weight: Tensor, mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.block_shape = block_shape
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
         return grads[0] * expand_mask(mask, grads[0].shape, ctx.block_shape), None, None

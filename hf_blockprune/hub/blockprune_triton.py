@@ -9,7 +9,7 @@ knowledge: no value of theirs leads outside of the arrays.
 This file needs triton; the others do without where it is missing.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +168,6 @@ def launch(
     programs = min(tiles, config.per_sm * multiprocessors(x.device) or tiles)
     if not programs:
         return y
-    kernel: Any = block_sparse_linear_kernel  # whose arguments type checkers take for those of a function
     constants = {
         "ROWS": rows,
         "COLS": cols,
@@ -187,7 +186,7 @@ def launch(
         "num_stages": config.stages,
     }
     with torch.cuda.device_of(x):
-        kernel[(programs,)](
+        _started(programs)(
             x,
             layer.weight,
             layer.crow_indices,
@@ -206,6 +205,11 @@ def launch(
             **constants,
         )
     return y
+
+
+def _started(programs: int) -> Callable[..., object]:
+    """Runs so many programs of the kernel; takes options of the compiler too, beside the kernel's arguments."""
+    return block_sparse_linear_kernel[(programs,)]
 
 
 def _contiguous(x: Tensor, cols: int, config: Config) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +179,7 @@ def _device_name(device: torch.device) -> str:
     return f"{name} torch {torch.__version__} triton {version('triton')}"
 
 
-def _milliseconds(run: Callable[[], Any], device: torch.device) -> float | None:
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float | None:
     """Median time of a call, None where the kernel cannot be compiled for the device or needs more than it has."""
     from .blockprune_triton import NOT_FOR_THIS_DEVICE, do_bench
 
@@ -194,8 +193,8 @@ def _milliseconds(run: Callable[[], Any], device: torch.device) -> float | None:
         run()
         return 1000 * (time.perf_counter() - start)
     with torch.cuda.device(device):
-        milliseconds: Any = do_bench(run, warmup=5, rep=20, return_mode="median")
-    return milliseconds
+        # One number, where one of many is asked for.
+        return do_bench(run, warmup=5, rep=20, return_mode="median")  # pyright: ignore[reportReturnType]
 
 
 def _dense_milliseconds(x: Tensor, layer: LayerArguments) -> float:

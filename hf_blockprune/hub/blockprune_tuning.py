@@ -13,9 +13,12 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from huggingface_hub.constants import HF_HOME
+
+if TYPE_CHECKING:
+    from .blockprune_config import JsonDict
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +175,7 @@ def _read(path: Path) -> dict[str, Choice]:
         return {}
 
 
-def _choice(value: dict[str, Any]) -> Choice:
+def _choice(value: "JsonDict") -> Choice:
     """Refuses what the kernel could not take: the file may have been written by anyone."""
     config = Config(**value["config"])
     for size, least in ((config.block_m, 16), (config.block_k, 16), (config.warps, 1)):

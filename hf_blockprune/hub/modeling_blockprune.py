@@ -5,8 +5,6 @@ adds nothing to the native one. Importing this file is what matters: it register
 `from_pretrained` then builds `BlockSparseLinear` modules where the checkpoint's config names them.
 """
 
-from typing import Any
-
 import transformers
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_utils import PreTrainedModel
@@ -21,7 +19,7 @@ class _Native:
     """What makes transformers treat a class that came with a checkpoint as the native one that it is."""
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+    def register_for_auto_class(cls, auto_class: object = "AutoModel") -> None:
         """Nothing: the code beside a checkpoint is written by `blockprune_saving`."""
 
     @classmethod

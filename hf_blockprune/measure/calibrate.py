@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..display.stages import planned, stage
 from ..errors import ModelError
 from ..hub.blockprune_backends import available_backends
-from ..hub.blockprune_cost import ELEMENT_BYTES, Linear
+from ..hub.blockprune_cost import ELEMENT_BYTES, Linear, Profile
 from ..hub.blockprune_linear import BlockSparseLinear
 from ..hub.blockprune_ops import block_sparse_linear
 from ..hub.blockprune_profiles import CpuProfile, GpuProfile
@@ -32,6 +32,7 @@ BLOCK_SHAPES = ((64, 32), (32, 32), (16, 16))
 DENSITIES = (0.2, 0.35, 0.5, 0.8)
 TOKENS = {"cpu": (197, 788), "cuda": (197 * 16, 197 * 64)}
 Case = tuple[Linear, Callable[[], Tensor], Callable[[], Tensor]]  # a layer, and its dense and its sparse product
+FittedProfile: TypeAlias = CpuProfile | GpuProfile  # what is fitted to measurements
 FASTEST = 1e9  # GB/s or FLOPs a cycle where a term has no part in the time
 
 
@@ -44,7 +45,9 @@ class Measurement:
     sparse_ms: float
 
 
-def calibrate(device: str, *, seconds: float = 45.0, name: str | None = None) -> tuple[Any, list[Measurement]]:
+def calibrate(
+    device: str, *, seconds: float = 45.0, name: str | None = None
+) -> tuple[FittedProfile, list[Measurement]]:
     """Measure this machine and fit a profile to it.
 
     Args:
@@ -68,7 +71,7 @@ def calibrate(device: str, *, seconds: float = 45.0, name: str | None = None) ->
             return fit_profile(base, measured), measured
 
 
-def fit_profile(base: Any, measured: list[Measurement]) -> Any:
+def fit_profile(base: FittedProfile, measured: list[Measurement]) -> FittedProfile:
     """The profile with its rates fitted to every other measurement, and its error on the rest.
 
     Args:
@@ -77,12 +80,11 @@ def fit_profile(base: Any, measured: list[Measurement]) -> Any:
     """
     order = np.random.default_rng(0).permutation(len(measured))
     fitted_to, held_out = ([measured[i] for i in part] for part in (order[::2], order[1::2]))
-    fit: Any = fit_cpu if isinstance(base, CpuProfile) else fit_gpu
-    fitted = fit(base, fitted_to)
+    fitted = fit_cpu(base, fitted_to) if isinstance(base, CpuProfile) else fit_gpu(base, fitted_to)
     return replace(fitted, held_out_error=round(prediction_error(fitted, held_out), 4))
 
 
-def prediction_error(profile: Any, measured: list[Measurement]) -> float:
+def prediction_error(profile: Profile, measured: list[Measurement]) -> float:
     """Mean relative error of the sparse latencies, and of the dense ones, together."""
     pairs = [(profile.sparse(m.work).latency_ms, m.sparse_ms) for m in measured]
     pairs += [(profile.dense(m.work).latency_ms, m.dense_ms) for m in measured]
@@ -90,7 +92,7 @@ def prediction_error(profile: Any, measured: list[Measurement]) -> float:
     return mape(predicted, true)
 
 
-def rank_correlation(profile: Any, measured: list[Measurement]) -> float:
+def rank_correlation(profile: Profile, measured: list[Measurement]) -> float:
     """Spearman's, of predicted and measured sparse latencies."""
     predicted = np.array([profile.sparse(m.work).latency_ms for m in measured])
     ranks = [values.argsort().argsort() for values in (predicted, np.array([m.sparse_ms for m in measured]))]
@@ -183,7 +185,7 @@ def _prepared(case: Case) -> Case:
     return case
 
 
-def _chosen(device: str) -> list[tuple[Any, ...]]:
+def _chosen(device: str) -> list[tuple[int, tuple[int, int], tuple[int, int], float]]:
     """A third of all cases, spread over shapes, blocks and densities."""
     return list(product(TOKENS[device], SHAPES, BLOCK_SHAPES, DENSITIES))[::3]
 

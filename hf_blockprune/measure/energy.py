@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -59,7 +58,7 @@ def energy_counter(device: torch.device | str) -> Counter | None:
 
 
 def measure_energy(
-    run: Callable[[], Any],
+    run: Callable[[], object],
     counter: Counter,
     *,
     seconds: float = 5.0,

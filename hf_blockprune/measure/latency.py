@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
@@ -16,15 +16,33 @@ from ..model.modes import evaluating
 from ..runs.environment import machine_of
 from .stopwatch import by_turns, median, ratio
 
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+    from ..hub.blockprune_linear import BlockSparseLinear
+    from ..types import JsonDict
+
+
+class LatencyRow(TypedDict):
+    """Times at one batch size, see `measure_latency`."""
+
+    batch: int
+    dense_latency_ms: float
+    latency_ms: float
+    dense_throughput_img_s: float
+    throughput_img_s: float
+    speedup: float
+    speedup_quartiles: list[float]
+
 
 def measure_latency(
-    pruned: Any,
-    dense: Any = None,
+    pruned: "PreTrainedModel",
+    dense: "PreTrainedModel | None" = None,
     *,
     image_size: tuple[int, int],
     batch_sizes: tuple[int, ...] = (1,),
     seconds: float = 10.0,
-) -> dict[str, Any]:
+) -> "JsonDict":
     """Time forward passes of both models by turns, so that what disturbs the machine disturbs both.
 
     Args:
@@ -41,8 +59,11 @@ def measure_latency(
         `throughput_img_s`, and `speedup`, the median of each turn's ratio, with its quartiles `speedup_quartiles`.
     """
     device, dtype = next((p.device, p.dtype) for p in pruned.parameters())
-    dense = copied(pruned).dequantize() if dense is None else dense
-    models = {"dense": dense.to(device, dtype), "pruned": pruned}
+    if dense is None:
+        dense = copied(pruned)
+        dense.dequantize()
+    models: dict[str, nn.Module] = {"dense": dense, "pruned": pruned}
+    models["dense"].to(device, dtype)
     rows, pixels = [], torch.empty(0)
     total = seconds * len(batch_sizes)
     with stage("benchmark", total, unit="s", undisturbed=True) as bar, evaluating(*models.values()):
@@ -55,7 +76,7 @@ def measure_latency(
 @torch.inference_mode()
 def _row(
     models: dict[str, nn.Module], pixels: torch.Tensor, seconds: float, on_round: Callable[[float], None]
-) -> dict[str, Any]:
+) -> LatencyRow:
     contestants = {name: lambda model=model: model(pixel_values=pixels) for name, model in models.items()}
     times = by_turns(contestants, seconds=seconds, device=pixels.device.type, on_round=on_round)
     speedup, quartiles = ratio(times, "dense", "pruned")
@@ -76,7 +97,7 @@ def _backends(model: nn.Module, pixels: torch.Tensor) -> dict[str, int]:
     """Number of layers by the backend that multiplies with them."""
     found: Counter[str] = Counter()
 
-    def note(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def note(module: "BlockSparseLinear", inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         unpacked = module.weight.dim() == 2
         found["unpacked" if unpacked else choose_backend(inputs[0], module.arguments())] += 1
 

@@ -2,10 +2,10 @@
 
 import statistics
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import ConfigError
@@ -60,41 +60,42 @@ def whole_batches(model: nn.Module) -> nn.Module:
 class _InParts:
     """A model's forward pass, part by part."""
 
-    def __init__(self, whole: Callable[..., Any], images: int | Literal["auto"]) -> None:
+    def __init__(self, whole: Callable[..., object], images: int | Literal["auto"]) -> None:
         self.whole = whole
         self._images = images
         self._fastest: dict[tuple[torch.device, torch.dtype, torch.Size], int] = {}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         if args and INPUT not in kwargs:
             args, kwargs = args[1:], {INPUT: args[0], **kwargs}
         pixels = kwargs.get(INPUT)
-        if pixels is None or args or kwargs.get("labels") is not None or torch.is_grad_enabled():
+        if not isinstance(pixels, Tensor) or args or kwargs.get("labels") is not None or torch.is_grad_enabled():
             return self.whole(*args, **kwargs)
-        images = self._images if isinstance(self._images, int) else self._measured(kwargs)
-        return self.whole(**kwargs) if len(pixels) <= images else self._run(kwargs, images)
+        images = self._images if isinstance(self._images, int) else self._measured(pixels, kwargs)
+        return self.whole(**kwargs) if len(pixels) <= images else self._run(pixels, kwargs, images)
 
-    def _run(self, kwargs: dict[str, Any], images: int) -> Any:
-        outputs = [self.whole(**{**kwargs, INPUT: part}) for part in kwargs[INPUT].split(images)]
+    def _run(self, pixels: Tensor, kwargs: dict[str, object], images: int) -> object:
+        outputs = [self.whole(**{**kwargs, INPUT: part}) for part in pixels.split(images)]
         structure = tree_flatten(outputs[0])[1]
         leaves = zip(*(tree_flatten(output)[0] for output in outputs), strict=True)
         return tree_unflatten([_joined(parts) for parts in leaves], structure)
 
-    def _measured(self, kwargs: dict[str, Any]) -> int:
+    def _measured(self, pixels: Tensor, kwargs: dict[str, object]) -> int:
         """Images of the parts that are fastest for batches like this one."""
-        pixels = kwargs[INPUT]
         key = (pixels.device, pixels.dtype, pixels.shape)
         if key not in self._fastest:
             sizes = [len(pixels), *(size for size in PARTS if size < len(pixels))]
             for size in sizes:  # compiles, and prepares kernels
-                self._run(kwargs, size)
+                self._run(pixels, kwargs, size)
             times: dict[int, list[float]] = {size: [] for size in sizes}
             for _ in range(ROUNDS):
                 for size in sizes:
-                    times[size].append(milliseconds(lambda size=size: self._run(kwargs, size), pixels.device))
+                    times[size].append(milliseconds(lambda size=size: self._run(pixels, kwargs, size), pixels.device))
             self._fastest[key] = min(sizes, key=lambda size: statistics.median(times[size]))
         return self._fastest[key]
 
 
-def _joined(parts: tuple[Any, ...]) -> Any:
-    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0]
+def _joined(parts: tuple[object, ...]) -> object:
+    """The same output of all parts, in one."""
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return torch.cat(tensors) if len(tensors) == len(parts) else parts[0]

@@ -3,12 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 
-def milliseconds(run: Callable[[], Any], device: torch.device | str) -> float:
+def milliseconds(run: Callable[[], object], device: torch.device | str) -> float:
     """How long a call takes from start to end; work that the device had before is waited for first."""
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
@@ -21,7 +20,7 @@ def milliseconds(run: Callable[[], Any], device: torch.device | str) -> float:
 
 
 def by_turns(
-    contestants: dict[str, Callable[[], Any]],
+    contestants: dict[str, Callable[[], object]],
     *,
     seconds: float,
     rounds: int = 5,
@@ -60,16 +59,16 @@ def share_done(start: float, seconds: float, done: int, rounds: int) -> float:
     return min(1.0, done / rounds, passed / seconds if seconds else 1.0)
 
 
-def _on_cpu(run: Callable[[], Any]) -> float:
+def _on_cpu(run: Callable[[], object]) -> float:
     before = time.perf_counter()
     run()
     return 1000 * (time.perf_counter() - before)
 
 
-def _on_gpu() -> Callable[[Callable[[], Any]], float]:
+def _on_gpu() -> Callable[[Callable[[], object]], float]:
     cache = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
 
-    def timed(run: Callable[[], Any]) -> float:
+    def timed(run: Callable[[], object]) -> float:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         cache.zero_()
         before.record()
