@@ -20,7 +20,7 @@ from typing import Any
 import _root  # noqa: F401
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
 from benchmarks.kernels import torch_bsr
@@ -95,7 +95,9 @@ def models(options: argparse.Namespace):
         yield arch, dense.to(dtype), sparse.to(dtype), details
 
 
-def random_pair(arch: str, shape: tuple[int, int], sparsity: float, **changes: Any) -> tuple[nn.Module, nn.Module]:
+def random_pair(
+    arch: str, shape: tuple[int, int], sparsity: float, **changes: Any
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A dense and a pruned model with random weights; blocks are removed at random places.
 
     Args:

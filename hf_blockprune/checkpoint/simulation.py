@@ -4,9 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Protocol
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ..cost.device_cost import usual_dtype
 from ..cost.profiles import load_profile
@@ -16,21 +14,18 @@ from ..errors import ConfigError, ModelError
 from ..hub.blockprune_cost import Cost, Linear, Profile, layer_cost, other_cost
 from ..hub.blockprune_flops import UncountableError
 from ..hub.blockprune_model_cost import hardware_cost, linear_works
-from ..hub.blockprune_profiles import DeviceError, SystolicProfile
+from ..hub.blockprune_profiles import ArraySettings, DeviceError, SystolicProfile
 from ..hub.blockprune_systolic import weights_kept
 from ..types import JsonDict
 from .fetching import checkpoint_folder
 from .inspection import StoredLayer, StoredModel, open_checkpoint
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # What cards tell of, with the images of a pass.
 CARD_DEVICES = {"cpu-avx512": 1, "h100-sxm": 64, "systolic-32": 1}
 CARD_VALUES = ("device", "batch", "dtype", "latency_ms", "dense_latency_ms", "speedup", "energy_ratio")
-
-
-class Device(Profile, Protocol):
-    """A device's profile."""
-
-    kind: ClassVar[str]  # one of `blockprune_profiles.KINDS`
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class Simulation:
         rest: cost of all other parts, Linears that were not pruned among them.
     """
 
-    device: Device
+    device: Profile
     batch: int
     dtype: str
     layers: list[LayerSimulation]
@@ -185,7 +180,7 @@ def simulate_checkpoint(
     return simulate_stored(stored, profile, batch, dtype).to_dict()
 
 
-def simulate_stored(stored: StoredModel, profile: Device, batch: int = 1, dtype: str | None = None) -> Simulation:
+def simulate_stored(stored: StoredModel, profile: Profile, batch: int = 1, dtype: str | None = None) -> Simulation:
     """What a checkpoint that was opened takes; arguments are those of `simulate_checkpoint`.
 
     Raises:
@@ -203,7 +198,7 @@ def simulate_stored(stored: StoredModel, profile: Device, batch: int = 1, dtype:
     return Simulation(profile, batch, dtype, layers, rest)
 
 
-def load_devices(devices: Mapping[str, int] | Mapping[str | Path, int]) -> list[tuple[Device, int]]:
+def load_devices(devices: Mapping[str, int] | Mapping[str | Path, int]) -> list[tuple[Profile, int]]:
     """(profile, images of a pass) of devices by name or file.
 
     Raises:
@@ -212,7 +207,7 @@ def load_devices(devices: Mapping[str, int] | Mapping[str | Path, int]) -> list[
     return [(load_profile(device), batch) for device, batch in devices.items()]
 
 
-def predictions(stored: StoredModel, devices: Iterable[tuple[Device, int]], keys: Iterable[str]) -> list[JsonDict]:
+def predictions(stored: StoredModel, devices: Iterable[tuple[Profile, int]], keys: Iterable[str]) -> list[JsonDict]:
     """Some of what `simulate_checkpoint` says of a checkpoint on several devices, each in its usual dtype.
 
     Args:
@@ -242,8 +237,8 @@ def predict_checkpoint(stored: StoredModel) -> list[JsonDict]:
 
 
 def predict(
-    model: nn.Module,
-    device: Device | str | Path,
+    model: "PreTrainedModel",
+    device: Profile | str | Path,
     *,
     batch: int = 1,
     dtype: str | None = None,
@@ -271,7 +266,7 @@ def predict(
         raise ConfigError(str(error)) from None
 
 
-def _profile(device: str | Path, **changes: str | bool | int | None) -> Device:
+def _profile(device: str | Path, **changes: str | bool | int | None) -> Profile:
     """A profile, with what was given of a systolic array instead of its own."""
     profile = load_profile(device)
     wanted = {key: value for key, value in changes.items() if value is not None}
@@ -286,12 +281,12 @@ def _profile(device: str | Path, **changes: str | bool | int | None) -> Device:
     return replace(profile, **wanted)
 
 
-def _array(profile: Device) -> JsonDict | None:
+def _array(profile: Profile) -> ArraySettings | None:
     """What `Array` takes; None of another device."""
     return profile.array if isinstance(profile, SystolicProfile) else None
 
 
-def _layer(profile: Device, layer: StoredLayer, tokens: int, dtype: str) -> LayerSimulation:
+def _layer(profile: Profile, layer: StoredLayer, tokens: int, dtype: str) -> LayerSimulation:
     """A layer pruned and dense; cut rows and columns make the pruned one smaller."""
     outputs, inputs = layer.values["stored_shape"]
     rows, cols = layer.values["block_shape"]

@@ -10,7 +10,7 @@ from ..cost.flops import count_flops
 from ..model.copying import copied
 from ..report.masks import add_cuts, describe_masks
 from ..report.values import LATER, BudgetReport, FinetuningReport, MaskReport, Report
-from ..runs.environment import environment
+from ..runs.environment import Environment, environment
 from ..types import JsonDict
 from .gradual import cut_unused, masks_of, uncut
 from .training import Finetuning
@@ -29,7 +29,7 @@ class _Described(TypedDict):
     calibration: None
     recovery: None
     seconds: dict[str, float]
-    environment: JsonDict
+    environment: Environment
 
 
 def with_finetuning(report: Report | None, run: Finetuning, config: BlockPruneConfig, name: str) -> Report:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from torch import nn
 
@@ -14,7 +14,7 @@ def is_block_sparse(module: nn.Module) -> TypeGuard[BlockSparseLinear]:
     return type(module).__name__ == BlockSparseLinear.__name__
 
 
-def block_sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def block_sparse_layers(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:
     """(name, module) of every block-sparse layer, also of one made by another copy of this code."""
     for name, module in model.named_modules():
         if is_block_sparse(module):

@@ -7,7 +7,7 @@ Which blocks are kept is read off the layers themselves, packed or not.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def hardware_cost(
-    self: Any,
+    self: "PreTrainedModel",
     device: str | Mapping[str, object] | Profile,
     *,
     batch: int = 1,

@@ -8,7 +8,7 @@ nothing of blocks: block-sparse layers are stored one by one, as the model has t
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -95,7 +95,7 @@ def stored_layer_names(model: PreTrainedModel, names: Collection[str]) -> dict[s
     return {owner[id(weight)]: key.removesuffix(".weight") for key, weight in stored.items()}
 
 
-def unstorable(model: Any, names: Collection[str]) -> list[str]:
+def unstorable(model: PreTrainedModel, names: Collection[str]) -> list[str]:
     """Those layers, by module name, of which a block-sparse form would not be found again under its stored name."""
     tensors = (*TENSOR_NAMES, "bias")
     stored = stored_layer_names(model, names)

@@ -8,7 +8,7 @@ before its tensors are read. Nothing is quantized: the interface only carries th
 import reprlib
 from collections.abc import Iterable
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +198,7 @@ def pack_weights(model: nn.Module) -> None:
             layer.pack_weight()
 
 
-def update_config(model: Any) -> None:
+def update_config(model: PreTrainedModel) -> None:
     """Make a model's config describe its block-sparse layers as they are now."""
     vars(model)["hf_quantizer"].quantization_config = model.config.quantization_config = stored_config(model)
 

@@ -2,7 +2,7 @@
 
 import copy
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ NO_COPY = (TypeError, RuntimeError, NotImplementedError, copy.Error)  # what is 
 OWN = ("_parameters", "_buffers", "_modules")  # are a copy's own in any case
 
 
-def skeleton(model: nn.Module) -> Any:
+def skeleton(model: Module) -> Module:
     """A copy of a model on the meta device, block-sparse layers dense, in evaluation mode; no weight is copied.
 
     It is made of the model itself, not of its class and config: constructors may take more than a config. What others

@@ -3,7 +3,7 @@
 Everything that compares two models, or asks what a layer is worth, reads answers here.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..cost.flops import dry_run, dtype_of, image_size
 from ..errors import ModelError
 from ..hub.blockprune_skeleton import skeleton
+from ..types import JsonDict
 from .tasks import Regression, Task, task_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def has_scores(output: object) -> bool:
     return torch.is_tensor(logits) and logits.dim() == 2
 
 
-def classifies(model: nn.Module, processing: Any = None) -> bool:
+def classifies(model: "PreTrainedModel", processing: JsonDict | None = None) -> bool:
     """Whether a model gives scores of classes; it does not run itself.
 
     Args:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import BlockPruneConfig
@@ -66,7 +67,7 @@ def find_targets(
     return targets
 
 
-def check_storable(model: nn.Module, names: Collection[str]) -> None:
+def check_storable(model: PreTrainedModel, names: Collection[str]) -> None:
     """Refuse layers that could be pruned but not saved, before any long work is begun.
 
     Raises:

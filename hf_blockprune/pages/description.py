@@ -11,10 +11,11 @@ from ..checkpoint.fetching import checkpoint_folder
 from ..checkpoint.folder import RECIPE_FILE, REPORT_FILE, read_json
 from ..checkpoint.inspection import StoredModel, describe_checkpoint, open_checkpoint
 from ..checkpoint.measurements import KINDS, files_fingerprint
-from ..checkpoint.simulation import CARD_DEVICES, Device, load_devices, predictions
+from ..checkpoint.simulation import CARD_DEVICES, load_devices, predictions
 from ..errors import ModelError
 from ..evaluate.intervals import wilson_interval
 from ..evaluate.scores import SCORES, score_text
+from ..hub.blockprune_cost import Profile
 from ..report.measured import Measurements
 from ..stored_values import StoredValues, flat, short
 from ..types import JsonDict
@@ -160,7 +161,7 @@ def _is_stale(made: JsonDict, folder: Path) -> bool:
     return known != files_fingerprint(folder)
 
 
-def _predict(stored: StoredModel, profiles: list[tuple[Device, int]]) -> tuple[list[JsonDict], str | None]:
+def _predict(stored: StoredModel, profiles: list[tuple[Profile, int]]) -> tuple[list[JsonDict], str | None]:
     """(what the model takes on each device, None), or (nothing, why the cost model cannot tell)."""
     try:
         return predictions(stored, profiles, PREDICTED), None

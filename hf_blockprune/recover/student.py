@@ -41,7 +41,7 @@ def dense_copy(model: Model) -> Model:
     unfuse(student)
     for name, module in list(block_sparse_layers(student)):
         linear = module.to_dense()
-        removed = ~expand_mask(module.mask(), tuple(linear.weight.shape), module.block_shape)
+        removed = ~expand_mask(module.mask(), (linear.out_features, linear.in_features), module.block_shape)
         student.set_submodule(name, linear)
         linear.weight.register_hook(lambda grad, removed=removed: grad.masked_fill(removed, 0))
         register_parametrization(linear, "weight", _Scaled(linear.weight.detach()))

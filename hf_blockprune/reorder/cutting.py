@@ -1,6 +1,6 @@
 """Hidden units that pruning left without a writer and a reader, cut out of the shapes themselves."""
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..hub.blockprune_linear import BlockSparseLinear
 from ..hub.blockprune_quantizer import update_config
@@ -8,7 +8,7 @@ from ..model.structure import TransformerLayer
 from ..score.blocks import used_units
 
 
-def cut_hidden_units(model: nn.Module, layers: list[TransformerLayer]) -> dict[str, int]:
+def cut_hidden_units(model: PreTrainedModel, layers: list[TransformerLayer]) -> dict[str, int]:
     """Cut units of the MLPs whose fc1 rows and fc2 columns hold no block (see `used_units`); the function stays.
 
     Args:

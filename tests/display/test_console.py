@@ -15,7 +15,7 @@ from tests.terminals import terminal
 
 PRINT = """
 import json, sys
-from hf_blockprune import tables
+from hf_blockprune.report import tables
 from hf_blockprune.display.console import table_console
 for name, arguments in json.load(open(sys.argv[1])):
     table_console().print(getattr(tables, name)(*arguments))

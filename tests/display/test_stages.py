@@ -196,9 +196,9 @@ def test_of_two_processes_one_has_a_display(launch, job, tmp_path):
 LOOP = f"""
 import logging, sys, time, types, warnings
 package = sys.modules["hf_blockprune"] = types.ModuleType("hf_blockprune")
-package.__path__ = [{str(Path(display.__file__).parent)!r}]
+package.__path__ = [{str(Path(display.__file__).parents[1])!r}]
 import transformers
-from hf_blockprune.display import planned, stage
+from hf_blockprune.display.stages import planned, stage
 """
 SHORT = f"""{LOOP}
 with planned(["first", "second"]):

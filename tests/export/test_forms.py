@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_nothing(forks, pruned, tmp_path):
     script = f"""
 import resource, signal, sys
 from hf_blockprune import CheckpointError
-from hf_blockprune.export import export_checkpoint
+from hf_blockprune.export.forms import export_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
