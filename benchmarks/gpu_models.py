@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.end_to_end import random_pair
 from benchmarks.timing import recorded
@@ -58,8 +59,10 @@ class Case:
 @torch.no_grad()
 def model_row(size: Size, case: Case) -> dict[str, Any]:
     """Times of a dense and a pruned model, the memory of each, and the energy that an image takes."""
-    pair = random_pair(case.arch, case.block_shape, case.sparsity, **size.changes)
-    models = {name: model.to(getattr(torch, case.dtype)) for name, model in zip(("dense", "sparse"), pair, strict=True)}
+    pair: tuple[nn.Module, nn.Module] = random_pair(case.arch, case.block_shape, case.sparsity, **size.changes)
+    models: dict[str, nn.Module] = {
+        name: model.to(getattr(torch, case.dtype)) for name, model in zip(("dense", "sparse"), pair, strict=True)
+    }
     pixels = pixels_for(models["dense"], case.batch, size.device)
     row: dict[str, Any] = {"arch": case.arch, "op": "model", "batch": case.batch, "m": size.tokens * case.batch}
     row |= {"k": None, "n": None, "block_shape": list(case.block_shape), "sparsity": case.sparsity, "dtype": case.dtype}

@@ -59,7 +59,7 @@ def load(pruned: str, dense: str) -> dict[str, BlockPruner]:
     for name, model in zip((dense, pruned), models.values(), strict=True):
         if not classifies(model.model, model.processor.to_dict()) or task_of(model.model.config).problem != SINGLE:
             raise ModelError(f"{name} does not tell the one class of a picture, which is what this page shows")
-    labels = [model.model.config.id2label for model in models.values()]
+    labels = [model.model.config.id2label or {} for model in models.values()]
     if labels[0] != labels[1]:
         raise ModelError(
             f"{dense} and {pruned} know other classes ({len(labels[0])} and {len(labels[1])}); name the dense model "

@@ -14,6 +14,7 @@ from .checks import check_whole as _check_whole
 from .checks import is_number as _is_number
 from .checks import refuse as _refuse
 from .errors import ConfigError
+from .files import partial_file
 from .score.methods import METHODS, Method, MethodName, find_method, names_where, quoted
 from .settings_file import OLD_DENSITY, read_settings, with_todays_budgets
 from .types import JsonDict
@@ -382,7 +383,8 @@ class BlockPruneConfig:
         """Write JSON for a `.json` name and YAML for any other."""
         path = Path(path)
         values = self.to_dict()
-        if path.suffix == ".json":
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        else:
-            path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        text = (
+            json.dumps(values, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(values, sort_keys=False)
+        )
+        with partial_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")

@@ -47,8 +47,11 @@ ORDER = (
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
 PURE = (
     "score/blocks",
-    "score/saliency",
+    "score/magnitude",
+    "score/obs",
     "score/statistics",
+    "score/taylor",
+    "score/trace",
     "choose/allocation",
     "refit/solve",
     "reorder/hidden",
@@ -296,5 +299,5 @@ def test_a_version_that_cannot_be_extended_is_warned_of(monkeypatch):
 def test_deciding_what_to_remove_loads_no_training_libraries():
     """Read from its files alone, without the package's __init__, which imports everything else."""
     stub = f"import types; p = types.ModuleType('{NAME}'); p.__path__ = [{str(PACKAGE)!r}]; sys.modules['{NAME}'] = p"
-    loaded = modules_after(f"{stub}\nimport {NAME}.score.saliency, {NAME}.choose.allocation, {NAME}.refit.solve")
+    loaded = modules_after(f"{stub}\nimport {NAME}.score.obs, {NAME}.choose.allocation, {NAME}.refit.solve")
     assert loaded & {"transformers", "datasets", "accelerate", "huggingface_hub"} == set()

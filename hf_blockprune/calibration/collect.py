@@ -70,19 +70,15 @@ def collect(
     model.to(accelerator.device)
     if not gradients:
         images = images.without_labels()
-    shape = block_shape if gradients else None
-    accumulators = {
-        name: Accumulator(name, linear, moments=moments or fisher, fisher=fisher, block_shape=shape)
-        for name, linear in targets.items()
-    }
+    wanted = {"moments": moments or fisher, "fisher": fisher, "block_shape": block_shape if gradients else None}
+    accumulators = {name: Accumulator(name, linear, **wanted) for name, linear in targets.items()}
     corrupt = CorruptImages(images.name)
     total = num_batches(images, batch_size, accelerator.num_processes)
     running = RunningSums(state, accumulators, corrupt, total)
     done = running.restore()
     options = {"batch_size": batch_size, "accelerator": accelerator, "model_config": model.config}
     stream = batches(images, processor, skip=done, **options)
-    several = images.labelled is not None and images.labelled.listed
-    run = _Pass(model, accumulators, gradients=gradients or fisher, several=several, seed=seed)
+    run = _Pass(model, accumulators, gradients=gradients or fisher, several=images.has_lists, seed=seed)
     with stage("calibration", total, unit="batches", initial=done) as bar, _hooked(accumulators), _frozen(model):
         for number, batch in enumerate(bar.over(stream), done + 1):
             corrupt.count(batch)

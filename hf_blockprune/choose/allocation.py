@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError
-from ..score.saliency import RemovalTrace
+from ..score.trace import RemovalTrace
 
 TOLERANCE = 0.005  # how far the reached budget may lie from the asked one
 BISECTIONS = 30

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import BudgetError
-from ..score.saliency import RemovalTrace
+from ..score.trace import RemovalTrace
 from .allocation import Allocation, CostBudget
 from .budgets import ModelBudget
 

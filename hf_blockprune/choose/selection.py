@@ -16,8 +16,8 @@ from ..display.stages import stage
 from ..errors import BudgetError
 from ..model.structure import TransformerLayer, find_transformer_layers
 from ..runs.timing import timed
-from ..score.saliency import RemovalTrace
 from ..score.statistics import LayerStatistics
+from ..score.trace import RemovalTrace
 from .allocation import Allocation, CostBudget, allocate
 from .budgets import ModelBudget, block_power
 from .coupling import correct, drop_unused

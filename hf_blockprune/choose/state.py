@@ -5,7 +5,7 @@ import torch
 from ..calibration.state import CALIBRATION
 from ..reorder.state import MOVES, ORDER
 from ..runs.resume import KeptParts
-from ..score.saliency import RemovalTrace
+from ..score.trace import RemovalTrace
 
 SELECTION = "selection"
 TRACE, LOSS = "trace", "loss"

@@ -12,8 +12,8 @@ from ..config import BlockPruneConfig
 from ..display.stages import Stage, stage
 from ..errors import ModelError
 from ..score.methods import TraceSettings
-from ..score.saliency import RemovalTrace, gone_first
 from ..score.statistics import LayerStatistics
+from ..score.trace import RemovalTrace, gone_first
 from .state import SelectionState
 
 if TYPE_CHECKING:

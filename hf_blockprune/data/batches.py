@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict, cast
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from ..errors import DataError, first_names
 from ..hub.blockprune_skeleton import channels_of
 from ..model.tasks import NO_LABEL
 from ..sources.columns import label_of
+from ..sources.items import Record
 from ..sources.pictures import BROKEN, decode_image, name_of, stored_pixels
 from ..sources.reading import read_errors, reason
 from ..types import ImageProcessor
@@ -127,6 +128,13 @@ class CorruptImages:
             )
 
 
+class Numbered(NamedTuple):
+    """What a data set holds of one image, with its position there."""
+
+    position: int
+    record: Record
+
+
 class _Collate:
     """Decodes and preprocesses records; leaves out, and names, what cannot be decoded."""
 
@@ -137,11 +145,11 @@ class _Collate:
         self.model_input = images.model_input or ModelInput(channels_of(model_config))
         self.decode = replace(images.decoding, channels=self.model_input.channels)
 
-    def __call__(self, records: list[dict[str, Any]]) -> Batch:
-        found = {record["index"]: self._seen(record) for record in records}
+    def __call__(self, records: list[Numbered]) -> Batch:
+        found = {position: self._seen(position, record) for position, record in records}
         broken = [image for image in found.values() if isinstance(image, Broken)]
-        whole = [record for record in records if not isinstance(found[record["index"]], Broken)]
-        index = [record["index"] for record in whole]
+        whole = [record for position, record in records if not isinstance(found[position], Broken)]
+        index = [position for position, image in found.items() if not isinstance(image, Broken)]
         batch: Batch = {
             "labels": self._labels(whole),
             "index": torch.tensor(index, dtype=torch.int64),
@@ -153,15 +161,15 @@ class _Collate:
             self.model_input.check(batch["pixel_values"], self.images.name)
         return batch
 
-    def _labels(self, records: list[dict[str, Any]]) -> Tensor:
+    def _labels(self, records: list[Record]) -> Tensor:
         if self.labels is None or self.images.labelled is None or not records:
             return torch.full((len(records),), NO_LABEL)
         column = self.images.labelled.name
         return self.labels.tensor([label_of(record, column) for record in records])
 
-    def _seen(self, record: dict[str, Any]) -> _Seen:
+    def _seen(self, position: int, record: Record) -> _Seen:
         """A record's image: its pixels where they are known, else as the processor takes it, or why there is none."""
-        kept, position = self.images.kept, record["index"]
+        kept = self.images.kept
         if kept is not None and position in kept:
             return kept[position]
         stored = record[self.images.image_column]
@@ -189,7 +197,7 @@ class _Collate:
         return stacked([pixels[position] for position in images], self.images.name)
 
 
-class _Indexed(torch.utils.data.Dataset):
+class _Indexed(torch.utils.data.Dataset[Numbered]):
     """Records of a map-style data set with their position; of what is known of an image nothing is read again."""
 
     def __init__(self, images: ImageSet) -> None:
@@ -198,12 +206,12 @@ class _Indexed(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Numbered:
         known = self.images.labelled is None and self.images.kept is not None and index in self.images.kept
-        return {"index": index} if known else {**self.images.dataset[index], "index": index}
+        return Numbered(index, {} if known else self.images.dataset[index])
 
 
-class _Stream(torch.utils.data.IterableDataset):
+class _Stream(torch.utils.data.IterableDataset[Numbered]):
     """A process's records of a stream, with their position in all of it.
 
     Every process reads the whole stream and takes each `world`th batch, as of a map-style data set: shards shared out
@@ -213,17 +221,17 @@ class _Stream(torch.utils.data.IterableDataset):
     def __init__(self, images: ImageSet, batch_size: int, rank: int, world: int, skip: int = 0) -> None:
         self.images, self.batch_size, self.rank, self.world, self.skip = images, batch_size, rank, world, skip
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Numbered]:
         kept, most = self.images.kept, self.images.most
         known = None if kept is None or self.images.labelled is not None else kept.length(most)
         mine = None if known is None else [index for index in range(known) if self._is_mine(index)]
         if kept is not None and mine is not None and all(index in kept for index in mine):
-            yield from ({"index": index} for index in mine)
+            yield from (Numbered(index, {}) for index in mine)
             return
         count = 0
         for count, record in enumerate(self._records(), 1):
             if self._is_mine(count - 1):
-                yield {**record, "index": count - 1}
+                yield Numbered(count - 1, record)
         if kept is not None:
             kept.was_read(count, ended=most is None or count < most)
 
@@ -231,7 +239,7 @@ class _Stream(torch.utils.data.IterableDataset):
         round_, turn = divmod(index // self.batch_size, self.world)
         return turn == self.rank and round_ >= self.skip
 
-    def _records(self) -> Iterator[dict[str, Any]]:
+    def _records(self) -> Iterator[Record]:
         records = iter(self.images.dataset)
         # `take` would read one image more before it stops, and with it perhaps a shard.
         for index in itertools.count() if self.images.most is None else range(self.images.most):

@@ -3,10 +3,10 @@
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -138,7 +138,7 @@ class ClassNames:
         return {synset: next(iter(indices)) for synset, indices in found.items() if len(indices) == 1}
 
 
-def _indices(label2id: Any, count: int) -> dict[str, int]:
+def _indices(label2id: Mapping[str, int] | None, count: int) -> dict[str, int]:
     """Class indices by name, without what is none."""
     found = {}
     for name, index in (label2id or {}).items():

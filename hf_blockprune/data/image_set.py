@@ -61,6 +61,11 @@ class ImageSet:
         return None if self.labelled is None else self.labelled.name
 
     @property
+    def has_lists(self) -> bool:
+        """Whether its labels are lists."""
+        return self.labelled is not None and self.labelled.listed
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes by index, where the data set knows them."""
         return None if self.labelled is None else self.labelled.class_names

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Labels:
         values = [self(label) for label in labels]
         return torch.tensor(values, dtype=torch.int64 if self.task.problem == SINGLE else torch.float32)
 
-    def __call__(self, label: object) -> Any:
+    def __call__(self, label: object) -> int | list[float]:
         """A class index, or numbers by output.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch.utils.data import DataLoader
 from transformers.utils import logging
@@ -11,16 +11,23 @@ from ..errors import DataError
 from ..sources.columns import LABEL_COLUMNS, LabelColumn, choose_columns
 from ..sources.image_columns import holds_images, is_preprocessed
 from ..sources.items import IMAGE, LABEL, Items
-from ..sources.named import DataSource
+from ..sources.named import DataSource, Images, Indexed
 from ..sources.pictures import Decoding
 from ..sources.splits import choose_split
 from .image_set import ImageSet
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.get_logger(__name__)
 
 
 def load_images(
-    source: Any, *, split: str | None = None, prefer_splits: Sequence[str] = ("train",), labels: bool = True
+    source: Images | ImageSet,
+    *,
+    split: str | None = None,
+    prefer_splits: Sequence[str] = ("train",),
+    labels: bool = True,
 ) -> ImageSet:
     """Open a data set.
 
@@ -37,19 +44,19 @@ def load_images(
 
     if isinstance(source, ImageSet):
         return source if labels else source.without_labels()
-    source = source if isinstance(source, DataSource) else DataSource(source)
-    name, chosen = source.name, None
-    dataset, left_out = source.open()
+    given = source if isinstance(source, DataSource) else DataSource(source)
+    name, chosen = given.name, None
+    dataset, left_out = given.open()
     if isinstance(dataset, dict) and dataset and all(isinstance(part, _kinds()) for part in dataset.values()):
         splits = [str(s) for s in dataset]
-        chosen = choose_split(splits, split or source.split, prefer_splits, name)
+        chosen = choose_split(splits, split or given.split, prefer_splits, name)
         dataset, chosen = dataset[chosen], chosen if len(splits) > 1 else None
     if isinstance(dataset, datasets.Dataset) and not len(dataset):
         raise DataError(f"{name}: holds no images")
-    found = replace(_opened(dataset, source, labels), labels_by=source.labels_by, split=chosen)
+    found = replace(_opened(dataset, given, labels), labels_by=given.labels_by, split=chosen)
     if left_out:
         logger.warning(f"{found.name}: files that cannot be read as pictures are left out: {_some(left_out)}")
-    return replace(found, decoding=replace(found.decoding, white=source.white), left_out=tuple(left_out))
+    return replace(found, decoding=replace(found.decoding, white=given.white), left_out=tuple(left_out))
 
 
 def _kinds() -> tuple[type, ...]:
@@ -58,21 +65,21 @@ def _kinds() -> tuple[type, ...]:
     return datasets.Dataset, datasets.IterableDataset
 
 
-def _opened(dataset: Any, source: DataSource, labels: bool) -> ImageSet:
+def _opened(dataset: object, source: DataSource, labels: bool) -> ImageSet:
     """One data set, whatever it is."""
     import datasets
 
-    if isinstance(dataset, _kinds()):
+    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         transform = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
-        stored: Any = dataset.with_format(None)
-        if transform and not holds_images(stored.features, source):
+        stored = dataset.with_format(None)
+        if isinstance(dataset, datasets.Dataset) and transform and not holds_images(dataset.features, source):
             return _of_items(dataset, source, labels)
         if transform:
             logger.warning(f"{source.name}: its transform is left out; the stored images are used as they are")
         if isinstance(stored, datasets.Dataset) and source.streaming:
             stored = stored.to_iterable_dataset()
         stored, image, label = choose_columns(stored, source, labels=labels)
-        feature = stored.features[image]
+        feature = (stored.features or {})[image]
         own = Decoding(mode=getattr((dataset.features or {}).get(image), "mode", None))
         found = ImageSet(stored, source.name, image, label, source.shuffle_buffer, decoding=own)
         return replace(found, preprocessed=is_preprocessed(image, feature))
@@ -85,7 +92,7 @@ def _opened(dataset: Any, source: DataSource, labels: bool) -> ImageSet:
     )
 
 
-def _of_items(dataset: Any, source: DataSource, labels: bool) -> ImageSet:
+def _of_items(dataset: "Indexed | Dataset", source: DataSource, labels: bool) -> ImageSet:
     items = Items(dataset, source, LABEL_COLUMNS)
     if not len(items):
         raise DataError(f"{source.name}: holds no images")

@@ -1,7 +1,7 @@
 """How good a model is on labelled images, and its paired change against another model."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -171,7 +171,7 @@ def predict(
         DataError: images without labels, labels that do not fit the model, or more than 1 % corrupt images.
         ModelError: the model's `problem_type` does not fit it.
     """
-    problem = task_of(model.config, several=images.labelled is not None and images.labelled.listed).problem
+    problem = task_of(model.config, several=images.has_lists).problem
     need_labels(images)
     rows, skipped = ask(
         model,
@@ -231,15 +231,16 @@ def summarise(predictions: "Predictions | Outputs", baseline: "Predictions | Out
             "see problem_type and the number of outputs in the models' configs"
         )
     if isinstance(predictions, Predictions):
-        return _accuracy(predictions, baseline)
-    return (_several_labels if predictions.problem == MULTI else _regression)(predictions, baseline)
+        return _accuracy(predictions, baseline if isinstance(baseline, Predictions) else None)
+    measure = _several_labels if predictions.problem == MULTI else _regression
+    return measure(predictions, baseline if isinstance(baseline, Outputs) else None)
 
 
 def _problem(answers: "Predictions | Outputs") -> str:
     return SINGLE if isinstance(answers, Predictions) else answers.problem
 
 
-def _accuracy(predictions: Predictions, baseline: Any) -> Evaluation:
+def _accuracy(predictions: Predictions, baseline: Predictions | None) -> Evaluation:
     from .metrics import TopKAccuracy  # imports datasets and evaluate, which only measuring accuracy needs
 
     metric = TopKAccuracy(keep_in_memory=True)
@@ -252,7 +253,7 @@ def _accuracy(predictions: Predictions, baseline: Any) -> Evaluation:
     return Evaluation(**result, baseline_top1=float(baseline.correct.mean()), **asdict(change))
 
 
-def _several_labels(found: Outputs, baseline: Any) -> MultiLabelEvaluation:
+def _several_labels(found: Outputs, baseline: Outputs | None) -> MultiLabelEvaluation:
     from .metrics import mean_average_precision, micro_f1
 
     precision = mean_average_precision(found.outputs, found.labels)
@@ -264,7 +265,7 @@ def _several_labels(found: Outputs, baseline: Any) -> MultiLabelEvaluation:
     return replace(alone, baseline_mean_average_precision=before, delta=precision - before)
 
 
-def _regression(found: Outputs, baseline: Any) -> RegressionEvaluation:
+def _regression(found: Outputs, baseline: Outputs | None) -> RegressionEvaluation:
     from .metrics import r_squared
 
     r2, error = r_squared(found.outputs, found.labels), float(np.square(found.outputs - found.labels).mean())

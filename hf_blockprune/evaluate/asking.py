@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-Answer = TypeVar("Answer", bound=tuple)
+Answer = TypeVar("Answer", bound=tuple[object, ...])
 
 
 def ask(

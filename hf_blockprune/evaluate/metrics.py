@@ -1,5 +1,7 @@
 """Scores of answers; top-k accuracy is an `evaluate` metric that needs no network."""
 
+from collections.abc import Sequence
+
 import datasets
 import evaluate
 import numpy as np
@@ -27,7 +29,9 @@ class TopKAccuracy(evaluate.Metric):
             ),
         )
 
-    def _compute(self, *, predictions, references, ks=(1, 5)) -> dict[str, float]:
+    def _compute(
+        self, *, predictions: Sequence[Sequence[int]], references: Sequence[int], ks: Sequence[int] = (1, 5)
+    ) -> dict[str, float]:
         hits = np.asarray(predictions) == np.asarray(references)[:, None]
         return {f"top{k}": float(hits[:, :k].any(axis=1).mean()) for k in ks}
 

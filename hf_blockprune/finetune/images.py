@@ -6,7 +6,7 @@ A step's batch falls into pairs of images, which processes share out; a pair sta
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from PIL import Image
@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..data.batches import ImageSet
+from ..data.batches import ImageSet, Numbered
 from ..data.model_input import ModelInput, preprocess
 from ..errors import DataError
 from ..hub.blockprune_skeleton import channels_of
 from ..model.tasks import MULTI, NO_LABEL, SINGLE, task_of
 from ..sources.columns import label_of
-from ..sources.items import Items, Record
+from ..sources.items import Items
 from ..sources.pictures import BROKEN, name_of, stored_pixels
 from ..sources.reading import read_errors, reason
 from ..types import ImageProcessor
@@ -29,13 +29,6 @@ from .views import ORDER, PAIR, draws, erase, mix, view
 
 if TYPE_CHECKING:
     import datasets
-
-
-class Numbered(NamedTuple):
-    """What a data set holds of one image, with its position there."""
-
-    position: int
-    record: Record
 
 
 class _Labels(TypedDict):

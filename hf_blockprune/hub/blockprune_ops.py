@@ -5,6 +5,7 @@ and `torch.export`. Which backend runs is decided at each call. Calls in which t
 """
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,18 @@ LINEARS_SCHEMA = (
     "(Tensor x, Tensor[] weights, Tensor[] crow_indices, Tensor[] col_indices, Tensor?[] biases, "
     "SymInt[] out_features, str activations) -> Tensor[]"
 )
+
+
+class _Context(Protocol):
+    """What torch hands from an op's forward pass to its backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+    out_features: int
+    activation: str
+    backend: str
+    has_residual: bool
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 def _define_op() -> None:
@@ -51,19 +64,29 @@ def _linear(
     return _compute(x, layer, backend)
 
 
-def _linear_shape(x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual=None):
+def _linear_shape(
+    x: Tensor,
+    weight: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str,
+    backend: str,
+    residual: Tensor | None = None,
+) -> Tensor:
     _check_devices(x, [weight])
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _keep_for_backward(ctx, inputs, output):
+def _keep_for_backward(ctx: _Context, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, crow_indices, col_indices, bias, out_features, activation, backend, residual = inputs
     ctx.save_for_backward(x, weight, crow_indices, col_indices, bias)
     ctx.out_features, ctx.activation, ctx.backend = out_features, activation, backend
     ctx.has_residual = residual is not None
 
 
-def _linear_backward(ctx, grad):
+def _linear_backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of what `_linear` takes, given `grad` [..., out_features] of what it returns."""
     x, weight, crow_indices, col_indices, bias = ctx.saved_tensors
     grad_residual = grad if ctx.has_residual else None
@@ -91,7 +114,15 @@ def _linears(
     return _compute_all(x, [LayerArguments(*each) for each in arguments])
 
 
-def _linears_shapes(x, weights, crow_indices, col_indices, biases, out_features, activations):
+def _linears_shapes(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    crow_indices: Sequence[Tensor],
+    col_indices: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out_features: Sequence[int],
+    activations: str,
+) -> list[Tensor]:
     _check_devices(x, weights)
     return [x.new_empty(*x.shape[:-1], n) for n in out_features]
 
@@ -106,15 +137,17 @@ def _gradients(
     return grad_x.view(x.shape), grad_weight
 
 
-def _gradients_shapes(grad, x, weight, crow_indices, col_indices):
+def _gradients_shapes(
+    grad: Tensor, x: Tensor, weight: Tensor, crow_indices: Tensor, col_indices: Tensor
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight)
 
 
-def _keep_inputs(ctx, inputs, output):
+def _keep_inputs(ctx: _Context, inputs: tuple[Tensor, ...], output: object) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients_backward(ctx, grad_x, grad_weight):
+def _gradients_backward(ctx: _Context, grad_x: Tensor | None, grad_weight: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of (g W, the kept blocks of g^T x), by the two ops themselves: so there are gradients of any order."""
     grad, x, weight, crow_indices, col_indices = ctx.saved_tensors
     pattern, n = (crow_indices, col_indices), grad.shape[-1]

@@ -301,7 +301,7 @@ def profile_from_dict(values: Mapping[str, object], where: str = "profile") -> D
         raise ValueError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
     settings: JsonDict = dict(values)
     kind = settings.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{where}.kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     known = {field.name: field for field in fields(KINDS[kind])}
     for key, value in settings.items():

@@ -49,7 +49,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
     requires_calibration = True
     _expected: dict[str, tuple[torch.Size, torch.dtype]]  # of the parameters of the model that is loading
 
-    def update_attn_implementation(self, config):
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Called before files are looked for and the model is built, with what was read of its config."""
         check_repeated_layers(config)  # building takes time and memory for every layer that the config declares
         forget(config)  # `quantization_config` comes back with the layers; the name of no file was not for this reader
@@ -57,19 +57,21 @@ class BlockPruneHfQuantizer(HfQuantizer):
 
     update_tp_plan = update_attn_implementation  # what older transformers calls at that point
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: object
+    ) -> None:
         config = self.quantization_config
         headers = None
         if checkpoint_files:
-            check_location(checkpoint_files, model.config.name_or_path)
+            check_location(checkpoint_files, model.config.name_or_path or "")
             headers = read_headers(checkpoint_files)
         modules, _ = match_layers(model, config, headers)
-        linears = {name: model.get_submodule(name) for name in modules.values()}
+        linears = {name: _linear(model, name) for name in modules.values()}
         for stored_name, name in modules.items():
             model.set_submodule(name, _empty_layer(config, stored_name, linears[name], headers))
         self._expected = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
         self._hold_to_expected(model)
         for name, module in block_sparse_layers(model):
             module.check(name)
@@ -80,7 +82,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
             self.quantization_config = model.config.quantization_config = stored_config(model)
         return model
 
-    def _hold_to_expected(self, model):
+    def _hold_to_expected(self, model: PreTrainedModel) -> None:
         """Where a quantizer is at work, transformers as late as 5.20 takes whatever shape and dtype a file has."""
         for name, parameter in model.named_parameters():
             shape, dtype = self._expected.get(name, (parameter.shape, parameter.dtype))
@@ -92,7 +94,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
             if parameter.dtype != dtype and not parameter.is_meta:
                 parameter.data = _converted(parameter.data, dtype)
 
-    def dequantize(self, model, dtype=None):
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Make every layer a Linear again, in its own dtype unless one is named, and the model a native one."""
         unfuse(model)
         for name, module in list(block_sparse_layers(model)):
@@ -290,9 +292,14 @@ def _check_stored(
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
-    """That module, which is known to be a Linear."""
+    """The Linear of that name.
+
+    Raises:
+        ValueError: it is none.
+    """
     linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"{name}: expected a Linear, got {type(linear).__name__}")
     return linear
 
 

@@ -9,6 +9,9 @@ knowledge: no value of theirs leads outside of the arrays.
 This file needs triton; the others do without where it is missing.
 """
 
+# pyright: reportMissingParameterType=false
+# A kernel says of its arguments only which are constants; Triton reads other annotations as types of its own.
+
 from collections.abc import Callable
 
 import torch

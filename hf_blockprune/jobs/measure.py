@@ -49,6 +49,7 @@ def run_evaluate(
         DataError: the images cannot be used.
     """
     _, images = check_inputs(model, evaluation=dataset, other=against, compared=against is not None)
+    assert images is not None  # there is a data set
     pruner = BlockPruner.from_pretrained(model)
     result = pruner.evaluate(images, against=against, batch_size=batch_size)
     return result, _keep(pruner, model) if save else None

@@ -42,6 +42,10 @@ class PruneJob:
     evaluation: Images | ImageSet | None = None
     config: BlockPruneConfig = field(default_factory=BlockPruneConfig)
 
+    def __post_init__(self) -> None:
+        if self.config.recovery is not None and self.dataset is None:
+            raise ConfigError("recovery: learns from images; name a dataset, or leave recovery out")
+
     @classmethod
     def read(cls, recipe: str | Path | None, **overrides: object) -> "PruneJob":
         """A job from a recipe file and overrides, which win; an override of None leaves the recipe's value.
@@ -154,6 +158,7 @@ def prune_and_measure(
     if job.evaluation is not None:
         pruner.evaluate(job.evaluation, against=against)
     if job.config.recovery is not None:
+        assert job.dataset is not None  # else there were no such job
         pruner.recover(job.dataset, split=job.split, work_dir=work_dir, shared=shared)
         if job.evaluation is not None:
             pruner.evaluate(job.evaluation, against=against)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from ..checkpoint.folder import check_output
 from ..config import RecoveryConfig
@@ -34,7 +35,7 @@ class RecoverJob:
     model: str
     teacher: str
     output: str
-    dataset: Images | None
+    dataset: Images
     split: str | None = None
     evaluation: Images | ImageSet | None = None
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
@@ -87,7 +88,7 @@ class RecoverJob:
             model=str(model),
             teacher=read.model,
             output=read.output,
-            dataset=read.dataset,
+            dataset=cast(Images, read.dataset),  # it is named
             split=read.split,
             evaluation=read.evaluation,
             recovery=read.config.recovery or RecoveryConfig(),

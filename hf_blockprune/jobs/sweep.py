@@ -12,7 +12,7 @@ from typing import Literal
 from ..calibration.shared import SharedCalibration
 from ..checkpoint.inspection import inspect_checkpoint
 from ..config import DEFAULT_BLOCK_SHAPE, BlockPruneConfig, Budget
-from ..data.batches import load_images
+from ..data.batches import ImageSet, load_images
 from ..display.stages import part, planned, stage
 from ..errors import BlockPruneError, BlockSparseFormatError, ConfigError
 from ..evaluate.accuracy import EVALUATION_SPLITS, Outputs, Predictions, summarise
@@ -144,6 +144,12 @@ class _Sweep:
     folder: SweepFolder
     keep: str
 
+    @property
+    def evaluation(self) -> ImageSet:
+        """The labelled images, which `check_inputs` opened."""
+        assert isinstance(self.job.evaluation, ImageSet)
+        return self.job.evaluation
+
     def run(self, on_point: Callable[[JsonDict], None]) -> JsonDict:
         values = self.folder.open({"format_version": FORMAT_VERSION, "settings": self._settings(), "points": []})
         done = {point["name"]: point for point in values["points"] if point["status"] == "done"}
@@ -160,7 +166,7 @@ class _Sweep:
     def _run_missing(self, values: JsonDict, on_point: Callable[[JsonDict], None]) -> None:
         done = {point["name"] for point in values["points"]}
         if missing := [name for name in self.configs if name not in done]:
-            answers, shared = self.dense.predictions(self.job.evaluation), SharedCalibration()
+            answers, shared = self.dense.predictions(self.evaluation), SharedCalibration()
             values |= {"model": self.dense.name, "dense": summarise(answers).to_dict(), "environment": environment()}
             for number, name in enumerate(missing):
                 with self._part(missing, number, answers):
@@ -192,7 +198,7 @@ class _Sweep:
         calibration, labels = None, any(config.scoring.gradients for config in self.configs.values())
         if self.job.dataset is not None:
             calibration = load_images(self.job.dataset, split=self.job.split, labels=labels).identity
-        evaluation = load_images(self.job.evaluation, prefer_splits=EVALUATION_SPLITS).identity
+        evaluation = load_images(self.evaluation, prefer_splits=EVALUATION_SPLITS).identity
         return {
             "model": self.dense.name,
             "weights": weights_fingerprint(self.dense.model),

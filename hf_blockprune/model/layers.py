@@ -36,6 +36,13 @@ def hidden_states(output: object) -> Tensor:
     return found
 
 
+def linear_in(module: nn.Module, name: str) -> nn.Linear:
+    """The Linear of a name within a module, which is one."""
+    linear = module.get_submodule(name)
+    assert isinstance(linear, nn.Linear), f"{name} is no Linear"
+    return linear
+
+
 def layer_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of each list of layers: each ModuleList, or where there is none each Sequential of alike ones."""
     # A parametrized weight holds its parametrizations in a list, which is none of layers.

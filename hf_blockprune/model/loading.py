@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import transformers
 from safetensors import SafetensorError
@@ -18,18 +18,24 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError, first_line
+from ..types import ImageProcessor, JsonDict
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
 # Those options of transformers' `from_pretrained` that say where files come from.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 VISION_SUFFIXES = ("VisionModelWithProjection", "VisionModel")
 PIXELS = "pixel_values"
+ModelClass: TypeAlias = type[PreTrainedModel] | type["_BaseAutoModelClass"]
+"""A model class of transformers, or one that chooses by the config."""
 
 
-def load_model(name: str, kwargs: dict[str, Any], model_class: Any = None) -> tuple[Any, Any]:
+def load_model(
+    name: str, kwargs: JsonDict, model_class: ModelClass | None = None
+) -> tuple[PreTrainedModel, ImageProcessor]:
     """(model, image processor) from a Hub name or a folder.
 
     Args:
@@ -62,7 +68,7 @@ def load_model(name: str, kwargs: dict[str, Any], model_class: Any = None) -> tu
     return model, processor
 
 
-def load_config(name: str, kwargs: dict[str, Any]) -> Any:
+def load_config(name: str, kwargs: JsonDict) -> "PreTrainedConfig":
     """A model's config alone, which says cheaply whether there is such a model.
 
     Raises:
@@ -90,17 +96,21 @@ def _explained(name: str) -> Iterator[None]:
         raise ModelError(f"{name}: cannot be loaded as an image classifier or encoder ({first_line(error)})") from error
 
 
-def _load(model_class: Any, name: str, kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
+def _load(model_class: ModelClass, name: str, kwargs: JsonDict) -> tuple[PreTrainedModel, list[str]]:
     """(model, names of parameters without weights); a pooler that was never trained is left out."""
-    model, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
-    missing = sorted(info["missing_keys"])
+    model, missing = _loaded(model_class, name, kwargs)
     if missing and all("pooler." in key for key in missing) and _may_go_without_pooler(type(model)):
-        model, info = type(model).from_pretrained(name, add_pooling_layer=False, output_loading_info=True, **kwargs)
-        missing = sorted(info["missing_keys"])
+        return _loaded(type(model), name, {**kwargs, "add_pooling_layer": False})
     return model, missing
 
 
-def model_class_of(config: "PreTrainedConfig", *, trust_remote_code: bool = False) -> Any:
+def _loaded(model_class: ModelClass, name: str, kwargs: JsonDict) -> tuple[PreTrainedModel, list[str]]:
+    loaded = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    model, info = cast("tuple[PreTrainedModel, dict[str, list[str]]]", loaded)
+    return model, sorted(info["missing_keys"])
+
+
+def model_class_of(config: "PreTrainedConfig", *, trust_remote_code: bool = False) -> ModelClass:
     """The class to load a checkpoint with, by its config: of an encoder that it was saved from, else an Auto class.
 
     Args:
@@ -125,7 +135,7 @@ def model_class_of(config: "PreTrainedConfig", *, trust_remote_code: bool = Fals
     return AutoModelForImageClassification
 
 
-def build(model_class: Any, config: "PreTrainedConfig", names: Collection[str]) -> Any:
+def build(model_class: ModelClass, config: "PreTrainedConfig", names: Collection[str]) -> PreTrainedModel:
     """A dense model with new weights.
 
     Args:
@@ -133,7 +143,7 @@ def build(model_class: Any, config: "PreTrainedConfig", names: Collection[str]) 
         config: its config.
         names: of the tensors in its files; a pooler that has none is left out.
     """
-    if hasattr(model_class, "from_config"):  # an Auto class
+    if not issubclass(model_class, PreTrainedModel):  # an Auto class
         return model_class.from_config(config)
     without_pooler = not any("pooler." in name for name in names) and _may_go_without_pooler(model_class)
     return model_class._from_config(config, **({"add_pooling_layer": False} if without_pooler else {}))
@@ -147,8 +157,12 @@ def _is_base(name: str) -> bool:
     """Whether a class of transformers gives features, not the answers of a head."""
     if name.endswith(VISION_SUFFIXES):
         return True
-    tables: tuple[Any, ...] = (MODEL_MAPPING_NAMES, MODEL_FOR_IMAGE_MAPPING_NAMES, MODEL_FOR_BACKBONE_MAPPING_NAMES)
-    values = [value for table in tables for value in table.values()]
+    tables = (
+        MODEL_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_MAPPING_NAMES,
+        MODEL_FOR_BACKBONE_MAPPING_NAMES,
+    )
+    values: list[object] = [value for table in tables for value in table.values()]
     return any(name == value or name in value for value in values if isinstance(value, (str, tuple, list)) and value)
 
 

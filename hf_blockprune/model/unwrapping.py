@@ -13,7 +13,7 @@ from ..hub.blockprune_config import QUANT_METHOD
 logger = logging.get_logger(__name__)
 
 
-def plain_model(model: Any) -> Any:
+def plain_model(model: object) -> PreTrainedModel:
     """A model without what `torch.compile`, `DataParallel`, DDP or accelerate's `prepare` put around it.
 
     What is inside is the same object, so that whoever holds the wrapper sees it pruned; a compiled one compiles anew.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import measurements
-from ..data.batches import load_images
+from ..data.batches import ImageSet, load_images
 from ..data.model_input import picture_size, shared_picture_size
 from ..display.stages import planned
 from ..errors import CheckpointError, ModelError
@@ -14,6 +14,8 @@ from ..evaluate.fidelity import Embeddings, Fidelity, compare, embed
 from ..hub.blockprune_quantizer import block_sparse_layers
 from ..measure.latency import measure_latency
 from ..report.measured import MeasuredFidelity, MeasuredLatency, MeasuredScores, Measurement
+from ..sources.named import Images
+from ..types import JsonDict
 from .loaded_model import LoadedModel
 from .other_model import AGAINST, ANSWERS, ENCODER, OtherModel, find_other, misfit
 
@@ -28,7 +30,7 @@ MEASURED: dict[str, type[Measurement]] = {
 BASELINE, EVALUATION = "evaluation of the other model", "evaluation"  # stages that are shown
 
 
-def evaluation_stages(against: Any) -> list[str]:
+def evaluation_stages(against: object) -> list[str]:
     """The stages of `BlockPruner.evaluate` that are shown."""
     return [EVALUATION] if against is None or isinstance(against, ANSWERS) else [BASELINE, EVALUATION]
 
@@ -38,12 +40,12 @@ class Measuring(LoadedModel):
 
     def evaluate(
         self,
-        dataset: Any,
+        dataset: Images | ImageSet,
         *,
         against: "str | Path | BlockPruner | Predictions | Outputs | Embeddings | None" = None,
         split: str | None = None,
         batch_size: int = 32,
-    ) -> Any:
+    ) -> Any:  # which class it is depends on the model, and callers know theirs
         """How good the model is at its task, and the paired change against another model.
 
         Top-1 and top-5 accuracy where it chooses one class; mean average precision and F1 where an image has several
@@ -85,7 +87,7 @@ class Measuring(LoadedModel):
         self._measured("evaluation", {**where, **_named(other), **kept.to_dict()})
         return result
 
-    def _measured(self, kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    def _measured(self, kind: str, values: JsonDict) -> JsonDict:
         """Values with time and place, which go into the report; older ones leave it where the weights changed."""
         values = measurements.stamped(values, self.model)
         if self._report is not None:
@@ -93,7 +95,7 @@ class Measuring(LoadedModel):
             measurements.add(self._report.measured, kind, MEASURED[kind].from_dict(values))
         return values
 
-    def _fidelity(self, dataset: Any, against: Any, split: str | None, batch_size: int) -> Fidelity:
+    def _fidelity(self, dataset: Images | ImageSet, against: object, split: str | None, batch_size: int) -> Fidelity:
         other = find_other(self, against, answers=(Embeddings,))
         if other is None:
             raise misfit(self.name, AGAINST, ENCODER)
@@ -107,7 +109,7 @@ class Measuring(LoadedModel):
             self._measured("fidelity", {**where, **_named(other), **result.to_dict()})
         return result
 
-    def embeddings(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> Embeddings:
+    def embeddings(self, dataset: Images | ImageSet, *, split: str | None = None, batch_size: int = 32) -> Embeddings:
         """An encoder's embeddings of images, for `evaluate` of others to compare with; arguments are its.
 
         Raises:
@@ -118,7 +120,9 @@ class Measuring(LoadedModel):
             raise ModelError(f"{self.name} is a classifier; its answers are predictions()")
         return _embeddings(self, dataset, EVALUATION, split=split, batch_size=batch_size)
 
-    def predictions(self, dataset: Any, *, split: str | None = None, batch_size: int = 32) -> "Predictions | Outputs":
+    def predictions(
+        self, dataset: Images | ImageSet, *, split: str | None = None, batch_size: int = 32
+    ) -> "Predictions | Outputs":
         """The model's answers on labelled images, for `evaluate` of others to compare with; arguments are its."""
         images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS).fitted(self.model, self.processor)
         return predict(self.model, images, self.processor, accelerator=self.accelerator, batch_size=batch_size)
@@ -129,7 +133,7 @@ class Measuring(LoadedModel):
         against: "str | Path | BlockPruner | None" = None,
         batch_sizes: tuple[int, ...] = (1,),
         seconds: float = 10.0,
-    ) -> dict[str, Any]:
+    ) -> JsonDict:
         """Time the pruned and the dense model on this device, by turns; the result goes into report and card too.
 
         Args:
@@ -194,12 +198,14 @@ class Measuring(LoadedModel):
         return True
 
 
-def _embeddings(asked: LoadedModel, dataset: Any, name: str, *, split: str | None, batch_size: int) -> Embeddings:
+def _embeddings(
+    asked: LoadedModel, dataset: Images | ImageSet, name: str, *, split: str | None, batch_size: int
+) -> Embeddings:
     images = load_images(dataset, split=split, prefer_splits=EVALUATION_SPLITS, labels=False)
     images = images.fitted(asked.model, asked.processor)
     return embed(asked.model, images, asked.processor, accelerator=asked.accelerator, batch_size=batch_size, name=name)
 
 
-def _named(other: OtherModel | None) -> dict[str, str]:
+def _named(other: "OtherModel[Predictions | Outputs] | OtherModel[Embeddings] | None") -> dict[str, str]:
     """The report's key that names the dense model, where there is one with a name."""
     return {} if other is None else other.named

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 from ..errors import ModelError
 from ..evaluate.accuracy import Outputs, Predictions
@@ -27,22 +27,22 @@ def misfit(name: str, wanted: str, why: str | None = None) -> ModelError:
     return ModelError(f"{name}{f' {why};' if why else ':'} name the dense model it was pruned from {wanted}")
 
 
+Answers = TypeVar("Answers", bound=Predictions | Outputs | Embeddings)
+
+
 @dataclass
-class OtherModel:
+class OtherModel(Generic[Answers]):
     """Another model, or what it answered; loaded when it is asked for, so that what costs less is looked at first.
 
     Args:
         asker: the model at hand.
-        given: a name, a folder, a pruner, or answers.
+        given: a name, a folder or a pruner; None where there are answers.
+        answers: `Predictions`, `Outputs` or `Embeddings`, None where the model itself is there to ask.
     """
 
     asker: LoadedModel
-    given: Any
-
-    @cached_property
-    def answers(self) -> Any:
-        """`Predictions`, `Outputs` or `Embeddings`, None where the model itself is there to ask."""
-        return self.given if isinstance(self.given, ANSWERS) else None
+    given: str | Path | LoadedModel | None
+    answers: Answers | None = None
 
     @cached_property
     def pruner(self) -> LoadedModel:
@@ -51,6 +51,7 @@ class OtherModel:
         Raises:
             ModelError: it cannot be loaded.
         """
+        assert self.given is not None
         if isinstance(self.given, (str, Path)):
             return type(self.asker).from_pretrained(self.given, accelerator=self.asker.accelerator)
         return self.given
@@ -67,8 +68,8 @@ class OtherModel:
 
 
 def find_other(
-    asker: LoadedModel, given: Any, wanted: str = AGAINST, *, answers: tuple[type, ...] = ()
-) -> OtherModel | None:
+    asker: LoadedModel, given: object, wanted: str = AGAINST, *, answers: tuple[type[Answers], ...] = ()
+) -> OtherModel[Answers] | None:
     """What a caller means by another model; None where he named none.
 
     Args:
@@ -82,7 +83,9 @@ def find_other(
     """
     if given is None:
         return None
-    if not isinstance(given, (str, Path, LoadedModel, *answers)):
-        cannot = "cannot be compared with" if wanted == AGAINST else "cannot learn from"
-        raise misfit(asker.name, wanted, f"{cannot} {type(given).__name__}")
-    return OtherModel(asker, given)
+    if isinstance(given, (str, Path, LoadedModel)):
+        return OtherModel(asker, given)
+    if isinstance(given, answers):
+        return OtherModel(asker, None, given)
+    cannot = "cannot be compared with" if wanted == AGAINST else "cannot learn from"
+    raise misfit(asker.name, wanted, f"{cannot} {type(given).__name__}")

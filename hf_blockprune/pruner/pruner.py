@@ -2,14 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..calibration.shared import SharedCalibration
 from ..checkpoint import measurements
 from ..config import RecoveryConfig
-from ..data.batches import load_images
+from ..data.batches import ImageSet, load_images
 from ..display.stages import planned
 from ..errors import CheckpointError, ModelError
 from ..evaluate.accuracy import EVALUATION_SPLITS
@@ -21,6 +21,7 @@ from ..recover.state import recovery_job
 from ..reorder.stream import permute_stream
 from ..report.values import RecoveryReport, Report
 from ..runs.resume import RunState
+from ..sources.named import Images
 from .loaded_model import LoadedModel
 from .measuring import Measuring
 from .other_model import TEACHER, find_other, misfit
@@ -55,7 +56,7 @@ class BlockPruner(Measuring, Saving):
 
     def prune(
         self,
-        dataset: Any = None,
+        dataset: Images | ImageSet | None = None,
         *,
         split: str | None = None,
         work_dir: str | Path | None = None,
@@ -93,7 +94,7 @@ class BlockPruner(Measuring, Saving):
 
     def recover(
         self,
-        dataset: Any,
+        dataset: Images | ImageSet,
         *,
         teacher: "str | Path | BlockPruner | None" = None,
         split: str | None = None,
@@ -154,12 +155,12 @@ class BlockPruner(Measuring, Saving):
 
     def finetune(
         self,
-        dataset: Any,
+        dataset: Images | ImageSet,
         settings: "FinetuneConfig | None" = None,
         *,
         teacher: "str | Path | BlockPruner | None" = None,
         split: str | None = None,
-        evaluation: Any = None,
+        evaluation: Images | ImageSet | None = None,
         work_dir: str | Path | None = None,
     ) -> "PreTrainedModel":
         """Train a pruned model on images, with labels, a dense model's answers or both; masks stay, or shrink slowly.

@@ -40,6 +40,7 @@ from ..runs.resume import RunState, weights_fingerprint
 from ..runs.timing import timed
 from ..score.methods import names_where
 from ..score.statistics import LayerStatistics
+from ..sources.named import Images
 from ..types import ImageProcessor, JsonDict
 from ..version import __version__
 
@@ -96,7 +97,7 @@ class Pruning:
         """Of the dense model."""
         return count_flops(self.model, picture_size(self.model, self.processor))
 
-    def run(self, dataset: Any, split: str | None, work_dir: str | Path | None) -> Report:
+    def run(self, dataset: Images | ImageSet | None, split: str | None, work_dir: str | Path | None) -> Report:
         """Prune; arguments and errors as for `BlockPruner.prune`."""
         check_prunable(self.model)
         check_storable(self.model, self.targets)
@@ -132,7 +133,9 @@ class Pruning:
         if self.config.permutes_stream:
             self.config = self.config.replace(permute_stream=False)
 
-    def _calibration_images(self, dataset: Any, split: str | None) -> tuple[ImageSet | None, int | None]:
+    def _calibration_images(
+        self, dataset: Images | ImageSet | None, split: str | None
+    ) -> tuple[ImageSet | None, int | None]:
         """(the images that were drawn, how many there are), both None where the method needs none."""
         model_input = find_input(self.model, self.processor)
         if not self.config.needs_images:

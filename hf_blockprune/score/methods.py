@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .saliency import RemovalTrace
     from .statistics import LayerStatistics
+    from .trace import RemovalTrace
 
 MethodName = Literal["magnitude", "taylor", "obs"]  # from the simplest to the best
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
@@ -102,7 +102,7 @@ def quoted(names: list[str]) -> str:
 def _magnitude(
     weight: "Tensor", statistics: "LayerStatistics | None", block_shape: tuple[int, int], settings: TraceSettings
 ) -> "RemovalTrace":
-    from .saliency import magnitude_trace
+    from .magnitude import magnitude_trace
 
     return magnitude_trace(weight, block_shape)
 
@@ -110,7 +110,7 @@ def _magnitude(
 def _taylor(
     weight: "Tensor", statistics: "LayerStatistics | None", block_shape: tuple[int, int], settings: TraceSettings
 ) -> "RemovalTrace":
-    from .saliency import taylor_trace
+    from .taylor import taylor_trace
 
     s = statistics
     if s is None or s.gradient is None or s.block_gradients is None:
@@ -122,7 +122,7 @@ def _obs(
     weight: "Tensor", statistics: "LayerStatistics | None", block_shape: tuple[int, int], settings: TraceSettings
 ) -> "RemovalTrace":
     """In units of the loss of one image: half the Fisher quadratic, summed over the image's tokens."""
-    from .saliency import obs_trace
+    from .obs import obs_trace
 
     s = statistics
     if s is None or s.mean is None or s.second_moment is None or s.output_weight is None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hf_blockprune import BudgetError
 from hf_blockprune.choose.allocation import TOLERANCE, Allocation, CostBudget, lower_hull
 from hf_blockprune.choose.allocation import allocate as allocate_budgets
-from hf_blockprune.score.saliency import RemovalTrace
+from hf_blockprune.score.trace import RemovalTrace
 
 
 class BlockCosts(NamedTuple):

@@ -509,3 +509,10 @@ def test_record_without_a_picture_counts_as_corrupt(processor, accelerator):
     (batch,) = all_batches(load_images(dataset), processor, accelerator)
     assert batch["index"].tolist() == [0]
     assert batch["corrupt"] == ["image 1"]
+
+
+def test_a_column_may_be_called_as_anything_here_is(processor, accelerator):
+    labels = [2, 0, 1]
+    for column in ("index", "position", "labels", "pixel"):
+        source = DataSource(image_dataset(3, **{column: labels}), label_column=column)
+        assert labels_of(load_images(source), processor, accelerator) == labels

@@ -13,7 +13,8 @@ from hf_blockprune.finetune.gradual import GradualPruning, make_sparse, masks_of
 from hf_blockprune.finetune.training import Finetuning
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.runs.training_state import moments_of
-from hf_blockprune.score.saliency import RemovalTrace, gone_first, magnitude_trace
+from hf_blockprune.score.magnitude import magnitude_trace
+from hf_blockprune.score.trace import RemovalTrace, gone_first
 from tests.conftest import tiny_model, write_images
 from tests.finetuning import check_masks
 

@@ -11,8 +11,9 @@ from hf_blockprune.finetune.config import FinetuneConfig
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, sparsify
 from hf_blockprune.model.layers import layer_chain
 from hf_blockprune.refit.boundary import first_inputs
-from hf_blockprune.refit.layerwise import _stages, refit_layers
+from hf_blockprune.refit.layerwise import refit_layers
 from hf_blockprune.refit.solve import RIDGES
+from hf_blockprune.refit.stages import _stages
 from hf_blockprune.score.blocks import expand_mask, grid_shape
 from tests.conftest import RECIPE, tiny_model, whole_masks, write_images
 

@@ -140,7 +140,7 @@ def test_a_stream_goes_on_in_the_middle_of_calibration(processor, images, tmp_pa
     collate = _Collate.__call__
 
     def counted(self, records):
-        decoded.extend(record["index"] for record in records)
+        decoded.extend(position for position, _ in records)
         return collate(self, records)
 
     monkeypatch.setattr(decode, counted)

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_blockprune.score import saliency
+from hf_blockprune.score import obs
 from hf_blockprune.score import statistics as layer_statistics
 from hf_blockprune.score.blocks import grid_shape
 from hf_blockprune.score.methods import TraceSettings, find_method
-from hf_blockprune.score.saliency import obs_trace
+from hf_blockprune.score.obs import obs_trace
 from hf_blockprune.score.statistics import LayerStatistics
 
 TINY = 1e-12  # damping that changes no digit that is compared
@@ -186,7 +186,7 @@ def test_single_precision_with_refresh_follows_double_precision(monkeypatch):
 
     with_refresh = worst()
     assert with_refresh < 1e-3
-    monkeypatch.setattr(saliency, "REFRESH", 10**9)
+    monkeypatch.setattr(obs, "REFRESH", 10**9)
     assert worst() > 4 * with_refresh
 
 
@@ -194,7 +194,7 @@ def test_single_precision_with_refresh_follows_double_precision(monkeypatch):
 def test_chunks_are_halved_until_they_fit(monkeypatch, error):
     weight, covariance, ones = random_tensor(0, 11, 8), covariance_of(1, 8, 50), torch.ones(11, dtype=torch.float64)
     whole = obs_trace(weight, covariance, ones, (1, 2))
-    sizes, eliminate = [], saliency._eliminate
+    sizes, eliminate = [], obs._eliminate
 
     def small_machine(w, *args):
         sizes.append(len(w))
@@ -203,7 +203,7 @@ def test_chunks_are_halved_until_they_fit(monkeypatch, error):
             raise error
         return eliminate(w, *args)
 
-    monkeypatch.setattr(saliency, "_eliminate", small_machine)
+    monkeypatch.setattr(obs, "_eliminate", small_machine)
     parts = obs_trace(weight, covariance, ones, (1, 2))
     assert sizes == [11, 5, 2, 2, 2, 2, 2, 1]
     assert torch.equal(parts.order, whole.order)
@@ -215,7 +215,7 @@ def test_what_smaller_chunks_cannot_mend_is_raised(monkeypatch, error):
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(saliency, "_eliminate", fails)
+    monkeypatch.setattr(obs, "_eliminate", fails)
     with pytest.raises(type(error)):
         obs_trace(random_tensor(0, 4, 8), covariance_of(1, 8, 50), torch.ones(4).double(), (2, 2))
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_blockprune.score.blocks import expand_mask, grid_shape
+from hf_blockprune.score.magnitude import magnitude_trace
 from hf_blockprune.score.methods import METHODS, TraceSettings, find_method
-from hf_blockprune.score.saliency import magnitude_trace, taylor_trace
+from hf_blockprune.score.taylor import taylor_trace
 
 SIZES = st.integers(1, 7)
 SHAPES = st.tuples(SIZES, SIZES)

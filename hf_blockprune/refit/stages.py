@@ -1,0 +1,163 @@
+"""Stages of a layer: its Linears by the tensor that they read, and what passes through them on calibration images."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..model.layers import Layer, linear_in
+from .boundary import BoundaryBatch, StopForward
+from .moments import RunningMoments
+from .solve import Moments
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class Stage:
+    """Linears of a layer that read the same tensor."""
+
+    names: list[str]
+    # Whether its output is added to the layer's input, with nothing else before it, to give the residual stream.
+    after_input: bool = False
+    # Whether its output is the last thing that is added to the residual stream.
+    ends_layer: bool = False
+
+
+@dataclass
+class _Seen:
+    """Inputs and outputs of a layer's Linears in one forward pass."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    end: Tensor | None = None  # the layer's own output
+
+
+@contextmanager
+def _watching(layer: nn.Module, names: list[str], seen: _Seen, *, stop: bool) -> Iterator[None]:
+    """Record inputs and outputs of the named Linears; with `stop`, end the pass when all have been seen."""
+
+    def hook(name: str):
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.inputs[name], seen.outputs[name] = inputs[0], output
+            if stop and len(seen.outputs) == len(names):
+                raise StopForward
+
+        return record
+
+    handles = [layer.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield
+    except StopForward:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def shared_stages(layer: Layer, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator") -> list[Stage]:
+    """The stages as the first process sees them: another may have been left without images."""
+    from accelerate.utils import broadcast_object_list
+
+    shared: list[list[Stage]] = [_stages(layer, names, kept[0].dense) if accelerator.is_main_process else []]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(shared)
+    return shared[0]
+
+
+@torch.no_grad()
+def _stages(layer: Layer, names: list[str], states: Tensor) -> list[Stage]:
+    """Linears of a dense layer by the tensor that they read, in forward order; finds those that write to the stream."""
+    seen = _Seen()
+    with _watching(layer.module, names, seen, stop=False):
+        out = layer.run(states)
+    stages: list[Stage] = []
+    for name, tensor in seen.inputs.items():
+        if stages and seen.inputs[stages[-1].names[0]] is tensor:
+            stages[-1].names.append(name)
+        else:
+            stages.append(Stage([name]))
+    writers = [s for s in stages if len(s.names) == 1 and seen.outputs[s.names[0]].shape == out.shape]
+    if len(writers) == 2 and _close(sum((seen.outputs[s.names[0]] for s in writers), states), out):
+        writers[0].after_input = writers[1].ends_layer = True
+    elif writers:
+        writers[-1].ends_layer = _is_added_last(layer, writers[-1].names[0], states, out)
+    return stages
+
+
+def _is_added_last(layer: Layer, name: str, states: Tensor, out: Tensor) -> bool:
+    """Whether what is added to a Linear's output is added to the layer's output, no more and no less."""
+    more = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device) * out.std()
+
+    def add(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return output + more
+
+    handle = layer.module.get_submodule(name).register_forward_hook(add)
+    try:
+        return _close(layer.run(states), out + more)
+    finally:
+        handle.remove()
+
+
+def _close(have: Tensor, want: Tensor) -> bool:
+    tolerance = max(1e-4, 8 * torch.finfo(want.dtype).eps)  # in half precision sums differ by some units
+    return torch.allclose(have, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+
+
+class StageSums:
+    """Weighted sums over tokens for the Linears of a stage, apart for fitted and held-back images."""
+
+    def __init__(
+        self, stage: Stage, layer: Layer, token_weights: dict[str, Tensor | None], inputs: dict[str, Tensor]
+    ) -> None:
+        self.stage, self.layer, self.token_weights, self.inputs = stage, layer, token_weights, inputs
+        self.sums: dict[tuple[str, bool], RunningMoments] = {}
+        for name in stage.names:
+            linear = linear_in(layer.module, name)
+            for part in (False, True):
+                self.sums[name, part] = RunningMoments(len(inputs[name]), linear.out_features, linear.weight.device)
+
+    @torch.no_grad()
+    def add(self, dense: nn.Module, batch: BoundaryBatch) -> None:
+        """Run one batch through the dense and the pruned layer as far as the stage."""
+        wanted = self._seen(dense, batch.dense)
+        have = self._seen(self.layer.module, batch.pruned)
+        for name in self.stage.names:
+            target = wanted.outputs[name]
+            if self.stage.after_input:
+                target = target + batch.dense - batch.pruned
+            elif self.stage.ends_layer:
+                assert wanted.end is not None
+                assert have.end is not None
+                target = wanted.end - (have.end - have.outputs[name])
+            self._add(name, have.inputs[name], target, batch.held_back)
+
+    def _seen(self, module: nn.Module, states: Tensor) -> _Seen:
+        seen = _Seen()
+        with _watching(module, self.stage.names, seen, stop=not self.stage.ends_layer):
+            seen.end = self.layer.run(states, module)
+        return seen
+
+    def _add(self, name: str, x: Tensor, target: Tensor, held_back: Tensor) -> None:
+        token_weight = self.token_weights[name]
+        # Double precision: what single precision rounds off a large mean would be larger than a small variance, and
+        # the solution would depend on the order of the images.
+        x, target = x[..., self.inputs[name]].double(), target.double()
+        # Windows of an image follow each other in the first axis. A Linear that kept no block has no inputs here, so
+        # that the number of tokens follows from its outputs.
+        tokens = target[..., 0].numel() // len(held_back)
+        x, target = (values.reshape(len(held_back), tokens, values.shape[-1]) for values in (x, target))
+        for part in (False, True):
+            chosen = held_back == part
+            xs, ts = x[chosen].flatten(0, 1), target[chosen].flatten(0, 1)
+            weight = xs.new_ones(len(xs)) if token_weight is None else token_weight.to(xs).repeat(int(chosen.sum()))
+            self.sums[name, part].add(xs, ts, weight)
+
+    def moments(self, name: str, accelerator: "Accelerator") -> tuple[Moments, Moments | None]:
+        """(fitted, held back), added up over processes; no held-back moments where there were no such images."""
+        fitted, held_back = (self.sums[name, part].over(accelerator) for part in (False, True))
+        return fitted.moments(), held_back.moments() if held_back.weight > 0 else None
