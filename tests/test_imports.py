@@ -60,6 +60,7 @@ PURE = (
 )
 NOT_IN_PURE = ("transformers", "datasets", "accelerate", f"{NAME}.calibration", f"{NAME}.pruner", f"{NAME}.hub")
 MAY_USE_TYPER = "cli"
+MAY_LISTEN = {"calibration", "refit", "recover", "measure"}
 
 
 def module_of(path):
@@ -137,6 +138,12 @@ def test_a_room_imports_from_rooms_above_it_only(path):
     here = room_of(module)
     rooms = {room_of(name) for name in imported(path.read_text(encoding="utf-8"), package)} - {here, None}
     assert {room for room in rooms if LEVEL[room] > LEVEL[here]} == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=file_id)
+def test_forward_hooks_live_in_few_rooms(path):
+    if "register_forward" in path.read_text(encoding="utf-8"):
+        assert room_of(module_of(path)[0]) in MAY_LISTEN
 
 
 @pytest.mark.parametrize("path", PURE_FILES, ids=file_id)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scripts import compare_folders, rooms
+from scripts import compare_folders, draw_rooms, rooms
 from tests.conftest import ROOT
 from tests.forking import plain_forks
 
@@ -74,3 +74,12 @@ def test_the_package_has_no_circle():
     assert arrows["errors"] == {"hub"}
     assert "pruner" in arrows["cli"] or "jobs" in arrows["cli"]
     assert rooms.circle(arrows) == []
+
+
+def test_the_picture_of_rooms_is_that_of_the_imports():
+    assert draw_rooms.PICTURE.read_text(encoding="utf-8") == draw_rooms.picture(), "run python scripts/draw_rooms.py"
+
+
+def test_arrows_that_others_imply_are_not_drawn():
+    arrows = {"a": set(), "b": {"a"}, "c": {"a", "b"}, "d": {"a", "c"}}
+    assert draw_rooms.direct(arrows) == {"a": set(), "b": {"a"}, "c": {"b"}, "d": {"c"}}
