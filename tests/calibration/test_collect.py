@@ -326,9 +326,8 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_blockprune import calibration
-from hf_blockprune.calibration import collect
-from hf_blockprune.data import load_images
+from hf_blockprune.calibration.collect import collect
+from hf_blockprune.data.batches import load_images
 
 model_folder, images, batch_size, out = sys.argv[1:]
 accelerator = Accelerator()

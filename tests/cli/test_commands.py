@@ -90,7 +90,7 @@ def test_recipe_with_overrides(vit_folder, images, tmp_path):
     arguments = ["--config", recipe, "--output", tmp_path / "out", "--budget", "density=0.5", "--samples", "6"]
     report = json.loads(run("prune", *arguments, "--json", "--quiet").stdout)
     assert report["config"]["budget"].items() >= {"metric": "density", "ratio": 0.5}.items()
-    assert report["config"]["calibration"] == {"samples": 6, "batch_size": 16, "seed": 3}
+    assert report["config"]["calibration"] == {"samples": 6, "batch_size": 16, "seed": 3, "cache_mb": 1024}
     assert not (tmp_path / "never").exists()
 
 

@@ -291,8 +291,8 @@ from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_blockprune import DataSource
-from hf_blockprune.calibration import collect
-from hf_blockprune.data import load_images
+from hf_blockprune.calibration.collect import collect
+from hf_blockprune.data.batches import load_images
 
 model_folder, shards, out = sys.argv[1:]
 accelerator = Accelerator()
