@@ -4,7 +4,6 @@
 """
 
 import argparse
-import ast
 import sys
 from collections import defaultdict
 from html import escape
@@ -50,7 +49,8 @@ def picture() -> str:
     modules, arrows = read_rooms()
     levels = rooms.levels(arrows)
     places = {name: place(level, i, len(names)) for level, names in enumerate(levels) for i, name in enumerate(names)}
-    shapes = [line(places[upper], places[lower]) for lower, uppers in direct(arrows).items() for upper in sorted(uppers)]
+    drawn = [(upper, lower) for lower, uppers in direct(arrows).items() for upper in sorted(uppers)]
+    shapes = [line(places[upper], places[lower]) for upper, lower in drawn]
     shapes += [box(name, places[name], modules[name]) for names in levels for name in names]
     height = ROW * len(levels) + GAP
     title = "Rooms of hf_blockprune: each imports from those above it. Numbers: the way from images to a checkpoint."
@@ -122,7 +122,7 @@ def box(name: str, centre: tuple[float, float], modules: list[str]) -> str:
         badge = f'<circle class="number" cx="{left:.0f}" cy="{top:.0f}" r="9"/>'
         badge += f'<text class="badge" x="{left:.0f}" y="{top + 4:.0f}">{WAY.index(name) + 1}</text>'
     return (
-        f'<g{" class=" + chr(34) + "way" + chr(34) if badge else ""}><title>{escape(", ".join(modules))}</title>'
+        f"<g{' class=' + chr(34) + 'way' + chr(34) if badge else ''}><title>{escape(', '.join(modules))}</title>"
         f'<rect class="box" x="{x - BOX / 2:.0f}" y="{y - HEIGHT / 2:.0f}" width="{BOX}" height="{HEIGHT}" rx="7"/>'
         f'<text x="{x:.0f}" y="{y - 2:.0f}">{escape(shown)}</text>'
         f'<text class="few" x="{x:.0f}" y="{y + 14:.0f}">{count}</text>{badge}</g>'

@@ -17,7 +17,8 @@ from ..display.stages import planned, stage
 from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import partial_file
 from ..hub.blockprune_fusion import unfuse
-from ..hub.blockprune_quantizer import block_sparse_layers, pack_weights
+from ..hub.blockprune_layers import is_pruned
+from ..hub.blockprune_quantizer import pack_weights
 from ..hub.blockprune_skeleton import channels_of
 from ..model.loading import load_model, model_class_of
 from ..model.outputs import answers, classifies
@@ -96,7 +97,7 @@ def _export(directory: str | Path, output: str | Path, form: str, overwrite: boo
 def _load(directory: str | Path) -> "tuple[PreTrainedModel, ImageProcessor]":
     """(block-sparse model, image processor)."""
     model, processor = load_model(str(directory), {"dtype": torch.float32})
-    if not next(block_sparse_layers(model), None):
+    if not is_pruned(model):
         raise ModelError(f"{directory}: holds no block-sparse layers, so there is nothing to export from it")
     return model.eval(), processor
 

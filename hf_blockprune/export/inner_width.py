@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from ..hub.blockprune_quantizer import block_sparse_layers
+from ..hub.blockprune_layers import block_sparse_layers
 from ..model.loading import build, model_class_of
 
 if TYPE_CHECKING:

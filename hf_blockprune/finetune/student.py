@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..hub.blockprune_layout import PackedWeight, block_mask
+from ..model.layers import layer_lists
 from ..model.tasks import Task
 from ..runs.training_state import Average, decay_groups, fill, freeze_unused, moments_of, set_moments, weights_of, whole
 from .config import FinetuneConfig
@@ -82,9 +83,9 @@ class Student:
         plugin: FullyShardedDataParallelPlugin | None = self.accelerator.state.fsdp_plugin
         assert plugin is not None
         plugin.cpu_ram_efficient_loading = False
-        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
         if plugin.transformer_cls_names_to_wrap is None:
-            plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for part in lists for layer in part})
+            layers = [layer for _, part in layer_lists(self.model) for layer in part.children()]
+            plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
         for parameter in self.model.parameters():
             parameter.data = parameter.data.contiguous()
 

@@ -22,6 +22,7 @@ from ..data.model_input import picture_size
 from ..display.stages import Stage, stage
 from ..errors import ConfigError, DataError, ModelError
 from ..evaluate.accuracy import predict, summarise
+from ..hub.blockprune_layers import is_pruned
 from ..hub.blockprune_quantizer import block_sparse_layers, choose_storage, pack_weights
 from ..hub.blockprune_skeleton import channels_of
 from ..model.copying import copied
@@ -135,7 +136,7 @@ class Finetuning:
     def _check(self) -> None:
         """Refuse what cannot work, before anything is changed."""
         settings, classes = self.settings, self.model.config.num_labels
-        if settings.gradual is None and next(block_sparse_layers(self.model), None) is None:
+        if settings.gradual is None and not is_pruned(self.model):
             raise ModelError(
                 "the model has no block-sparse layers: prune it first, or set gradual to prune it as it trains"
             )

@@ -32,3 +32,8 @@ def packed_states(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop("saves_packed", None)
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether a model has block-sparse layers."""
+    return next(block_sparse_layers(model), None) is not None

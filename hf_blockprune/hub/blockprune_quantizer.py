@@ -33,10 +33,11 @@ from .blockprune_headers import (
     check_location,
     read_headers,
 )
+from .blockprune_layers import block_sparse_layers, is_pruned
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
 from .blockprune_names import by_module, find_linears
-from .blockprune_saving import block_sparse_layers, forget, install, native_class, stored_config
+from .blockprune_saving import forget, install, native_class, stored_config
 from .blockprune_storage import DEFAULT_TOKENS, PIECE, least_tokens
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -78,7 +79,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
         choose_storage(model)
         fuse(model)
         vars(model)["is_quantized"] = False  # no weight is: with it, transformers refuses half() and float()
-        if next(block_sparse_layers(model), None):
+        if is_pruned(model):
             self.quantization_config = model.config.quantization_config = stored_config(model)
         return model
 

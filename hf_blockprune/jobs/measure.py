@@ -13,7 +13,7 @@ from ..errors import CheckpointError, ConfigError, ModelError
 from ..evaluate.accuracy import Evaluation, MultiLabelEvaluation, RegressionEvaluation
 from ..evaluate.fidelity import Fidelity
 from ..hub.blockprune_config import describes
-from ..hub.blockprune_quantizer import block_sparse_layers
+from ..hub.blockprune_layers import block_sparse_layers
 from ..pruner.pruner import BlockPruner
 from ..sources.named import Images
 from ..types import JsonDict

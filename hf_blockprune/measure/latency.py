@@ -9,7 +9,7 @@ from torch import nn
 
 from ..display.stages import stage
 from ..hub.blockprune_backends import choose_backend
-from ..hub.blockprune_quantizer import block_sparse_layers
+from ..hub.blockprune_layers import block_sparse_layers
 from ..hub.blockprune_skeleton import channels_of
 from ..model.copying import copied
 from ..model.modes import evaluating

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .families import Family, family_of
+from .layers import layer_lists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,9 +58,8 @@ def find_transformer_layers(model: "PreTrainedModel", targets: dict[str, nn.Line
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """Names of the modules in lists."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    return [f"{name}.{index}" for name, modules in lists for index in range(len(modules))]
+    """Names of the modules in lists of layers."""
+    return [f"{name}.{child}" for name, layers in layer_lists(model) for child, _ in layers.named_children()]
 
 
 def part_names(prefix: str, family: Family, linears: dict[str, nn.Linear]) -> dict[str, str | None]:

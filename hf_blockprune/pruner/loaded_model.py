@@ -11,7 +11,7 @@ from ..checkpoint import folder as checkpoint
 from ..checkpoint import measurements
 from ..config import BlockPruneConfig
 from ..errors import ModelError
-from ..hub.blockprune_quantizer import block_sparse_layers
+from ..hub.blockprune_layers import is_pruned
 from ..model.loading import load_model
 from ..model.outputs import classifies
 from ..model.unwrapping import plain_model
@@ -82,7 +82,7 @@ class LoadedModel:
         path = Path(name_or_path).expanduser()
         name = path.resolve().name if path.exists() else str(name_or_path)
         pruner = cls(model, processor, config, name=name, accelerator=accelerator)
-        if next(block_sparse_layers(model), None):
+        if is_pruned(model):
             file = checkpoint.report_file(str(name_or_path), kwargs)
             if file is not None:
                 pruner._read_report(file, local=path.is_dir(), config=config)

@@ -11,7 +11,7 @@ from ..display.stages import planned
 from ..errors import CheckpointError, ModelError
 from ..evaluate.accuracy import EVALUATION_SPLITS, Outputs, Predictions, need_labels, predict, summarise
 from ..evaluate.fidelity import Embeddings, Fidelity, compare, embed
-from ..hub.blockprune_quantizer import block_sparse_layers
+from ..hub.blockprune_layers import is_pruned
 from ..measure.latency import measure_latency
 from ..report.measured import MeasuredFidelity, MeasuredLatency, MeasuredScores, Measurement
 from ..sources.named import Images
@@ -148,7 +148,7 @@ class Measuring(LoadedModel):
         Raises:
             ModelError: the model is not pruned, or the other one cannot be loaded or takes pictures of another size.
         """
-        if not next(block_sparse_layers(self.model), None):
+        if not is_pruned(self.model):
             raise ModelError(f"{self.name} has no block-sparse layers to measure; call prune() first")
         other = find_other(self, against)
         size = picture_size(self.model, self.processor) if other is None else shared_picture_size(self, other.pruner)

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from ..errors import ModelError
 from ..evaluate.accuracy import Outputs, Predictions
 from ..evaluate.fidelity import Embeddings
-from ..hub.blockprune_quantizer import block_sparse_layers
+from ..hub.blockprune_layers import is_pruned
 from .loaded_model import LoadedModel
 
 AGAINST, TEACHER = "to compare with (against=, --against)", "as teacher"  # what it is wanted for
@@ -59,7 +59,7 @@ class OtherModel(Generic[Answers]):
     @cached_property
     def is_dense(self) -> bool:
         """Whether it is no pruned one; of mere answers nobody knows, and they are believed."""
-        return self.answers is not None or not any(block_sparse_layers(self.pruner.model))
+        return self.answers is not None or not is_pruned(self.pruner.model)
 
     @property
     def named(self) -> dict[str, str]:

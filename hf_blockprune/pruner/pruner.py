@@ -13,7 +13,7 @@ from ..data.batches import ImageSet, load_images
 from ..display.stages import planned
 from ..errors import CheckpointError, ModelError
 from ..evaluate.accuracy import EVALUATION_SPLITS
-from ..hub.blockprune_quantizer import block_sparse_layers
+from ..hub.blockprune_layers import is_pruned
 from ..model.copying import copied
 from ..model.structure import find_residual_stream
 from ..recover.recovery import Recovery, recover, recovery_stages
@@ -84,7 +84,7 @@ class BlockPruner(Measuring, Saving):
             BudgetError: no mask meets the budget.
             CheckpointError: `work_dir` holds the state of another run, or cannot be written.
         """
-        if next(block_sparse_layers(self.model), None):
+        if is_pruned(self.model):
             raise ModelError(f"{self.name} is block-sparse already; prune the dense model it was made from")
         shared = shared or SharedCalibration()
         self._report = Pruning(self.model, self.processor, self.config, self.name, self.accelerator, shared).run(
@@ -124,7 +124,7 @@ class BlockPruner(Measuring, Saving):
                 of another run, or cannot be written.
             DataError: the images cannot be used.
         """
-        if not next(block_sparse_layers(self.model), None):
+        if not is_pruned(self.model):
             raise ModelError(f"{self.name} has no block-sparse layers to recover; call prune() first")
         settings, seed = self.config.recovery or RecoveryConfig(), self.config.calibration.seed
         dense = self._teacher(teacher)

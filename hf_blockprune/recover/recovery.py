@@ -25,7 +25,7 @@ from ..config import RecoveryConfig
 from ..data.batches import ImageSet, load_pixels
 from ..display.stages import Stage, stage
 from ..errors import ModelError
-from ..hub.blockprune_quantizer import block_sparse_layers
+from ..hub.blockprune_layers import block_sparse_layers, is_pruned
 from ..model.layers import Layer, hidden_states, layer_chain
 from ..model.outputs import answers, output_of, task_for
 from ..model.tasks import Regression, SingleLabel, Task
@@ -179,9 +179,7 @@ class _Run:
         self.student = dense_copy(self.model).to(self.device)
         names = [name for name, _ in block_sparse_layers(self.model)]
         self.layers, of_teacher = (layer_chain(m, names) for m in (self.student, self.teacher))
-        if next(block_sparse_layers(self.teacher), None) or [u.name for u in self.layers] != [
-            u.name for u in of_teacher
-        ]:
+        if is_pruned(self.teacher) or [u.name for u in self.layers] != [u.name for u in of_teacher]:
             raise ModelError("the teacher is not the dense model that this one was pruned from; name that one")
         self.teacher = single_precision(self.teacher).to(self.device).eval().requires_grad_(False)
         self.teacher_layers = layer_chain(self.teacher, names)

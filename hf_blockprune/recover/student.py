@@ -8,8 +8,8 @@ from torch.nn.utils.parametrize import register_parametrization
 from transformers import PreTrainedModel
 
 from ..hub.blockprune_fusion import unfuse
+from ..hub.blockprune_layers import block_sparse_layers
 from ..hub.blockprune_layout import pack
-from ..hub.blockprune_quantizer import block_sparse_layers
 from ..model.copying import copied
 from ..score.blocks import expand_mask
 
