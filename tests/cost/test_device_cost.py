@@ -127,6 +127,7 @@ def test_a_model_is_its_linears_and_the_rest(name):
     [
         ({"colour": "red"}, r"mine.yaml: unknown key 'colour'.*ghz"),
         ({"kind": "abacus"}, r"mine.yaml.kind: expected one of cpu, gpu, systolic"),
+        ({"kind": ["cpu"]}, r"mine.yaml.kind: expected one of cpu, gpu, systolic, got \['cpu'\]"),
         ({"cores": 0}, r"mine.yaml.cores: expected a whole number from 1"),
         ({"cores": "two"}, r"mine.yaml.cores: expected a whole number"),
         ({"ghz": float("inf")}, r"mine.yaml.ghz: expected a number above 0"),

@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 
-from hf_blockprune import BlockPruneConfig, BlockPruner, DataError, ModelError
+from hf_blockprune import BlockPruneConfig, BlockPruner, ConfigError, DataError, ModelError
 from hf_blockprune.errors import BackendError
 from hf_blockprune.jobs import demo
 from hf_blockprune.jobs.measure import run_benchmark, run_evaluate
+from hf_blockprune.jobs.prune import PruneJob
 from tests.commands import refused
 from tests.conftest import write_images
 
@@ -65,6 +66,12 @@ def test_encoders_are_compared_with_something(hollow, images, tmp_path):
     (encoder / "config.json").write_text(json.dumps({**config, "architectures": ["ViTModel"]}))
     with pytest.raises(ModelError, match="name the dense model"):
         run_evaluate(str(encoder), tmp_path / "nowhere")
+
+
+def test_a_recovery_needs_images(tmp_path):
+    settings = {"model": "dense", "output": str(tmp_path / "out"), "method": "magnitude", "recover": True}
+    with pytest.raises(ConfigError, match="recovery: learns from images; name a dataset"):
+        PruneJob.read(None, **settings)
 
 
 def test_benchmark_looks_at_both_models_first(hollow, tmp_path):

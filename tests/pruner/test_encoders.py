@@ -43,6 +43,7 @@ from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.model.outputs import answers, classifies
 from hf_blockprune.model.structure import find_residual_stream, find_transformer_layers
 from hf_blockprune.reorder.stream import permute_stream
+from tests.commands import run
 from tests.conftest import NUM_LABELS, tiny_config, tiny_settings
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -263,6 +264,16 @@ def test_a_model_of_images_and_texts_says_how_to_prune_its_vision_part(images, p
     assert json.loads((tmp_path / "pruned" / "config.json").read_text())["architectures"] == [
         "CLIPVisionModelWithProjection"
     ]
+
+
+def test_the_command_measures_an_encoder_and_says_so(images, processor, tmp_path):
+    for name in ("dense", "other"):
+        pruner = BlockPruner(made("clip projection"), processor)
+        pruner.model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    done = run("evaluate", tmp_path / "dense", "--dataset", images, "--against", tmp_path / "other")
+    assert (done.exit_code, done.exception) == (0, None), done.output
+    assert "cosine" in done.stdout
 
 
 @pytest.mark.parametrize("form", ["dense", "torch-export"])
