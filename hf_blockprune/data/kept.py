@@ -24,14 +24,48 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class _Table:
+    """The values of one channel, which lie as far from each other as whole numbers do."""
+
+    values: Tensor  # [at most MOST_VALUES], sorted; some may not have been seen
+    step: float
+
+    @classmethod
+    def of(cls, seen: Tensor) -> "_Table | None":
+        """From sorted values [n], n > 1; None where they are of another kind, or too many."""
+        lowest, steps = seen[0].double(), seen.double().diff()
+        if not seen.isfinite().all() or not len(steps):
+            return None
+        step = float(steps.min())
+        count = round(float((seen[-1].double() - lowest) / step)) + 1
+        if count > MOST_VALUES:
+            return None
+        values = (lowest + step * torch.arange(count)).to(seen.dtype)
+        values[((seen.double() - lowest) / step).round().long()] = seen
+        return cls(values, step)
+
+    def codes(self, channel: Tensor) -> Tensor:
+        """Places of a channel's values, uint8 [height, width]; wrong where the table lacks one."""
+        places = (channel.float() - float(self.values[0])) / self.step
+        return places.round_().nan_to_num_().clamp_(0, len(self.values) - 1).to(torch.uint8)
+
+
+@dataclass(frozen=True)
 class _Coded:
-    """One image as positions in a table of values by channel, uint8 [channels, height, width]."""
+    """One image as places in the tables of its channels, uint8 [channels, height, width]."""
 
     codes: Tensor
-    tables: list[Tensor]
+    tables: list[_Table]
+
+    @classmethod
+    def of(cls, pixels: Tensor, tables: "list[_Table]") -> "_Coded | None":
+        """None where it would not give back the pixels to the last bit."""
+        coded = cls(torch.stack([table.codes(one) for table, one in zip(tables, pixels, strict=True)]), tables)
+        bits = {4: torch.int32}.get(pixels.element_size(), torch.uint8)
+        return coded if torch.equal(coded.pixels().view(bits), pixels.contiguous().view(bits)) else None
 
     def pixels(self) -> Tensor:
-        return torch.stack([table[codes.int()] for table, codes in zip(self.tables, self.codes, strict=True)])
+        return torch.stack([table.values[codes.int()] for table, codes in zip(self.tables, self.codes, strict=True)])
 
 
 @dataclass
@@ -41,10 +75,30 @@ class _Store:
     most_bytes: int
     images: dict[int, "_Coded | Tensor | Broken"] = field(default_factory=dict)
     num_bytes: int = 0
-    tables: list[Tensor] | None = None  # sorted values of each channel, so far; None where there are too many
-    begun: bool = False
+    seen: list[Tensor] | None = field(default_factory=list)  # sorted values by channel; None where they fit no table
+    tables: list[_Table] = field(default_factory=list)
     read: int = 0  # images of a stream that were come by
     ended: bool = False  # and whether there are no more
+
+    def coded(self, pixels: Tensor) -> "_Coded | Tensor":
+        """An image in as few bytes as give it back."""
+        if self.seen is None:
+            return pixels.clone()
+        coded = _Coded.of(pixels, self.tables) if self.tables else None
+        if coded is None and self._learn(pixels):
+            coded = _Coded.of(pixels, self.tables)
+        return pixels.clone() if coded is None else coded
+
+    def _learn(self, pixels: Tensor) -> bool:
+        """Make tables that have an image's values too; whether there are such."""
+        assert self.seen is not None
+        before = self.seen or [channel.new_empty(0) for channel in pixels]
+        seen = [torch.cat([old, new.flatten()]).unique() for old, new in zip(before, pixels, strict=True)]
+        tables = [table for values in seen if (table := _Table.of(values)) is not None]
+        self.tables = tables if len(tables) == len(seen) else []
+        # A channel of one value says nothing yet of how far values lie apart.
+        self.seen = seen if self.tables or min(map(len, seen)) == 1 else None
+        return bool(self.tables)
 
 
 class KeptPixels:
@@ -91,7 +145,7 @@ class KeptPixels:
         if isinstance(image, Broken):
             self._store.images[self._place(position)] = image
             return
-        kept = self._coded(image)
+        kept = self._store.coded(image.detach().cpu())  # some processors work on a GPU
         size = kept.codes.nbytes if isinstance(kept, _Coded) else kept.nbytes
         if self._store.num_bytes + size <= self._store.most_bytes:
             self._store.images[self._place(position)] = kept
@@ -114,30 +168,3 @@ class KeptPixels:
 
     def _place(self, position: int) -> int:
         return position if self._positions is None else self._positions[position]
-
-    def _coded(self, pixels: Tensor) -> "_Coded | Tensor":
-        store = self._store
-        if store.begun and store.tables is None:
-            return pixels.clone()
-        if not store.begun:
-            store.begun, store.tables = True, [channel.unique() for channel in pixels]
-        assert store.tables is not None
-        coded = _encoded(pixels, store.tables)
-        if coded is None:
-            both = zip(store.tables, pixels, strict=True)
-            store.tables = [torch.cat([table, channel.flatten()]).unique() for table, channel in both]
-            coded = _encoded(pixels, store.tables)
-        if coded is None:
-            store.tables = None
-        return pixels.clone() if coded is None else coded
-
-
-def _encoded(pixels: Tensor, tables: list[Tensor]) -> _Coded | None:
-    """None where a table lacks a value, to the last bit, or has more than a byte can tell apart."""
-    if any(len(table) > MOST_VALUES for table in tables):
-        return None
-    both = zip(tables, pixels, strict=True)
-    places = [torch.searchsorted(table, channel.contiguous()).clamp(max=len(table) - 1) for table, channel in both]
-    coded = _Coded(torch.stack(places).to(torch.uint8), tables)
-    same = torch.equal(coded.pixels().view(torch.uint8), pixels.contiguous().view(torch.uint8))
-    return coded if same else None

@@ -65,6 +65,15 @@ def test_whatever_pixels_are_they_come_back(pixels):
         assert same_bits(kept[1], plain)
 
 
+def test_black_pictures_first_and_a_few_more_values_each_time():
+    kept, pixels = KeptPixels(MUCH), [torch.zeros(3, 6, 5), torch.ones(3, 6, 5)]
+    pixels += [eight_bits(seed, levels=levels) for seed, levels in enumerate((2, 5, 40, 256))]
+    pixels += [torch.zeros(3, 6, 5)]
+    for position, image in enumerate(pixels):
+        kept.keep(position, image)
+    assert all(same_bits(kept[position], image) for position, image in enumerate(pixels))
+
+
 def test_what_is_kept_does_not_change_with_what_was_given():
     pixels = torch.randn(3, 30, 30)
     kept = KeptPixels(MUCH)
