@@ -18,7 +18,7 @@ from PIL import Image
 
 from hf_blockprune import BlockPruneError, BlockPruner, BlockSparseFormatError, ModelError
 from hf_blockprune.data.model_input import channels_of, shared_picture_size
-from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+from hf_blockprune.hub.blockprune_layers import is_pruned
 from hf_blockprune.model.outputs import classifies
 from hf_blockprune.model.tasks import SINGLE, task_of
 from hf_blockprune.sources.pictures import Decoding, decode_image
@@ -52,9 +52,9 @@ def load(pruned: str, dense: str) -> dict[str, BlockPruner]:
         ModelError: one is not what it was named as, or they cannot be compared.
     """
     models = {"dense": BlockPruner.from_pretrained(dense), "pruned": BlockPruner.from_pretrained(pruned)}
-    if not next(block_sparse_layers(models["pruned"].model), None):
+    if not is_pruned(models["pruned"].model):
         raise ModelError(f"{pruned} is not pruned; name the pruned model first, and then the dense one")
-    if next(block_sparse_layers(models["dense"].model), None):
+    if is_pruned(models["dense"].model):
         raise ModelError(f"{dense} is pruned too; name the dense model that {pruned} was pruned from")
     for name, model in zip((dense, pruned), models.values(), strict=True):
         if not classifies(model.model, model.processor.to_dict()) or task_of(model.model.config).problem != SINGLE:

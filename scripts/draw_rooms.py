@@ -70,7 +70,7 @@ def read_rooms() -> tuple[dict[str, list[str]], dict[str, set[str]]]:
         arrows[here] |= {merged(room) for room in rooms.imported_rooms(path)} - {here}
         if path.stem not in ("__init__", "__main__"):
             modules[here].append(path.stem)
-    if missing := [room for room in WAY if room not in arrows["pruner"] | reached(arrows, "pruner")]:
+    if missing := [room for room in WAY if room not in reached(arrows, "pruner")]:
         raise SystemExit(f"no run passes through {', '.join(missing)}: mend WAY")
     return dict(modules), dict(arrows)
 
@@ -116,13 +116,14 @@ def box(name: str, centre: tuple[float, float], modules: list[str]) -> str:
     x, y = centre
     shown = name if name == ALONE else f"{name}.py" if name == "config" else f"{name}/"
     count = f"{len(modules)} module{'s' * (len(modules) != 1)}"
-    badge = ""
+    badge = css = ""
     if name in WAY:
         left, top = x - BOX / 2, y - HEIGHT / 2
         badge = f'<circle class="number" cx="{left:.0f}" cy="{top:.0f}" r="9"/>'
+        css = ' class="way"'
         badge += f'<text class="badge" x="{left:.0f}" y="{top + 4:.0f}">{WAY.index(name) + 1}</text>'
     return (
-        f"<g{' class=' + chr(34) + 'way' + chr(34) if badge else ''}><title>{escape(', '.join(modules))}</title>"
+        f"<g{css}><title>{escape(', '.join(modules))}</title>"
         f'<rect class="box" x="{x - BOX / 2:.0f}" y="{y - HEIGHT / 2:.0f}" width="{BOX}" height="{HEIGHT}" rx="7"/>'
         f'<text x="{x:.0f}" y="{y - 2:.0f}">{escape(shown)}</text>'
         f'<text class="few" x="{x:.0f}" y="{y + 14:.0f}">{count}</text>{badge}</g>'

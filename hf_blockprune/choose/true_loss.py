@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..cost.flops import dtype_of
 from ..display.stages import stage
 from ..errors import ModelError
+from ..model.layers import linear_in
 from ..model.outputs import output_of, task_for
 from ..model.tasks import Regression, Task
 from ..refit.solve import Moments, solve
@@ -82,9 +83,7 @@ def true_losses(
             before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
             try:
                 for name in group:
-                    linear = model.get_submodule(name)
-                    assert isinstance(linear, nn.Linear)
-                    _prune(name, linear, masks[name], statistics[name], block_shape, damping)
+                    _prune(name, linear_in(model, name), masks[name], statistics[name], block_shape, damping)
                 have, _ = _outputs(model, pixels)
             finally:
                 for parameter, value in before:

@@ -47,7 +47,11 @@ def load_images(
     given = source if isinstance(source, DataSource) else DataSource(source)
     name, chosen = given.name, None
     dataset, left_out = given.open()
-    if isinstance(dataset, dict) and dataset and all(isinstance(part, _kinds()) for part in dataset.values()):
+    if (
+        isinstance(dataset, dict)
+        and dataset
+        and all(isinstance(part, (datasets.Dataset, datasets.IterableDataset)) for part in dataset.values())
+    ):
         splits = [str(s) for s in dataset]
         chosen = choose_split(splits, split or given.split, prefer_splits, name)
         dataset, chosen = dataset[chosen], chosen if len(splits) > 1 else None
@@ -57,12 +61,6 @@ def load_images(
     if left_out:
         logger.warning(f"{found.name}: files that cannot be read as pictures are left out: {_some(left_out)}")
     return replace(found, decoding=replace(found.decoding, white=given.white), left_out=tuple(left_out))
-
-
-def _kinds() -> tuple[type, ...]:
-    import datasets
-
-    return datasets.Dataset, datasets.IterableDataset
 
 
 def _opened(dataset: object, source: DataSource, labels: bool) -> ImageSet:

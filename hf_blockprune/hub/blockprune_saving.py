@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, JsonDict, describes
-from .blockprune_layers import block_sparse_layers, packed_states
+from .blockprune_layers import block_sparse_layers, is_pruned, packed_states
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
 from .blockprune_model_cost import hardware_cost
@@ -251,7 +251,7 @@ def _complete(folder: Path, model: PreTrainedModel) -> None:
 def _describe_parts(values: JsonDict, config: PreTrainedConfig, model: PreTrainedModel) -> None:
     """Guard a saved config, and describe the layers in those parts of it that a part of the model is loaded by."""
     values["transformers_weights"] = WEIGHTS_GUARD
-    sparse = {id(m.config) for m in model.modules() if isinstance(m, PreTrainedModel) and any(block_sparse_layers(m))}
+    sparse = {id(m.config) for m in model.modules() if isinstance(m, PreTrainedModel) and is_pruned(m)}
     for name, part in vars(config).items():
         if isinstance(part, PreTrainedConfig) and id(part) in sparse and name in values:
             values[name]["quantization_config"] = values["quantization_config"]

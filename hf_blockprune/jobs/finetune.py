@@ -106,21 +106,7 @@ def _flat(values: JsonDict, prefix: str = "") -> dict[str, bool | int | float | 
 def run_finetune(job: FinetuneJob, *, overwrite: bool = False, resume: bool = False, restart: bool = False) -> JsonDict:
     """Train, evaluate where the job names labelled images, and save.
 
-    The state of a run that does not come to its end stays beside the output.
-
-    Args:
-        job: what to do.
-        overwrite: replace an older checkpoint.
-        resume: go on with what an interrupted run left beside the output.
-        restart: throw that away and start from the beginning.
-
-    Returns:
-        The report, with `output` added.
-
-    Raises:
-        CheckpointError: an interrupted run left its state, and neither `resume` nor `restart` says what to do with it;
-            or it belongs to another run.
-        Interrupted: Ctrl-C or SIGTERM ended it; says what is kept.
+    Arguments, what is kept, and errors as for `jobs.prune.run_prune`.
     """
     check_output(job.output, overwrite=overwrite)
     gradual = job.config.gradual

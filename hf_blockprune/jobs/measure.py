@@ -13,7 +13,7 @@ from ..errors import CheckpointError, ConfigError, ModelError
 from ..evaluate.accuracy import Evaluation, MultiLabelEvaluation, RegressionEvaluation
 from ..evaluate.fidelity import Fidelity
 from ..hub.blockprune_config import describes
-from ..hub.blockprune_layers import block_sparse_layers
+from ..hub.blockprune_layers import is_pruned
 from ..pruner.pruner import BlockPruner
 from ..sources.named import Images
 from ..types import JsonDict
@@ -100,6 +100,6 @@ def _keep(pruner: BlockPruner, model: str) -> str | None:
         kept = pruner.save_measurements()
     except CheckpointError as error:
         return f"the result was not kept: {error}"
-    if kept or not any(block_sparse_layers(pruner.model)) or not Path(model).expanduser().is_dir():
+    if kept or not is_pruned(pruner.model) or not Path(model).expanduser().is_dir():
         return None
     return f"the result was not kept: {model} has no report to keep it in; --no-save says that none is wanted"

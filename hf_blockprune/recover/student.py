@@ -11,6 +11,7 @@ from ..hub.blockprune_fusion import unfuse
 from ..hub.blockprune_layers import block_sparse_layers
 from ..hub.blockprune_layout import pack
 from ..model.copying import copied
+from ..model.layers import linear_in
 from ..score.blocks import expand_mask
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -53,8 +54,7 @@ def write_back(student: nn.Module, model: nn.Module) -> None:
     """Give a block-sparse model the weights of its `dense_copy`, in place."""
     sparse = dict(block_sparse_layers(model))
     for name, module in sparse.items():
-        linear = student.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+        linear = linear_in(student, name)
         whole = linear.weight  # layers may hold it so, or its kept blocks
         packed = module.weight.dim() == 3
         module.weight.copy_(pack(whole, module.mask(), module.block_shape).weight if packed else whole)

@@ -10,7 +10,7 @@ from hf_blockprune.data.batches import decode_image, load_images
 from hf_blockprune.finetune.config import FinetuneConfig
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, sparsify
 from hf_blockprune.model.layers import layer_chain
-from hf_blockprune.refit.boundary import first_inputs
+from hf_blockprune.refit.boundary import first_inputs, learn_calls
 from hf_blockprune.refit.layerwise import refit_layers
 from hf_blockprune.refit.solve import RIDGES
 from hf_blockprune.refit.stages import _stages
@@ -467,3 +467,27 @@ def test_a_process_without_images_does_no_harm(launch, vit_folder, images, tmp_p
     recipe = recipe_for(vit_folder, images, tmp_path, 4)
     launch([RECIPE, "--config", recipe, "--output", tmp_path / "out", "--quiet", "--json"], processes=2)
     assert all(value.isfinite().all() for value in load_file(tmp_path / "out/model.safetensors").values())
+
+
+def test_layers_that_give_dictionaries_are_refused_by_name(accelerator):
+    class Given(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, states):
+            return {"states": self.linear(states["states"] if isinstance(states, dict) else states)}
+
+    class Chain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Given(), Given()])
+
+        def forward(self, pixel_values):
+            for layer in self.layers:
+                pixel_values = layer({**pixel_values} if isinstance(pixel_values, dict) else pixel_values)
+
+    model = Chain()
+    layers = layer_chain(model, ["layers.0.linear", "layers.1.linear"])
+    with pytest.raises(ModelError, match=r"layers\.1 does not take what the layer before it gives"):
+        learn_calls(model, layers, torch.zeros(1, 4))
