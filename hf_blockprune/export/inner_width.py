@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..hub.blockprune_layers import block_sparse_layers
+from ..model.layers import linear_in
 from ..model.loading import build, model_class_of
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ def narrow(model: "PreTrainedModel") -> None:
         if _holds(made, model, layers):
             setattr(getattr(model.config, holder) if holder else model.config, setting, value)
             for name, cut in layers.items():
-                linear = made.get_submodule(name)
-                assert isinstance(linear, nn.Linear)  # _holds saw to it
+                linear = linear_in(made, name)  # _holds saw to it
                 cut.layer.dense_shape = linear.out_features, linear.in_features
             return
 

@@ -20,6 +20,7 @@ from ..hub.blockprune_fusion import fuse, unfuse
 from ..hub.blockprune_linear import BlockSparseLinear
 from ..hub.blockprune_quantizer import block_sparse_layers, pack_weights, sparsify, update_config
 from ..model.copying import copied
+from ..model.layers import linear_in
 from ..model.structure import find_transformer_layers
 from ..model.targets import check_storable, find_targets
 from ..reorder.cutting import cut_hidden_units
@@ -184,8 +185,7 @@ class GradualPruning:
         wanted = replace(self.settings.budget, ratio=share, value=None)
         config = replace(self.settings, min_kept_per_layer=least).pruning(shape, wanted)
         dense = _dense_form(self.model)
-        linears = {name: module for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
-        targets = {name: linears[name] for name in masks}
+        targets = {name: linear_in(dense, name) for name in masks}
         found = self._statistics(dense, targets, shape) if self.settings.scoring.needs_images else {}
         budgets = model_budgets(config, dense, targets, self.flops)
         gone = {name: ~mask for name, mask in masks.items()}
