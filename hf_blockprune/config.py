@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import yaml
 
@@ -22,6 +22,8 @@ from .types import JsonDict
 FORMAT_VERSION = 1
 BUDGET_METRICS = ("flops", "params", "density", "latency", "energy")
 DEVICE_METRICS = {"latency": "ms", "energy": "mJ"}  # and the units of their absolute values
+MoveName: TypeAlias = Literal["blocks", "units", "heads"]
+MOVES: tuple[MoveName, ...] = ("blocks", "units", "heads")
 MAX_SEED = 2**32
 # What leaves DeiT-Ti, which is small and has little to spare, worth keeping; of larger models it was not measured.
 # The numbers are in docs/prune.md.
@@ -194,6 +196,11 @@ class BlockPruneConfig:
             default with "obs", which it needs.
         permute_stream: let the residual stream's features be among them. False keeps hidden states, and with them
             embeddings, in the dense model's order. By default as `permute`.
+        rotate: let the features of each attention head mix first, so that few of them carry most; predictions stay the
+            same. By default where heads are among the moves.
+        moves: what may leave: "blocks" of weights, hidden "units" of MLPs, and "heads", that is whole attention heads
+            and features within all heads of a layer. One budget decides between them. By default, with "obs", all that
+            the model's family supports, else "blocks"; ("blocks",) alone is the published setting.
         coupling_rounds: how often "obs" chooses blocks anew, knowing what the last choice left of each Linear's
             neighbours; 0 leaves their dependence out of account.
         true_loss_rounds: how often "obs" measures what the chosen blocks really cost the model's predictions, layer by
@@ -231,6 +238,8 @@ class BlockPruneConfig:
     refit: bool | None = None
     permute: bool | None = None
     permute_stream: bool | None = None
+    rotate: bool | None = None
+    moves: tuple[MoveName, ...] | None = None
     coupling_rounds: int = 2
     true_loss_rounds: int = 1
     token_weights: float = 0.95
@@ -266,7 +275,7 @@ class BlockPruneConfig:
             if not isinstance(value, cls) and not (key in ("second_budget", "recovery") and value is None):
                 _check_keys(cls, value, key)
                 object.__setattr__(self, key, cls(**value))
-        for key in ("block_shape", "targets", "ignore"):
+        for key in ("block_shape", "targets", "ignore", "moves"):
             value = getattr(self, key)
             if isinstance(value, list):
                 object.__setattr__(self, key, tuple(value))
@@ -278,9 +287,10 @@ class BlockPruneConfig:
             _check_whole("block_shape", size, 1)
         if self.method not in METHODS:
             _refuse("method", f"one of {', '.join(METHODS)}", self.method)
-        for key in ("refit", "permute", "permute_stream"):
+        for key in ("refit", "permute", "permute_stream", "rotate"):
             if getattr(self, key) is not None and not isinstance(getattr(self, key), bool):
                 _refuse(key, "true, false, or nothing for the method's default", getattr(self, key))
+        self._check_moves()
         for key in ("residual_targets", "balance"):
             if not isinstance(getattr(self, key), bool):
                 _refuse(key, "true or false", getattr(self, key))
@@ -304,6 +314,21 @@ class BlockPruneConfig:
         if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             _refuse("format_version", f"{FORMAT_VERSION} (a newer hf_blockprune may read it)", self.format_version)
 
+    def _check_moves(self) -> None:
+        names = self.moves
+        if names is None:
+            return
+        if not isinstance(names, tuple) or not names or any(names.count(n) > 1 or n not in MOVES for n in names):
+            _refuse("moves", f"a list of some of {', '.join(MOVES)}, each once", names)
+        if shrinking := [name for name in names if name != "blocks"]:
+            if not self.scoring.fisher:
+                able = quoted(names_where(lambda m: m.fisher))
+                raise ConfigError(
+                    f"moves: {shrinking[0]} need the statistics of method {able}, not {self.method!r}; leave them out"
+                )
+            if not self.refits:
+                raise ConfigError(f"moves: {shrinking[0]} need refit, which is off here; leave one of them out")
+
     def _check_agreement(self) -> None:
         method = self.scoring
         if self.permute and not method.fisher:
@@ -311,6 +336,8 @@ class BlockPruneConfig:
             raise ConfigError(f"permute: needs the statistics of method {able}, not {self.method!r}; leave it out")
         if self.permute_stream and not self.permutes:
             raise ConfigError("permute_stream: is part of permute, which is off here; leave one of them out")
+        if self.rotate and not self.permutes:
+            raise ConfigError("rotate: is part of permute, which is off here; leave one of them out")
         if self.balance and not method.queue_per_block_row:
             able = quoted(names_where(lambda m: m.queue_per_block_row))
             raise ConfigError(f"balance: needs the traces of method {able}, not {self.method!r}; leave it out")
@@ -352,6 +379,18 @@ class BlockPruneConfig:
     def permutes(self) -> bool:
         """Whether hidden units change places before blocks are chosen."""
         return self.scoring.permutes if self.permute is None else self.permute
+
+    @property
+    def allowed_moves(self) -> tuple[MoveName, ...]:
+        """What may leave, in models of a family that supports it."""
+        if self.moves is not None:
+            return self.moves
+        return MOVES if self.scoring.fisher and self.refits and not self.balance else ("blocks",)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether features of heads mix before anything is chosen."""
+        return self.permutes and ("heads" in self.allowed_moves if self.rotate is None else self.rotate)
 
     @property
     def permutes_stream(self) -> bool:

@@ -27,7 +27,14 @@ class Accumulator:
     """Running sums of one Linear."""
 
     def __init__(
-        self, name: str, linear: nn.Linear, *, moments: bool, fisher: bool, block_shape: tuple[int, int] | None
+        self,
+        name: str,
+        linear: nn.Linear,
+        *,
+        moments: bool,
+        fisher: bool,
+        block_shape: tuple[int, int] | None,
+        gradient_moment: bool = False,
     ) -> None:
         self.name = name
         self.linear, self.block_shape, self.fisher = linear, block_shape, fisher
@@ -41,6 +48,8 @@ class Accumulator:
             self.sums |= {"mean": torch.zeros(into, **double), "second_moment": torch.zeros(into, into, **double)}
         if fisher or block_shape is not None:
             self.sums |= {"output_weight": torch.zeros(out, **double), "token_weight": torch.zeros(1, **double)}
+        if gradient_moment:
+            self.sums["gradient_moment"] = torch.zeros(out, out, **double)
         if block_shape is not None:
             rows, cols = grid_shape((out, into), block_shape)
             self.sums["gradient"] = torch.zeros(out, into, **double)
@@ -80,6 +89,9 @@ class Accumulator:
     def _add_gradients(self, x: Tensor, grad: Tensor, index: Tensor) -> None:
         """x [images, tokens, in] and dLoss/dy [images, tokens, out], a few images at a time to bound memory."""
         self.sums["output_weight"] += grad.double().square().sum(dim=(0, 1))
+        if "gradient_moment" in self.sums:
+            flat = grad.flatten(0, 1)
+            self.sums["gradient_moment"] += (flat.t() @ flat).double()
         token_weight = grad.square().sum(-1, keepdim=True)
         # Starts out as one zero, and takes the number of tokens from the first batch.
         self.sums["token_weight"] = self.sums["token_weight"] + token_weight.sum((0, 2), dtype=torch.float64)
@@ -120,7 +132,8 @@ class Accumulator:
         self._take_moments_about_zero()
         sums = {name: cast(Tensor, accelerator.reduce(value, "sum")) for name, value in self.sums.items()}
         weight = sums["token_weight"].sum().clamp(min=1e-300) if self.fisher else tokens
-        divide_by = {"mean": weight, "second_moment": weight, "output_weight": tokens, "gradient": images}
+        divide_by = {"mean": weight, "second_moment": weight, "output_weight": tokens}
+        divide_by |= {"gradient_moment": tokens, "gradient": images}
         done = {name: sums[name] / count for name, count in divide_by.items() if name in sums}
         if "token_weight" in sums:
             total = sums["token_weight"].sum().clamp(min=1e-300)

@@ -4,7 +4,7 @@ Images pass once, in batches, on any number of processes. Sums are kept in float
 end, so that one process and several give the same statistics. Memory does not depend on the number of images.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
@@ -41,6 +41,7 @@ def collect(
     gradients: bool = False,
     fisher: bool = False,
     block_shape: tuple[int, int] = (1, 1),
+    gradient_moments: Collection[str] = (),
     seed: int = 0,
     state: RunState | None = None,
 ) -> tuple[dict[str, LayerStatistics], CorruptImages]:
@@ -61,6 +62,7 @@ def collect(
             a model that reads its class token alone, does not count. All labels are sampled from the model's
             predictions, which makes it the true Fisher; those of the data set are not read. Excludes the other two.
         block_shape: blocks of `block_gradients`.
+        gradient_moments: names of the Linears of which `gradient_moment` is wanted too.
         seed: of sampled labels; an image's label depends on its position alone, not on processes or batches.
         state: keeps running sums now and then, and gives back those of an interrupted run.
 
@@ -71,7 +73,10 @@ def collect(
     if not gradients:
         images = images.without_labels()
     wanted = {"moments": moments or fisher, "fisher": fisher, "block_shape": block_shape if gradients else None}
-    accumulators = {name: Accumulator(name, linear, **wanted) for name, linear in targets.items()}
+    accumulators = {
+        name: Accumulator(name, linear, gradient_moment=name in gradient_moments, **wanted)
+        for name, linear in targets.items()
+    }
     corrupt = CorruptImages(images.name)
     total = num_batches(images, batch_size, accelerator.num_processes)
     running = RunningSums(state, accumulators, corrupt, total)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .accumulator import Accumulator
 
 CALIBRATION, RUNNING = "calibration", "calibrating"
-PARTS = ("mean", "second_moment", "output_weight", "token_weight", "gradient", "block_gradients")
+PARTS = ("mean", "second_moment", "output_weight", "token_weight", "gradient_moment", "gradient", "block_gradients")
 ORIGIN = "origin"
 
 

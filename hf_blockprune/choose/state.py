@@ -3,14 +3,14 @@
 import torch
 
 from ..calibration.state import CALIBRATION
-from ..reorder.state import MOVES, ORDER
+from ..reorder.state import MOVES, ORDER, ROTATION
 from ..runs.resume import KeptParts
 from ..score.trace import RemovalTrace
 
 SELECTION = "selection"
 TRACE, LOSS = "trace", "loss"
 # Beginnings of the names of all parts that nobody asks for once the masks are chosen.
-UNTIL_SELECTED = (CALIBRATION, f"{MOVES}-", f"{ORDER}-", f"{TRACE}-", f"{LOSS}-")
+UNTIL_SELECTED = (CALIBRATION, f"{MOVES}-", f"{ORDER}-", f"{ROTATION}-", f"{TRACE}-", f"{LOSS}-")
 
 
 class SelectionState(KeptParts):

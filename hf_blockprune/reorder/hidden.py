@@ -32,9 +32,16 @@ class Move:
 
 
 def sorting_moves(
-    layers: list[TransformerLayer], linears: dict[str, nn.Linear], statistics: dict[str, LayerStatistics]
+    layers: list[TransformerLayer],
+    linears: dict[str, nn.Linear],
+    statistics: dict[str, LayerStatistics],
+    *,
+    rotated: bool = False,
 ) -> list[Move]:
-    """The moves that sort each layer's hidden units, its heads, and the features of each head by falling saliency."""
+    """The moves that sort each layer's hidden units, its heads, and the features of each head by falling saliency.
+
+    Heads that are rotated have their features in an order already.
+    """
     moves = []
     for layer in layers:
         units = _column_saliency(linears[layer.fc2], statistics[layer.fc2])
@@ -46,8 +53,12 @@ def sorting_moves(
         heads = torch.arange(layer.heads, device=worth.device)
         if not layer.heads_stay:
             heads = worth.argsort(descending=True, stable=True)
-        moves.append(Move((layer.value,), layer.out, _falling(features, heads)))
-        moves.append(Move((layer.query, layer.key), None, _falling(products, heads)))
+        for worth, producers, consumer in (
+            (features, (layer.value,), layer.out),
+            (products, (layer.query, layer.key), None),
+        ):
+            order = _in_order(len(worth), heads) if rotated else _falling(worth, heads)
+            moves.append(Move(producers, consumer, order))
     return moves
 
 
@@ -56,17 +67,22 @@ def packing_moves(
     linears: dict[str, nn.Linear],
     statistics: dict[str, LayerStatistics],
     block_shape: tuple[int, int],
+    *,
+    rotated: bool = False,
 ) -> list[Move]:
-    """The moves that pack the saliency of hidden units, and of the features of each head, into blocks."""
+    """The moves that pack the saliency of hidden units, and of the features of heads not rotated, into blocks."""
     names = [name for layer in layers for name in layer.names()]
     saliency = {name: entry_saliency(linears[name], statistics[name]).float() for name in names}
     moves = []
     for layer in layers:
-        for producer, consumer, heads in ((layer.fc1, layer.fc2, 1), (layer.value, layer.out, layer.heads)):
+        pairs = ((layer.fc1, layer.fc2, 1), (layer.value, layer.out, layer.heads))
+        for producer, consumer, heads in pairs[:1] if rotated else pairs:
             sides = [Profile.of_rows(saliency[producer], block_shape), Profile.of_cols(saliency[consumer], block_shape)]
             moves.append(Move((producer,), consumer, _packed(sides, heads)))
-        both = torch.cat([saliency[layer.query], saliency[layer.key]], dim=1)
-        moves.append(Move((layer.query, layer.key), None, _packed([Profile.of_rows(both, block_shape)], layer.heads)))
+        if not rotated:
+            both = torch.cat([saliency[layer.query], saliency[layer.key]], dim=1)
+            order = _packed([Profile.of_rows(both, block_shape)], layer.heads)
+            moves.append(Move((layer.query, layer.key), None, order))
     return moves
 
 
@@ -143,6 +159,11 @@ def output_variance(linear: nn.Linear, s: LayerStatistics) -> Tensor:
     """Variance of each output, [out]."""
     weight = linear.weight.detach().double()
     return ((weight @ s.covariance) * weight).sum(dim=1).clamp(min=0)
+
+
+def _in_order(features: int, heads: Tensor) -> Tensor:
+    """Features head by head in the given order of heads, those of each as they are."""
+    return torch.arange(features, device=heads.device).view(len(heads), -1)[heads].flatten()
 
 
 def _falling(values: Tensor, heads: Tensor) -> Tensor:

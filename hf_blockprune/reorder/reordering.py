@@ -15,6 +15,7 @@ from ..score.statistics import LayerStatistics
 from ..types import JsonDict
 from .changes import Changes
 from .hidden import Move, apply_moves, block_saliency_kept, packing_moves, sorting_moves
+from .rotation import Rotation, apply_rotation, choose_rotation
 from .state import ReorderingState
 from .stream import choose_order, permute_statistics, permute_stream
 
@@ -74,6 +75,7 @@ class Reordering:
         shape, state = self.config.block_shape, self.state
         with stage("permutation", len(self.layers), unit="layers") as bar:
             before = block_saliency_kept(coupled, statistics, shape, share)
+            statistics = self._rotated(statistics)
             moves = state.moves("sorting", lambda: self._agreed(self._sorted(statistics)))
             sorted_ = apply_moves(moves, self.targets, statistics, self.changes)
             streamed, order = self._reorder_stream(coupled, sorted_)
@@ -85,16 +87,32 @@ class Reordering:
             "saliency_kept_before": before,
             "saliency_kept_after": after,
             "residual_order": order,
+            "rotated_heads": self.config.rotates,
         }
         return Reordered(packed, permutation)
 
     def _sorted(self, statistics: dict[str, LayerStatistics]) -> list[Move]:
-        return sorting_moves(self.layers, self.targets, statistics)
+        return sorting_moves(self.layers, self.targets, statistics, rotated=self.config.rotates)
+
+    def _rotated(self, statistics: dict[str, LayerStatistics]) -> dict[str, LayerStatistics]:
+        """The statistics after heads were rotated, where they are to be."""
+        moved = dict(statistics)
+        for number, layer in enumerate(self.layers if self.config.rotates else []):
+
+            def choose(layer: TransformerLayer = layer) -> Rotation:
+                return self._agreed(choose_rotation(layer, self.targets, moved))
+
+            rotation = self.state.rotation(number, choose)
+            moved |= apply_rotation(layer, rotation, self.targets, moved, self.changes)
+        return moved
 
     def _packed(self, statistics: dict[str, LayerStatistics], bar: Stage) -> list[Move]:
-        shape = self.config.block_shape
-        each = [packing_moves([layer], self.targets, statistics, shape) for layer in bar.over(self.layers)]
+        each = [self._packing_moves(layer, statistics) for layer in bar.over(self.layers)]
         return [move for moves in each for move in moves]
+
+    def _packing_moves(self, layer: TransformerLayer, statistics: dict[str, LayerStatistics]) -> list[Move]:
+        shape, rotated = self.config.block_shape, self.config.rotates
+        return packing_moves([layer], self.targets, statistics, shape, rotated=rotated)
 
     def _reorder_stream(
         self, linears: dict[str, nn.Linear], statistics: dict[str, LayerStatistics]

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from ..runs.resume import KeptParts
 from .hidden import Move
+from .rotation import Rotation
 
-MOVES, ORDER = "moves", "order"
+MOVES, ORDER, ROTATION = "moves", "order", "rotation"
 
 
 class ReorderingState(KeptParts):
@@ -33,3 +34,13 @@ class ReorderingState(KeptParts):
         order = choose()
         self.write(f"{ORDER}-{which}", {"order": order}, {}, "permutation")
         return order
+
+    def rotation(self, layer: int, choose: Callable[[], Rotation]) -> Rotation:
+        """The one that was chosen before for a layer, or is now."""
+        stored = self.read(f"{ROTATION}-{layer}")
+        if stored is not None:
+            return Rotation(stored[0]["products"], stored[0]["values"])
+        rotation = choose()
+        tensors = {"products": rotation.products, "values": rotation.values}
+        self.write(f"{ROTATION}-{layer}", tensors, {}, "rotation of heads")
+        return rotation

@@ -75,12 +75,14 @@ class PermutationReport(Part):
         block_share: share of the blocks that the next two are of.
         saliency_kept_before, saliency_kept_after: share of all saliency in so many best blocks.
         residual_order: place of each of the residual stream's features in the dense model, None where they stayed.
+        rotated_heads: whether features of each attention head were mixed first.
     """
 
     block_share: float | None = None
     saliency_kept_before: float | None = None
     saliency_kept_after: float | None = None
     residual_order: list[int] | None = field(default=None, metadata=CHECKED)
+    rotated_heads: bool = False
 
     def check(self, prefix: str) -> None:
         order: object = self.residual_order  # of a file, where it may be anything

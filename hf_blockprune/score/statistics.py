@@ -19,6 +19,7 @@ class LayerStatistics:
         mean: E[x], float64 [in]; with `fisher`, tokens are weighted by their squared output gradient.
         second_moment: E[x x^T], float64 [in, in], not centred; weighted likewise.
         output_weight: mean over tokens of (dLoss/dy)^2, float64 [out]; the loss is summed over images.
+        gradient_moment: mean over tokens of dLoss/dy dLoss/dy^T, float64 [out, out]; its diagonal is `output_weight`.
         token_weight: mean squared output gradient of each token position, scaled to mean 1, float64 [tokens].
         gradient: mean over images of dLoss/dW, float64 [out, in].
         block_gradients: float32 [rows, block_rows, block_cols]; row n holds <dLoss_n/dW, W> over each block, scaled so
@@ -32,6 +33,7 @@ class LayerStatistics:
     second_moment: Tensor | None = None
     output_weight: Tensor | None = None
     token_weight: Tensor | None = None
+    gradient_moment: Tensor | None = None
     gradient: Tensor | None = None
     block_gradients: Tensor | None = None
 
@@ -68,13 +70,36 @@ class LayerStatistics:
     def permuted(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> "LayerStatistics":
         """The statistics of the Linear whose feature i is this one's feature order[i], on either side.
 
-        Only what second-order pruning reads moves with it: the mean and the second moment of inputs, and the weight of
-        outputs.
+        Only what second-order pruning reads moves with it: the mean and the second moment of inputs, and the weight and
+        the gradient moment of outputs. An order may leave features out.
         """
         moved = self
         if inputs is not None:
             mean, second_moment = self.need("mean")[inputs], self.need("second_moment")[inputs][:, inputs]
             moved = replace(moved, mean=mean, second_moment=second_moment)
         if outputs is not None:
-            moved = replace(moved, output_weight=self.need("output_weight")[outputs])
+            moment = self.gradient_moment
+            moment = None if moment is None else moment[outputs][:, outputs]
+            moved = replace(moved, output_weight=self.need("output_weight")[outputs], gradient_moment=moment)
+        return moved
+
+    def transformed(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> "LayerStatistics":
+        """The statistics of the Linear whose features are new ones, T times the old ones, on either side.
+
+        Where there is no `gradient_moment`, gradients of different outputs are taken for uncorrelated.
+
+        Args:
+            inputs: T, float64 [in, in].
+            outputs: T, float64 [out, out], of full rank.
+        """
+        moved = self
+        if inputs is not None:
+            mean, second_moment = inputs @ self.need("mean"), inputs @ self.need("second_moment") @ inputs.t()
+            moved = replace(moved, mean=mean, second_moment=second_moment)
+        if outputs is not None:
+            moment = self.gradient_moment
+            moment = torch.diag(self.need("output_weight")) if moment is None else moment
+            back = torch.linalg.inv(outputs)
+            moment = back.t() @ moment @ back
+            moved = replace(moved, output_weight=moment.diagonal().clamp(min=0), gradient_moment=moment)
         return moved
