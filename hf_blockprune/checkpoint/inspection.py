@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # as in model/loading.py
 
-from ..cost.flops import ModelFlops, count_flops, image_size
-from ..errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
+from ..cost.flops import ModelFlops
+from ..errors import BlockSparseFormatError, CheckpointError, ModelError
 from ..hub.blockprune_backends import LayerArguments, choose_backend
 from ..hub.blockprune_cuts import described_heads
 from ..hub.blockprune_headers import (
@@ -27,12 +25,12 @@ from ..hub.blockprune_heads import CutHeads
 from ..hub.blockprune_layout import PackedWeight, block_mask, check_indices, grid_shape
 from ..hub.blockprune_quantizer import QUANT_METHOD, BlockPruneQuantizationConfig, match_layers, tokens_of_layers
 from ..hub.blockprune_storage import is_best_packed
-from ..model.loading import build, model_class_of
 from ..report.shares import KeptLayer, Shares, kept_shares
 from ..score.blocks import block_sizes
 from ..types import JsonDict
+from .architecture import dense_architecture, dense_flops
 from .fetching import checkpoint_folder
-from .folder import CONFIG_FILE, PROCESSOR_FILE, REPORT_FILE, read_json, read_report
+from .folder import CONFIG_FILE, REPORT_FILE, read_json, read_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,9 +151,9 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> Js
         would be dense), `stream_reordered` (whether features of hidden states, and so of embeddings, come in another
         order than the dense model's, None where no sound report lies beside the weights), `heads`, a list of {query,
         key, value, out, heads, head_size, dense_heads, dense_head_size} of attentions that were cut, and `layers`, a
-        list of {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes, cpu_backend}, the
-        last being what would multiply with it on this machine's CPU ("unpacked" where torch's own product with the
-        whole matrix is expected to be faster).
+        list of {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes,
+        cpu_backend}, the last being what would multiply with it on this machine's CPU ("unpacked" where torch's own
+        product with the whole matrix is expected to be faster).
 
     Raises:
         CheckpointError: there is no block-sparse checkpoint, or it is damaged.
@@ -246,10 +244,10 @@ def open_checkpoint(directory: str | Path, architecture: "PreTrainedModel | None
     files = weight_files(folder)
     headers = _read_headers(files)
     _check_sizes(folder, values, headers)
-    architecture = _dense_architecture(folder, headers) if architecture is None else architecture
+    architecture = dense_architecture(folder, headers) if architecture is None else architecture
     modules, found = match_layers(architecture, config, headers)
     _check_dense(architecture, found, set(modules.values()))
-    flops = _flops(folder, architecture)
+    flops = dense_flops(folder, architecture)
     stored_names = {module: name for name, module in modules.items()}
     layers, indices = [], _read_indices(config, headers)
     tokens = tokens_of_layers(architecture, stored_names)
@@ -316,48 +314,6 @@ def _check_dense(architecture: nn.Module, found: dict[str, StoredTensor], sparse
             raise BlockSparseFormatError(
                 f"{name}: shape {entry.shape} in the checkpoint, but config.json declares {tuple(tensor.shape)}"
             )
-
-
-def _dense_architecture(folder: Path, headers: dict[str, StoredTensor]) -> "PreTrainedModel":
-    """The dense model on the meta device, from the native config alone (the folder's code is not run)."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            delattr(config, "quantization_config")
-        with torch.device("meta"):
-            return build(model_class_of(config), config, headers)
-    except ModelError:
-        raise
-    except Exception as error:  # transformers refuses a stranger's values in many ways
-        raise ModelError(f"{folder}: its config.json describes no classifier or encoder of images ({error})") from error
-
-
-def _flops(folder: Path, architecture: "PreTrainedModel") -> ModelFlops:
-    processing = _processing(folder)
-    try:
-        flops = count_flops(architecture, image_size(architecture.config, processing))
-    except BlockPruneError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{folder}: its config.json describes no classifier or encoder of images ({error})") from error
-    if not flops.total > 0:
-        raise ModelError(f"{folder}: its config.json describes a model that multiplies nothing")
-    return flops
-
-
-def _processing(folder: Path) -> JsonDict | None:
-    """Settings of the image processor beside a checkpoint; what its file leaves out is as its class has it.
-
-    It makes no picture here, and a class of the folder's own is not run: its settings count as they stand.
-    """
-    file = folder / PROCESSOR_FILE
-    if not file.is_file():
-        return None
-    stored = read_json(file)
-    try:
-        return {**stored, **AutoImageProcessor.from_pretrained(folder, trust_remote_code=False).to_dict()}
-    except Exception:  # what a stranger's settings make transformers raise has no common class
-        return stored
 
 
 def _inspect_layer(

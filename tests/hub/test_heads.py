@@ -164,6 +164,7 @@ def test_shards_and_states(tmp_path):
     assert_same(answer(loaded), answer(model))
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")  # 5.0 has no other
 def test_training_changes_what_is_left(tmp_path):
     model = cut_model(dense_model("vit"), KEPT["vit"], share=0.7).train()
     model.gradient_checkpointing_enable()
@@ -217,6 +218,7 @@ def test_flops_are_those_of_the_model_that_runs(family, monkeypatch):
     dense = count_flops(dense_model(family))
     model = cut_model(dense_model(family), kept_of(family))
     assert count_flops(model) == dense
+    model.set_attn_implementation("eager")  # torch does not count fused attention on CPUs
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(pixel_values=PIXELS[:1])
     gone = sum(
