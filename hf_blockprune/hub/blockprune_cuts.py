@@ -3,16 +3,13 @@
 from itertools import zip_longest
 
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
 from .blockprune_config import BlockPruneQuantizationConfig
 from .blockprune_heads import PARTS, CutHeads, check_heads, dense_heads_of, is_attention
 from .blockprune_layout import BlockSparseFormatError
 
 
-def described_heads(
-    model: PreTrainedModel, config: BlockPruneQuantizationConfig, modules: dict[str, str]
-) -> list[CutHeads]:
+def described_heads(model: nn.Module, config: BlockPruneQuantizationConfig, modules: dict[str, str]) -> list[CutHeads]:
     """The attentions that a checkpoint lacks a part of, under the model's names.
 
     Args:
@@ -32,7 +29,7 @@ def described_heads(
     return found
 
 
-def check_cuts(model: PreTrainedModel, config: BlockPruneQuantizationConfig, modules: dict[str, str]) -> None:
+def check_cuts(model: nn.Module, config: BlockPruneQuantizationConfig, modules: dict[str, str]) -> None:
     """Refuse smaller layers where what reads features does not lack those that what writes them lacks.
 
     Args:
@@ -72,7 +69,7 @@ def _check_attention(heads: CutHeads, sizes: list[_Size]) -> None:
             )
 
 
-def _check_pairs(model: PreTrainedModel, cut: dict[str, _Size]) -> None:
+def _check_pairs(model: nn.Module, cut: dict[str, _Size]) -> None:
     """Refuse layers that are not fc1, fc2, fc1, ... of MLPs, of which both lack as many hidden units."""
     names = list(cut)
     for fc1, fc2 in zip_longest(names[::2], names[1::2]):
