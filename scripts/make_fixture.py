@@ -1,4 +1,4 @@
-"""Write the checkpoint that every later version must read: tests/fixtures/format-3, after format-1 and format-2.
+"""Write the checkpoint that every later version must read: tests/fixtures/format-4, after those of formats 1 to 3.
 
     python scripts/make_fixture.py OUTPUT
 
@@ -14,7 +14,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_blockprune import sparsify
 from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
-from hf_blockprune.model.structure import find_transformer_layers
+from hf_blockprune.hub.blockprune_heads import CutHeads
+from hf_blockprune.model.structure import TransformerLayer, find_transformer_layers
 from hf_blockprune.reorder.cutting import cut_hidden_units
 from hf_blockprune.score.blocks import grid_shape
 
@@ -39,7 +40,7 @@ def picture() -> torch.Tensor:
 
 
 def sparse_model() -> ViTForImageClassification:
-    """A ViT of one layer, with blocks on a chequerboard and hidden units without any, which are cut out."""
+    """A ViT of one layer, with blocks on a chequerboard, one small head, and hidden units without blocks cut out."""
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
@@ -49,15 +50,31 @@ def sparse_model() -> ViTForImageClassification:
         torch.nn.init.normal_(parameter, std=0.3)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layer" in n}
     masks = {}
+    layers = find_transformer_layers(model, linears)
+    cut = _cut_heads(model, layers[0])
+    linears = {name: model.get_submodule(name) for name in linears}
     for name, linear in linears.items():
         rows, cols = grid_shape((linear.out_features, linear.in_features), BLOCK_SHAPE)
         masks[name] = (torch.arange(rows)[:, None] + torch.arange(cols)) % 2 == 0
-    layers = find_transformer_layers(model, linears)
     masks[layers[0].fc1][-2:] = False
     masks[layers[0].fc2][:, -2:] = False
-    sparsify(model, masks, BLOCK_SHAPE)
+    sparsify(model, masks, BLOCK_SHAPE, cut=dict.fromkeys(cut.names(), (16, 16)), heads=[cut])
     cut_hidden_units(model, layers)
     return model
+
+
+@torch.no_grad()
+def _cut_heads(model: ViTForImageClassification, layer: TransformerLayer) -> CutHeads:
+    """Replace an attention's Linears by those that its first head keeps of the first 6 features of 8."""
+    cut = CutHeads(layer.query, layer.key, layer.value, layer.out, 1, 6, 2, 8)
+    for name in cut.names():
+        dense = model.get_submodule(name)
+        weight = dense.weight[:, cut.places()] if name == cut.out else dense.weight[cut.places()]
+        small = torch.nn.Linear(weight.shape[1], weight.shape[0])
+        small.weight.copy_(weight)
+        small.bias.copy_(dense.bias if name == cut.out else dense.bias[cut.places()])
+        model.set_submodule(name, small)
+    return cut
 
 
 if __name__ == "__main__":

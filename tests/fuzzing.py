@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from hf_blockprune import BlockPruneError, BlockSparseFormatError
 from hf_blockprune.checkpoint.inspection import inspect_checkpoint
+from hf_blockprune.hub.blockprune_heads import PARTS
 from hf_blockprune.hub.blockprune_names import stored_layer_names
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.model.loading import load_model
 
-FIXTURE = Path(__file__).parent / "fixtures" / "format-2"
+FIXTURE = Path(__file__).parent / "fixtures" / "format-4"
 PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
 # What transformers and safetensors say of files that they refuse by themselves.
 THEIRS = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError)
@@ -53,6 +54,10 @@ TENSORS = load_file(FIXTURE / "model.safetensors")
 SIZE = (FIXTURE / "model.safetensors").stat().st_size
 HEADER = struct.unpack("<Q", (FIXTURE / "model.safetensors").read_bytes()[:8])[0] + 8
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+LAYERS = sorted(CONFIG["quantization_config"]["layers"])
+HEADS = st.fixed_dictionaries(
+    {part: st.sampled_from(LAYERS) for part in PARTS} | {key: st.integers(1, 9) for key in ("heads", "head_size")}
+)
 INDICES = sorted(name for name in TENSORS if name.endswith("_indices"))
 
 damages = st.one_of(
@@ -62,6 +67,13 @@ damages = st.one_of(
         st.just("config"),
         st.sampled_from([p for p in _config_places(CONFIG) if p[0] == "quantization_config"]),
         JUNK,
+    ),
+    st.builds(Damage, st.just("config"), st.just(("quantization_config", "heads")), st.lists(HEADS, max_size=2)),
+    st.builds(
+        Damage,
+        st.just("config"),
+        st.sampled_from([("quantization_config", "cut", name) for name in LAYERS]),
+        st.lists(st.sampled_from([1, 6, 8, 16, 32]), min_size=2, max_size=2),
     ),
     st.builds(Damage, st.just("missing key"), st.sampled_from(_config_places(CONFIG)), st.none()),
     st.builds(
@@ -181,9 +193,9 @@ def check(folder: Path) -> str:
     stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     for name, module in block_sparse_layers(model):
         prefix = stored_layer_names(model, [name])[name]
-        for tensor in ("weight", "crow_indices", "col_indices"):
+        for tensor, have in module.packed()._asdict().items():
             want = stored[f"{prefix}.{tensor}"]
-            assert torch.equal(getattr(module, tensor).to(want.dtype).nan_to_num(), want.nan_to_num())
+            assert torch.equal(have.to(want.dtype).nan_to_num(), want.nan_to_num())
     with torch.no_grad():
         try:
             logits = model(PICTURE.to(model.dtype)).logits

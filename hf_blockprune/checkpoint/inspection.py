@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # as in model/loading.py
 
-from ..cost.flops import ModelFlops, count_flops, image_size
-from ..errors import BlockPruneError, BlockSparseFormatError, CheckpointError, ModelError
+from ..cost.flops import ModelFlops
+from ..errors import BlockSparseFormatError, CheckpointError, ModelError
 from ..hub.blockprune_backends import LayerArguments, choose_backend
+from ..hub.blockprune_cuts import described_heads
 from ..hub.blockprune_headers import (
     ELEMENT_BYTES,
     INDEX_NAMES,
@@ -22,15 +21,16 @@ from ..hub.blockprune_headers import (
     StoredTensor,
     read_headers,
 )
+from ..hub.blockprune_heads import CutHeads
 from ..hub.blockprune_layout import PackedWeight, block_mask, check_indices, grid_shape
 from ..hub.blockprune_quantizer import QUANT_METHOD, BlockPruneQuantizationConfig, match_layers, tokens_of_layers
 from ..hub.blockprune_storage import is_best_packed
-from ..model.loading import build, model_class_of
 from ..report.shares import KeptLayer, Shares, kept_shares
 from ..score.blocks import block_sizes
 from ..types import JsonDict
+from .architecture import dense_architecture, dense_flops
 from .fetching import checkpoint_folder
-from .folder import CONFIG_FILE, PROCESSOR_FILE, REPORT_FILE, read_json, read_report
+from .folder import CONFIG_FILE, REPORT_FILE, read_json, read_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +75,19 @@ class InspectedLayer(LayerSizes):
     module: str
 
 
+class InspectedHeads(TypedDict):
+    """An attention that lacks heads, or features of each: names of its layers in the files, and its sizes."""
+
+    query: str
+    key: str
+    value: str
+    out: str
+    heads: int
+    head_size: int
+    dense_heads: int
+    dense_head_size: int
+
+
 class Sizes(TypedDict):
     """Bytes of all weights on disk, and what they would be dense."""
 
@@ -83,8 +96,9 @@ class Sizes(TypedDict):
 
 
 class Description(Shares, Sizes):
-    """What a checkpoint keeps, in all and by layers in forward order."""
+    """What a checkpoint keeps, in all, by attentions that were cut, and by layers in forward order."""
 
+    heads: list[InspectedHeads]
     layers: list[InspectedLayer]
 
 
@@ -114,12 +128,14 @@ class StoredModel:
         flops: of the dense model.
         layers: the block-sparse ones in forward order.
         size_bytes: of all weight files.
+        heads: the attentions that lack heads, or features of heads.
     """
 
     architecture: "PreTrainedModel"
     flops: ModelFlops
     layers: list[StoredLayer]
     size_bytes: int
+    heads: tuple[CutHeads, ...] = ()
 
 
 def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> JsonDict:
@@ -133,10 +149,11 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> Js
         JSON-ready values: `flops_ratio` (whole model), `linear_flops_ratio` (pruned layers alone), `params_ratio`
         (weights of the whole model), `density`, `size_bytes` and `dense_size_bytes` (weights on disk, and what they
         would be dense), `stream_reordered` (whether features of hidden states, and so of embeddings, come in another
-        order than the dense model's, None where no sound report lies beside the weights), and `layers`, a list of
-        {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes, cpu_backend}, the
-        last being what would multiply with it on this machine's CPU ("unpacked" where torch's own product with the
-        whole matrix is expected to be faster).
+        order than the dense model's, None where no sound report lies beside the weights), `heads`, a list of {query,
+        key, value, out, heads, head_size, dense_heads, dense_head_size} of attentions that were cut, and `layers`, a
+        list of {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes,
+        cpu_backend}, the last being what would multiply with it on this machine's CPU ("unpacked" where torch's own
+        product with the whole matrix is expected to be faster).
 
     Raises:
         CheckpointError: there is no block-sparse checkpoint, or it is damaged.
@@ -149,6 +166,7 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> Js
         **_shares(stored),
         **_sizes(stored),
         "stream_reordered": _stream_reordered(folder),
+        "heads": _inspected_heads(stored),
         "layers": _inspected_layers(stored),
     }
 
@@ -163,7 +181,8 @@ def _stream_reordered(folder: Path) -> bool | None:
 
 def describe_checkpoint(stored: StoredModel) -> Description:
     """What `inspect_checkpoint` says of a checkpoint that was opened."""
-    return {**_shares(stored), **_sizes(stored), "layers": _inspected_layers(stored)}
+    heads, layers = _inspected_heads(stored), _inspected_layers(stored)
+    return {**_shares(stored), **_sizes(stored), "heads": heads, "layers": layers}
 
 
 def _shares(stored: StoredModel) -> Shares:
@@ -173,7 +192,7 @@ def _shares(stored: StoredModel) -> Shares:
         sizes = block_sizes(_pair(values["stored_shape"]), _pair(values["block_shape"]))
         weights, kept_weights = math.prod(values["shape"]), int(sizes[layer.mask].sum())
         kept.append(KeptLayer(tokens, weights, kept_weights, values["blocks"], values["kept_blocks"]))
-    return kept_shares(kept, stored.flops)
+    return kept_shares(kept, stored.flops, stored.heads)
 
 
 def _sizes(stored: StoredModel) -> Sizes:
@@ -183,6 +202,23 @@ def _sizes(stored: StoredModel) -> Sizes:
 
 def _inspected_layers(stored: StoredModel) -> list[InspectedLayer]:
     return [{"name": layer.name, "module": layer.module, **layer.values} for layer in stored.layers]
+
+
+def _inspected_heads(stored: StoredModel) -> list[InspectedHeads]:
+    names = {layer.module: layer.name for layer in stored.layers}
+    return [
+        {
+            "query": names[cut.query],
+            "key": names[cut.key],
+            "value": names[cut.value],
+            "out": names[cut.out],
+            "heads": cut.heads,
+            "head_size": cut.head_size,
+            "dense_heads": cut.dense_heads,
+            "dense_head_size": cut.dense_head_size,
+        }
+        for cut in stored.heads
+    ]
 
 
 def open_checkpoint(directory: str | Path, architecture: "PreTrainedModel | None" = None) -> StoredModel:
@@ -208,10 +244,10 @@ def open_checkpoint(directory: str | Path, architecture: "PreTrainedModel | None
     files = weight_files(folder)
     headers = _read_headers(files)
     _check_sizes(folder, values, headers)
-    architecture = _dense_architecture(folder, headers) if architecture is None else architecture
+    architecture = dense_architecture(folder, headers) if architecture is None else architecture
     modules, found = match_layers(architecture, config, headers)
     _check_dense(architecture, found, set(modules.values()))
-    flops = _flops(folder, architecture)
+    flops = dense_flops(folder, architecture)
     stored_names = {module: name for name, module in modules.items()}
     layers, indices = [], _read_indices(config, headers)
     tokens = tokens_of_layers(architecture, stored_names)
@@ -221,7 +257,8 @@ def open_checkpoint(directory: str | Path, architecture: "PreTrainedModel | None
             name = stored_names[module]
             values, mask = _inspect_layer(name, linear, config, headers, indices, tokens[module])
             layers.append(StoredLayer(name, module, values, mask))
-    return StoredModel(architecture, flops, layers, sum(file.stat().st_size for file in files))
+    heads = tuple(described_heads(architecture, config, modules))
+    return StoredModel(architecture, flops, layers, sum(file.stat().st_size for file in files), heads)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -277,48 +314,6 @@ def _check_dense(architecture: nn.Module, found: dict[str, StoredTensor], sparse
             raise BlockSparseFormatError(
                 f"{name}: shape {entry.shape} in the checkpoint, but config.json declares {tuple(tensor.shape)}"
             )
-
-
-def _dense_architecture(folder: Path, headers: dict[str, StoredTensor]) -> "PreTrainedModel":
-    """The dense model on the meta device, from the native config alone (the folder's code is not run)."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            delattr(config, "quantization_config")
-        with torch.device("meta"):
-            return build(model_class_of(config), config, headers)
-    except ModelError:
-        raise
-    except Exception as error:  # transformers refuses a stranger's values in many ways
-        raise ModelError(f"{folder}: its config.json describes no classifier or encoder of images ({error})") from error
-
-
-def _flops(folder: Path, architecture: "PreTrainedModel") -> ModelFlops:
-    processing = _processing(folder)
-    try:
-        flops = count_flops(architecture, image_size(architecture.config, processing))
-    except BlockPruneError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{folder}: its config.json describes no classifier or encoder of images ({error})") from error
-    if not flops.total > 0:
-        raise ModelError(f"{folder}: its config.json describes a model that multiplies nothing")
-    return flops
-
-
-def _processing(folder: Path) -> JsonDict | None:
-    """Settings of the image processor beside a checkpoint; what its file leaves out is as its class has it.
-
-    It makes no picture here, and a class of the folder's own is not run: its settings count as they stand.
-    """
-    file = folder / PROCESSOR_FILE
-    if not file.is_file():
-        return None
-    stored = read_json(file)
-    try:
-        return {**stored, **AutoImageProcessor.from_pretrained(folder, trust_remote_code=False).to_dict()}
-    except Exception:  # what a stranger's settings make transformers raise has no common class
-        return stored
 
 
 def _inspect_layer(

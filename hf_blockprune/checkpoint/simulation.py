@@ -82,6 +82,7 @@ class Simulation:
         dtype: of all numbers.
         layers: the pruned Linears.
         rest: cost of all other parts, Linears that were not pruned among them.
+        dense_rest: the same of the dense model, whose attentions have all their heads.
     """
 
     device: Profile
@@ -89,6 +90,7 @@ class Simulation:
     dtype: str
     layers: list[LayerSimulation]
     rest: Cost
+    dense_rest: Cost
 
     @cached_property
     def pruned(self) -> Cost:
@@ -109,30 +111,30 @@ class Simulation:
         return {**made, "layers": [layer.to_dict() for layer in self.layers]}
 
     def _totals(self) -> JsonDict:
-        pruned, dense = self.pruned.plus(self.rest), self.dense.plus(self.rest)
+        pruned, dense = self.pruned.plus(self.rest), self.dense.plus(self.dense_rest)
         values: JsonDict = {}
         for key in ("latency_ms", "energy_mj", "flops", "size_bytes"):
             values[key], values[f"dense_{key}"] = getattr(pruned, key), getattr(dense, key)
         values["speedup"] = dense.latency_ms / pruned.latency_ms
         values["energy_ratio"] = dense.energy_mj / pruned.energy_mj
         values["linear_speedup"] = _times_less(self.dense.latency_ms, self.pruned.latency_ms)
-        values["other_parts"] = self.rest._asdict()
+        values["other_parts"], values["dense_other_parts"] = self.rest._asdict(), self.dense_rest._asdict()
         return values
 
     def _cycle_totals(self, profile: SystolicProfile) -> JsonDict:
         """Cycles of the whole model: layers one after the other, and what other parts take at the array's clock."""
         found = [layer.cycles for layer in self.layers if layer.cycles is not None]
-        other = round(self.rest.latency_ms * profile.ghz * 1e6)
+        other, dense_other = (round(cost.latency_ms * profile.ghz * 1e6) for cost in (self.rest, self.dense_rest))
         cycles, dense = sum(each.cycles + 1 for each in found), sum(each.dense_cycles + 1 for each in found)
         elements = profile.rows * profile.cols * profile.arrays
         macs = sum(each.macs for each in found)
         return {
             "array": asdict(Array(**profile.array)),
             "cycles": cycles + other,
-            "dense_cycles": dense + other,
+            "dense_cycles": dense + dense_other,
             "other_cycles": other,
             "utilisation": macs / (elements * cycles) if cycles else 0.0,
-            "cycle_speedup": (dense + other) / (cycles + other),
+            "cycle_speedup": (dense + dense_other) / (cycles + other),
             "linear_cycle_speedup": _times_less(dense, cycles),
         }
 
@@ -188,14 +190,20 @@ def simulate_stored(stored: StoredModel, profile: Profile, batch: int = 1, dtype
     """
     dtype, tokens = dtype or usual_dtype(profile), stored.flops.linear_tokens
     first = stored.layers[0].module if stored.layers else next(iter(tokens))
-    shape = transformer_shape(stored.architecture.config, stored.flops.image_size, tokens[first])
     layers = [_layer(profile, layer, batch * round(tokens[layer.module]), dtype) for layer in stored.layers]
-    rest = other_cost(profile, shape, batch=batch, dtype=dtype)
     pruned = {layer.module for layer in stored.layers}
-    for name, work in linear_works(stored.architecture, tokens).items():
-        if name not in pruned:
-            rest = rest.plus(layer_cost(profile, work._replace(tokens=batch * work.tokens, dtype=dtype)))
-    return Simulation(profile, batch, dtype, layers, rest)
+    works = linear_works(stored.architecture, tokens)
+    kept = [
+        works[name]._replace(tokens=batch * works[name].tokens, dtype=dtype) for name in works if name not in pruned
+    ]
+    rests = []
+    for heads in (stored.heads, ()):
+        shape = transformer_shape(stored.architecture.config, stored.flops.image_size, tokens[first], heads)
+        rest = other_cost(profile, shape, batch=batch, dtype=dtype)
+        for work in kept:
+            rest = rest.plus(layer_cost(profile, work))
+        rests.append(rest)
+    return Simulation(profile, batch, dtype, layers, *rests)
 
 
 def load_devices(devices: Mapping[str, int] | Mapping[str | Path, int]) -> list[tuple[Profile, int]]:

@@ -24,7 +24,7 @@ from ..model.loading import load_model, model_class_of
 from ..model.outputs import answers, classifies
 from ..types import ImageProcessor, JsonDict
 from .biases import admit_biases, biases_without_place
-from .inner_width import cut_units, leave_units_out, narrow
+from .inner_width import cut_head_features, cut_units, leave_cuts_out, narrow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,8 @@ def export_checkpoint(directory: str | Path, output: str | Path, form: str, *, o
 
     Returns:
         JSON-ready `output`, `format`, `size_bytes`, `max_difference`, the largest of the logits, `cut_units`, hidden
-        units that the checkpoint lacks, and `cut_units_kept_as_zeros`, those of them that came back as zeros.
+        units that the checkpoint lacks, `cut_units_kept_as_zeros`, those of them that came back as zeros, and
+        `cut_head_features` and `cut_head_features_kept_as_zeros`, the same of features of attentions' heads.
 
     Raises:
         ConfigError: no such form, or a package is missing.
@@ -75,9 +76,9 @@ def _export(directory: str | Path, output: str | Path, form: str, overwrite: boo
     size = picture_size(model, processor)
     pixels = _pixels(channels_of(model.config, model), size)
     expected = {batch: _answers(model, pixels(batch)) for batch in BATCHES}
-    cut = cut_units(model)
-    (narrow if form == "dense" else leave_units_out)(model)
-    zeros = cut_units(model)
+    lost = cut_units(model), cut_head_features(model)
+    (narrow if form == "dense" else leave_cuts_out)(model)
+    zeros = cut_units(model), cut_head_features(model)
     write = {"dense": _write_dense, "onnx": _write_onnx, "torch-export": _write_program}[form]
     opened = staged_directory(target, overwrite=overwrite) if form == "dense" else _staged_file(target, overwrite)
     with opened as staging:
@@ -91,7 +92,8 @@ def _export(directory: str | Path, output: str | Path, form: str, overwrite: boo
                 f"kept; {_advice(model, form)}"
             )
     values = {"output": str(output), "format": form, "size_bytes": _size(target), "max_difference": difference}
-    return {**values, "cut_units": cut, "cut_units_kept_as_zeros": zeros}
+    values |= {"cut_units": lost[0], "cut_units_kept_as_zeros": zeros[0]}
+    return {**values, "cut_head_features": lost[1], "cut_head_features_kept_as_zeros": zeros[1]}
 
 
 def _load(directory: str | Path) -> "tuple[PreTrainedModel, ImageProcessor]":

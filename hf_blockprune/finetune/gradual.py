@@ -15,8 +15,9 @@ from ..choose.selection import Selector
 from ..cost.flops import ModelFlops, count_flops
 from ..data.batches import ImageSet
 from ..data.model_input import picture_size
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..hub.blockprune_fusion import fuse, unfuse
+from ..hub.blockprune_heads import cut_heads
 from ..hub.blockprune_linear import BlockSparseLinear
 from ..hub.blockprune_quantizer import block_sparse_layers, pack_weights, sparsify, update_config
 from ..model.copying import copied
@@ -41,7 +42,7 @@ def make_sparse(model: PreTrainedModel, settings: GradualConfig) -> None:
 
     Raises:
         ConfigError: a dense model without a block shape, or another one than a pruned model has.
-        ModelError: the model has no layers to prune, or has some that could not be saved.
+        ModelError: the model has no layers to prune, or has some that could not be saved, or lacks heads.
     """
     shapes = {module.block_shape for _, module in block_sparse_layers(model)}
     if not shapes:
@@ -57,6 +58,10 @@ def make_sparse(model: PreTrainedModel, settings: GradualConfig) -> None:
         pack_weights(model)
     elif settings.block_shape not in (None, *shapes):
         raise ConfigError(f"gradual.block_shape: the model has blocks of {shapes.pop()} already; leave it out")
+    elif cut_heads(model):
+        raise ModelError(
+            "gradual: heads were cut from the model's attentions, whose costs it does not know; leave it out"
+        )
     else:
         uncut(model)
 

@@ -3,18 +3,30 @@
 import copy
 import reprlib
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypedDict, TypeGuard
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .blockprune_heads import PARTS
 from .blockprune_layout import BlockSparseFormatError
 
 QUANT_METHOD = "blockprune"
-FORMAT_VERSION = 3  # the newest that this code reads, and the one that it writes
+FORMAT_VERSION = 4  # the newest that this code reads, and the one that it writes
 
 JsonDict: TypeAlias = dict[str, Any]
 """An object as `json` reads and writes it; who reads one checks what is in it."""
+
+
+class StoredHeads(TypedDict):
+    """What is left of an attention: the stored names of its layers, and its heads and the features of each."""
+
+    query: str
+    key: str
+    value: str
+    out: str
+    heads: int
+    head_size: int
 
 
 class BlockPruneQuantizationConfig(QuantizationConfigMixin):
@@ -25,6 +37,8 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
         layers: kept blocks by layer, under the layer's name in the checkpoint's safetensors file.
         format_version: version of the stored format; by default the one that this code writes.
         cut: (out_features, in_features) of each layer that is smaller than the architecture's; from format 2.
+        heads: {"query", "key", "value", "out", "heads", "head_size"} of each attention that lacks heads or features of
+            them; its four layers are named as in `layers`, and are in `cut`; from format 4.
 
     Raises:
         BlockSparseFormatError: a value is impossible, a key unknown, or the format newer than this code.
@@ -38,6 +52,7 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
         format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
         cut: dict[str, list[int]] | None = None,
+        heads: list[StoredHeads] | None = None,
         **unknown: object,
     ) -> None:
         if format_version is None:
@@ -53,6 +68,8 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
             )
         if cut is not None and format_version < 2:
             unknown["cut"] = cut
+        if heads is not None and format_version < 4:
+            unknown["heads"] = heads
         if unknown:
             raise BlockSparseFormatError(
                 f"quantization_config: unknown keys {reprlib.repr(sorted(unknown))} in format {format_version}"
@@ -69,6 +86,8 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
             raise BlockSparseFormatError(
                 "quantization_config.cut: must map names of layers to their [out_features, in_features]"
             )
+        if heads is not None:
+            _check_heads(heads, cut or {})
         # transformers declares its own enum, and takes names too
         self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
@@ -76,6 +95,8 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
         self.layers = dict(layers)
         if cut:
             self.cut = {name: [int(size) for size in shape] for name, shape in cut.items()}
+        if heads:
+            self.heads = copy.deepcopy(heads)
         # Refitting gives a bias to a Linear that had none. A file tells by itself; tensors in memory do not.
         self._biased: frozenset[str] = frozenset()
 
@@ -132,6 +153,38 @@ def _is_size(value: object) -> bool:
 
 def _is_pair(value: object) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_size, value))
+
+
+def _check_heads(heads: object, cut: dict[str, list[int]]) -> None:
+    """Refuse descriptions of attentions that do not fit the sizes of their layers, or of which two name one layer.
+
+    Raises:
+        BlockSparseFormatError: naming the entry.
+    """
+    place = "quantization_config.heads"
+    if not isinstance(heads, list):
+        raise BlockSparseFormatError(f"{place}: must be a list, one object for each cut attention")
+    seen: set[str] = set()
+    for number, entry in enumerate(heads):
+        if not isinstance(entry, dict) or set(entry) != set(StoredHeads.__annotations__):
+            raise BlockSparseFormatError(
+                f"{place}[{number}]: must give {', '.join(StoredHeads.__annotations__)} and nothing else"
+            )
+        names = [entry[part] for part in PARTS]
+        for name in names:
+            if not isinstance(name, str) or name not in cut:
+                raise BlockSparseFormatError(f"{place}[{number}]: {reprlib.repr(name)} is no layer of cut")
+            if name in seen:
+                raise BlockSparseFormatError(f"{place}[{number}]: {name} is named twice")
+            seen.add(name)
+        for key in ("heads", "head_size"):
+            if not _is_size(entry[key]):
+                raise BlockSparseFormatError(
+                    f"{place}[{number}].{key}: a whole number from 1, got {reprlib.repr(entry[key])}"
+                )
+        features = entry["heads"] * entry["head_size"]
+        if any(cut[name][name == entry["out"]] != features for name in names):
+            raise BlockSparseFormatError(f"{place}[{number}]: {names[0]} and its partners are not cut to such heads")
 
 
 def describes(config: PreTrainedConfig) -> bool:

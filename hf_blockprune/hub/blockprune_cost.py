@@ -9,6 +9,7 @@ Energy constants: Jouppi et al., "Ten Lessons From Three Generations Shaped Goog
 fp16 multiply with fp32 add 0.72 pJ; HBM2 access 250 to 450 pJ for 64 bits, of which the middle is taken.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
@@ -172,6 +173,7 @@ class VisionTransformer:
         patch_inputs: numbers of a patch.
         tokens: of an image in the layers.
         width, heads, layers, classes: of the model.
+        attentions: (heads, features of each) by layer, where they are not all `heads` that share `width`.
     """
 
     image_tokens: int
@@ -181,6 +183,14 @@ class VisionTransformer:
     heads: int
     layers: int
     classes: int
+    attentions: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def attention_counts(self) -> dict[tuple[int, int], int]:
+        """How many layers have so many (heads, features of each)."""
+        if self.attentions is None:
+            return {(self.heads, self.width // self.heads): self.layers}
+        return dict(Counter(self.attentions))
 
 
 def model_cost(
@@ -202,16 +212,42 @@ def model_cost(
 
 
 def other_cost(profile: Profile, model: VisionTransformer, *, batch: int = 1, dtype: str = "float32") -> Cost:
-    """What pruning leaves: patch embedding, attention products, norms, softmax, residuals, head."""
+    """What is no Linear of a layer: patch embedding, attention products, norms, softmax, residuals, head."""
     element, tokens = ELEMENT_BYTES[dtype], batch * model.tokens
-    head_width = model.width // model.heads
     total = profile.dense(Linear(batch * model.image_tokens, model.width, model.patch_inputs, dtype))
     total = total.plus(profile.dense(Linear(batch, model.classes, model.width, dtype)))
-    scores = profile.batched(Linear(model.tokens, model.tokens, head_width, dtype), batch * model.heads)
-    values = profile.batched(Linear(model.tokens, head_width, model.tokens, dtype), batch * model.heads)
-    softmax = profile.elementwise(2 * element * batch * model.heads * model.tokens**2)
+    for (heads, head_size), layers in model.attention_counts.items():
+        for part in _attention_parts(profile, model.tokens, heads, head_size, batch, dtype):
+            total = total.plus(part.times(layers))
     norms = profile.elementwise(element * tokens * model.width * 2)
     residuals = profile.elementwise(element * tokens * model.width * 3)
-    for part in (scores, values, softmax, norms, norms, residuals, residuals):
+    for part in (norms, norms, residuals, residuals):
         total = total.plus(part.times(model.layers))
     return total
+
+
+def attention_cost(
+    profile: Profile, tokens: int, heads: int, head_size: int, *, batch: int = 1, dtype: str = "float32"
+) -> Cost:
+    """What one layer's attention computes between its Linears: queries with keys, softmax, probabilities with values.
+
+    Args:
+        profile: device.
+        tokens: of an image.
+        heads, head_size: of the attention, and features of each head.
+        batch: images.
+        dtype: of everything.
+    """
+    total = Cost()
+    for part in _attention_parts(profile, tokens, heads, head_size, batch, dtype):
+        total = total.plus(part)
+    return total
+
+
+def _attention_parts(
+    profile: Profile, tokens: int, heads: int, head_size: int, batch: int, dtype: str
+) -> tuple[Cost, Cost, Cost]:
+    scores = profile.batched(Linear(tokens, tokens, head_size, dtype), batch * heads)
+    values = profile.batched(Linear(tokens, head_size, tokens, dtype), batch * heads)
+    softmax = profile.elementwise(2 * ELEMENT_BYTES[dtype] * batch * heads * tokens**2)
+    return scores, values, softmax

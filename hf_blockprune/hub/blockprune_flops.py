@@ -1,13 +1,14 @@
 """FLOPs of a whole model, counted by torch on a copy without weights: nothing is allocated, nothing computed."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .blockprune_heads import CutHeads, is_attention
 from .blockprune_skeleton import channels_of, skeleton
 
 if TYPE_CHECKING:
@@ -31,12 +32,19 @@ class ModelFlops:
         parameters: weights of the whole model.
         linear_tokens: rows that each Linear multiplies in one forward pass, by module name; 0 where it sees none.
         image_size: (height, width) of the image.
+        attention: of the products of queries with keys and of probabilities with values, by the name of the module that
+            computes them; a part of the total.
     """
 
     total: float
     parameters: int
     linear_tokens: dict[str, float]
     image_size: tuple[int, int]
+    attention: dict[str, float] = field(default_factory=dict)
+
+    def without_heads(self, cuts: Iterable[CutHeads]) -> float:
+        """FLOPs of products of attentions that are saved where heads, or features of them, were cut."""
+        return sum(self.attention[cut.attention] * (1 - cut.features / cut.dense_features) for cut in cuts)
 
 
 def image_size(config: "PreTrainedConfig", processing: "JsonDict | None" = None) -> tuple[int, int]:
@@ -127,7 +135,17 @@ def _read_counter(counter: FlopCounterMode, dense: nn.Module, size: tuple[int, i
         for name, module in dense.named_modules()
         if isinstance(module, nn.Linear)
     }
-    return ModelFlops(float(counter.get_total_flops()), sum(p.numel() for p in dense.parameters()), tokens, size)
+    attention = {
+        name: float(counts.get(name, 0) - sum(counts.get(linear, 0) for linear in tokens if _lies_in(linear, name)))
+        for name, module in dense.named_modules()
+        if is_attention(module)
+    }
+    parameters = sum(p.numel() for p in dense.parameters())
+    return ModelFlops(float(counter.get_total_flops()), parameters, tokens, size, attention)
+
+
+def _lies_in(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -30,6 +30,14 @@ def _check_loaded(module: nn.Module, _incompatible_keys: object) -> None:
     module.check()
 
 
+def _spread(values: Tensor, axis: int, size: int, places: Tensor | None) -> Tensor:
+    """A copy with so many entries along an axis, zeros but at these places; by default the first ones."""
+    shape = [*values.shape]
+    shape[axis] = size
+    places = torch.arange(values.shape[axis]) if places is None else places
+    return values.new_zeros(shape).index_copy_(axis, places.to(values.device), values)
+
+
 class BlockSparseLinear(nn.Module):
     """y = x W^T + b with a block-sparse W; trainable, its pattern fixed.
 
@@ -121,6 +129,11 @@ class BlockSparseLinear(nn.Module):
     def density(self) -> float:
         """Kept blocks / all blocks."""
         return self.nnz_blocks / (self.grid_shape[0] * self.grid_shape[1])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every block is kept."""
+        return self.nnz_blocks == self.grid_shape[0] * self.grid_shape[1]
 
     @property
     def is_unpacked(self) -> bool:
@@ -222,19 +235,22 @@ class BlockSparseLinear(nn.Module):
         check_indices(name, *found[1:], self.grid_shape[1])
         return kept_blocks(found.weight, block_mask(found, self.grid_shape[1]), self.block_shape)
 
-    def to_dense(self, shape: tuple[int, int] | None = None) -> nn.Linear:
+    def to_dense(
+        self, shape: tuple[int, int] | None = None, *, rows: Tensor | None = None, cols: Tensor | None = None
+    ) -> nn.Linear:
         """A Linear with the same output but for the activation: zeros where blocks were removed.
 
         Args:
-            shape: (out_features, in_features) to fill up to with zeros, at the end of each.
+            shape: (out_features, in_features) to fill up to with zeros.
+            rows: int64 [out_features], which output of the Linear each of the layer's is; by default the first ones.
+            cols: int64 [in_features], the same of inputs.
         """
         out_features, in_features = shape or (self.out_features, self.in_features)
-        more = out_features - self.out_features
         dense = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
         weight = unpack(self.packed(), self.out_features, self.in_features)
-        dense.weight = nn.Parameter(F.pad(weight, (0, in_features - self.in_features, 0, more)))
+        dense.weight = nn.Parameter(_spread(_spread(weight, 0, out_features, rows), 1, in_features, cols))
         if self.bias is not None:
-            dense.bias = nn.Parameter(F.pad(self.bias.detach(), (0, more)))
+            dense.bias = nn.Parameter(_spread(self.bias.detach(), 0, out_features, rows))
         return dense.train(self.training)
 
     def cut(self, rows: Tensor | None = None, cols: Tensor | None = None) -> "BlockSparseLinear":
@@ -311,6 +327,8 @@ class BlockSparseLinear(nn.Module):
 
     def _used(self, weight: Tensor) -> Tensor:
         """A whole matrix as products take it: nothing may change where there is no block."""
+        if self.is_whole:
+            return weight
         if is_transformed() or (torch.compiler.is_compiling() and torch.is_grad_enabled() and weight.requires_grad):
             return weight * self.entry_mask()
         if torch.is_grad_enabled() and weight.requires_grad:

@@ -14,6 +14,7 @@ from torch import nn
 
 from .blockprune_cost import ELEMENT_BYTES, Cost, Linear, Profile, VisionTransformer, model_cost
 from .blockprune_flops import ModelFlops, UncountableError, count_flops
+from .blockprune_heads import CutHeads, cut_heads
 from .blockprune_layers import is_block_sparse
 from .blockprune_profiles import KINDS, DeviceError, named_profile, profile_from_dict, usual_dtype
 from .blockprune_skeleton import COMPILED
@@ -67,7 +68,7 @@ def hardware_cost(
         raise DeviceError(f"batch: expected a whole number from 1, got {batch!r}")
     flops = _counted(self, image_size)
     works = list(linear_works(self, flops.linear_tokens).values())
-    shape = transformer_shape(self.config, flops.image_size, works[0].tokens if works else 0)
+    shape = transformer_shape(self.config, flops.image_size, works[0].tokens if works else 0, cut_heads(self))
     return model_cost(profile, shape, works, batch=batch, dtype=dtype)
 
 
@@ -150,13 +151,16 @@ def linear_works(model: nn.Module, tokens: Mapping[str, float]) -> dict[str, Lin
     return works
 
 
-def transformer_shape(config: "PreTrainedConfig", size: tuple[int, int], tokens: float) -> VisionTransformer:
+def transformer_shape(
+    config: "PreTrainedConfig", size: tuple[int, int], tokens: float, heads: Sequence[CutHeads] = ()
+) -> VisionTransformer:
     """A transformers config as the cost model's shape.
 
     Args:
         config: of a ViT, DeiT, BeiT, Dinov2, or of a CLIP or SigLIP, whose vision part is meant.
         size: (height, width) of an image.
         tokens: of an image in the layers, class tokens included.
+        heads: the attentions that are smaller than the config's.
 
     Raises:
         UncountableError: a config of another kind of model.
@@ -167,6 +171,8 @@ def transformer_shape(config: "PreTrainedConfig", size: tuple[int, int], tokens:
         if not isinstance(config.num_attention_heads, int):
             raise TypeError("its stages differ in width")
         patch = _pair(config.patch_size)
+        whole = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        cut = tuple((attention.heads, attention.head_size) for attention in heads)
         return VisionTransformer(
             image_tokens=(size[0] // patch[0]) * (size[1] // patch[1]),
             patch_inputs=config.num_channels * patch[0] * patch[1],
@@ -175,6 +181,7 @@ def transformer_shape(config: "PreTrainedConfig", size: tuple[int, int], tokens:
             heads=config.num_attention_heads,
             layers=config.num_hidden_layers,
             classes=classes,
+            attentions=cut + (whole,) * (config.num_hidden_layers - len(cut)) if cut else None,
         )
     except (AttributeError, TypeError) as error:
         raise UncountableError(

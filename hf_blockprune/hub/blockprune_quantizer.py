@@ -6,8 +6,7 @@ before its tensors are read. Nothing is quantized: the interface only carries th
 """
 
 import reprlib
-from collections.abc import Iterable
-from itertools import zip_longest
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, is_count
+from .blockprune_cuts import check_cuts, described_heads
 from .blockprune_fusion import fuse, unfuse
 from .blockprune_headers import (
     INDEX_NAMES,
@@ -33,6 +33,7 @@ from .blockprune_headers import (
     check_location,
     read_headers,
 )
+from .blockprune_heads import CutHeads, check_heads, cut_heads, restore_heads, set_heads
 from .blockprune_layers import block_sparse_layers, is_pruned
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
@@ -67,9 +68,12 @@ class BlockPruneHfQuantizer(HfQuantizer):
             check_location(checkpoint_files, model.config.name_or_path or "")
             headers = read_headers(checkpoint_files)
         modules, _ = match_layers(model, config, headers)
+        cuts = described_heads(model, config, modules)
         linears = {name: _linear(model, name) for name in modules.values()}
         for stored_name, name in modules.items():
             model.set_submodule(name, _empty_layer(config, stored_name, linears[name], headers))
+        for cut in cuts:
+            set_heads(model, cut)
         self._expected = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
@@ -98,9 +102,14 @@ class BlockPruneHfQuantizer(HfQuantizer):
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Make every layer a Linear again, in its own dtype unless one is named, and the model a native one."""
         unfuse(model)
+        cuts = cut_heads(model)
+        rows = {name: {"rows": cut.places()} for cut in cuts for name in (cut.query, cut.key, cut.value)}
+        places = rows | {cut.out: {"cols": cut.places()} for cut in cuts}
         for name, module in list(block_sparse_layers(model)):
             # Cut features come back as zeros: the config says how wide the architecture is.
-            model.set_submodule(name, module.to_dense(module.dense_shape).to(dtype or module.weight.dtype))
+            linear = module.to_dense(module.dense_shape, **places.get(name, {}))
+            model.set_submodule(name, linear.to(dtype or module.weight.dtype))
+        restore_heads(model)
         self.remove_quantization_config(model)
         forget(model.config)
         model.__class__ = native_class(model)
@@ -142,19 +151,39 @@ def register() -> None:
 register()
 
 
-def sparsify(model: Model, masks: dict[str, Tensor], block_shape: tuple[int, int]) -> Model:
+def sparsify(
+    model: Model,
+    masks: dict[str, Tensor],
+    block_shape: tuple[int, int],
+    cut: Mapping[str, tuple[int, int]] | None = None,
+    heads: Iterable[CutHeads] = (),
+) -> Model:
     """Turn masked Linears of a transformers model into `BlockSparseLinear`, in place.
 
     Args:
         model: a `PreTrainedModel`.
         masks: bool [block_rows, block_cols] by module name.
         block_shape: (rows, cols).
+        cut: (out_features, in_features) of the architecture, by module name, for those Linears that are smaller.
+        heads: what is left of each attention whose Linears are smaller.
 
     Returns:
         The model, ready for inference, training and `save_pretrained`.
+
+    Raises:
+        BlockSparseFormatError: what is said of smaller Linears does not fit them; nothing was changed.
     """
+    heads, cut = tuple(heads), _checked_cut(model, masks, cut or {})
+    for attention in heads:
+        if lacking := [name for name in attention.names() if name not in cut]:
+            raise BlockSparseFormatError(f"{lacking[0]}: is of an attention in heads, but not in cut")
+        check_heads(model, attention, sizes=True)
     for name, mask in masks.items():
-        model.set_submodule(name, BlockSparseLinear.from_dense(_linear(model, name), mask, block_shape))
+        layer = BlockSparseLinear.from_dense(_linear(model, name), mask, block_shape)
+        layer.dense_shape = cut.get(name)
+        model.set_submodule(name, layer)
+    for attention in heads:
+        set_heads(model, attention)
     choose_storage(model)
     fuse(model)
     quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](stored_config(model), pre_quantized=True)
@@ -162,6 +191,28 @@ def sparsify(model: Model, masks: dict[str, Tensor], block_shape: tuple[int, int
     update_config(model)
     model.config._is_quantized = True  # attention kernels then ask the config for the dtype, not a Linear
     return model
+
+
+def _checked_cut(
+    model: nn.Module, masks: dict[str, Tensor], cut: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, int]]:
+    """The architecture's sizes of those Linears that are smaller.
+
+    Raises:
+        BlockSparseFormatError: one has no mask, or is larger.
+    """
+    smaller = {}
+    for name, (rows, cols) in cut.items():
+        if name not in masks:
+            raise BlockSparseFormatError(f"{name}: is in cut, but not in masks")
+        linear = _linear(model, name)
+        if linear.out_features > rows or linear.in_features > cols:
+            raise BlockSparseFormatError(
+                f"{name}: of {linear.out_features}x{linear.in_features} is larger than the {rows}x{cols} in cut"
+            )
+        if (linear.out_features, linear.in_features) != (rows, cols):
+            smaller[name] = rows, cols
+    return smaller
 
 
 def choose_storage(model: nn.Module) -> None:
@@ -243,30 +294,8 @@ def match_layers(
             f"quantization_config.layers: {len(config.layers):,} named, but the files hold {len(headers):,} tensors"
         )
     modules = find_linears(model, config.layers)
-    _check_cuts(model, config, modules)
+    check_cuts(model, config, modules)
     return modules, {} if headers is None else _check_stored(model, config, modules, headers)
-
-
-def _check_cuts(model: PreTrainedModel, config: BlockPruneQuantizationConfig, modules: dict[str, str]) -> None:
-    """Refuse cuts that do not take as many units from what reads an MLP's hidden features as from what writes them.
-
-    Raises:
-        BlockSparseFormatError: naming the layer.
-    """
-    stored_names = {module: stored_name for stored_name, module in modules.items()}
-    cut = []  # fc1, fc2, fc1, ... with their sizes
-    for name, linear in model.named_modules():
-        stored_name = stored_names.get(name, "")
-        if stored_name in getattr(config, "cut", {}) and isinstance(linear, nn.Linear):
-            dense = (linear.out_features, linear.in_features)
-            cut.append((stored_name, dense, config.shape_of(stored_name, dense)))
-    for fc1, fc2 in zip_longest(cut[::2], cut[1::2]):
-        name, dense, shape = fc1
-        fits = fc2 is not None and shape[1] == dense[1] and fc2[2] == (fc2[1][0], shape[0]) and fc2[1][1] == dense[0]
-        if not fits:
-            raise BlockSparseFormatError(
-                f"quantization_config.cut: {name} of {shape[0]}x{shape[1]} has no layer after it that is cut likewise"
-            )
 
 
 def _check_stored(

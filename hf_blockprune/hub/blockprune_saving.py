@@ -21,7 +21,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, JsonDict, describes
+from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, JsonDict, StoredHeads, describes
+from .blockprune_heads import CutHeads, cut_heads
 from .blockprune_layers import block_sparse_layers, is_pruned, packed_states
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
@@ -60,7 +61,8 @@ def stored_config(model: PreTrainedModel, *, original_names: bool = True) -> Blo
         original_names: whether names in the files are those of the original checkpoints, or the model's own.
 
     Raises:
-        BlockSparseFormatError: the layers differ in block shape, which cannot be stored.
+        BlockSparseFormatError: the layers differ in block shape, or an attention was cut of which a layer is dense,
+            which cannot be stored.
     """
     modules = dict(block_sparse_layers(model))
     names = stored_layer_names(model, modules) if original_names else {name: name for name in modules}
@@ -74,7 +76,25 @@ def stored_config(model: PreTrainedModel, *, original_names: bool = True) -> Blo
         block_shape=shapes.pop(),
         layers={name: module.nnz_blocks for name, module in layers.items()},
         cut={n: [m.out_features, m.in_features] for n, m in layers.items() if m.dense_shape is not None} or None,
+        heads=[_stored_heads(cut, names) for cut in cut_heads(model)] or None,
     ).with_biases(name for name, module in layers.items() if module.bias is not None)
+
+
+def _stored_heads(cut: CutHeads, names: dict[str, str]) -> StoredHeads:
+    """What is stored of a cut attention.
+
+    Args:
+        cut: it.
+        names: stored names of the block-sparse layers, by module name.
+
+    Raises:
+        BlockSparseFormatError: one of its layers is none.
+    """
+    for name in cut.names():
+        if name not in names:
+            raise BlockSparseFormatError(f"{name}: is of an attention that was cut, so it must be block-sparse too")
+    query, key, value, out = (names[name] for name in cut.names())
+    return {"query": query, "key": key, "value": value, "out": out, "heads": cut.heads, "head_size": cut.head_size}
 
 
 def native_class(model: nn.Module) -> type:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .blockprune_fusion import unfuse
+from .blockprune_heads import restore_heads
 from .blockprune_layers import block_sparse_layers
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ OWN = ("_parameters", "_buffers", "_modules")  # are a copy's own in any case
 def skeleton(model: Module) -> Module:
     """A copy of a model on the meta device, block-sparse layers dense, in evaluation mode; no weight is copied.
 
-    It is made of the model itself, not of its class and config: constructors may take more than a config. What others
-    hooked to the model is neither copied nor called. Names are the model's, but for `COMPILED` in them.
+    Layers and attentions have the architecture's sizes. It is made of the model itself, not of its class and config:
+    constructors may take more than a config. What others hooked to the model is neither copied nor called. Names are
+    the model's, but for `COMPILED` in them.
     """
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     tensors += [value for module in model.modules() for value in vars(module).values() if torch.is_tensor(value)]
@@ -48,6 +50,7 @@ def skeleton(model: Module) -> Module:
         rows, cols = module.dense_shape or (module.out_features, module.in_features)
         linear = nn.Linear(cols, rows, module.bias is not None, device="meta", dtype=module.weight.dtype)
         made.set_submodule(name, linear)
+    restore_heads(made)
     return made.eval()
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple, TypedDict
 
 from ..cost.flops import ModelFlops
 from ..hub.blockprune_cost import linear_flops
+from ..hub.blockprune_heads import CutHeads
 
 
 class KeptLayer(NamedTuple):
@@ -41,12 +42,13 @@ class Shares(TypedDict):
     density: float
 
 
-def kept_shares(layers: Iterable[KeptLayer], flops: ModelFlops) -> Shares:
+def kept_shares(layers: Iterable[KeptLayer], flops: ModelFlops, heads: Iterable[CutHeads] = ()) -> Shares:
     """Add up what layers keep; a model with none of them keeps all.
 
     Args:
         layers: the pruned ones.
         flops: of the dense model.
+        heads: the attentions from which heads, or features of heads, were cut; their Linears are among the layers.
 
     Example:
         >>> flops = ModelFlops(total=400.0, parameters=150, linear_tokens={}, image_size=(8, 8))
@@ -63,7 +65,7 @@ def kept_shares(layers: Iterable[KeptLayer], flops: ModelFlops) -> Shares:
         blocks += layer.blocks
         kept_blocks += layer.kept_blocks
     return {
-        "flops_ratio": 1 - removed / flops.total,
+        "flops_ratio": 1 - (removed + flops.without_heads(heads)) / flops.total,
         "linear_flops_ratio": 1 - removed / dense if dense else 1.0,
         "params_ratio": 1 - removed_weights / flops.parameters,
         "dense_flops": flops.total,

@@ -28,11 +28,22 @@ def test_a_checkpoint_of_every_format_loads(version):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("version", "shape", "kept"), [(1, [32, 16], 4), (2, [16, 16], 2), (3, [16, 16], 2)])
+@pytest.mark.parametrize(
+    ("version", "shape", "kept"), [(1, [32, 16], 4), (2, [16, 16], 2), (3, [16, 16], 2), (4, [16, 16], 2)]
+)
 def test_every_format_can_be_inspected(version, shape, kept):
     layers = inspect_checkpoint(FIXTURES / f"format-{version}")["layers"]
     fc1 = next(layer for layer in layers if layer["shape"] == [32, 16])
     assert (fc1["stored_shape"], fc1["kept_blocks"]) == (shape, kept)
+
+
+def test_cut_heads_are_told():
+    found = inspect_checkpoint(FIXTURES / "format-4")
+    (heads,) = found["heads"]
+    assert [heads[key] for key in ("heads", "head_size", "dense_heads", "dense_head_size")] == [1, 6, 2, 8]
+    sizes = {layer["name"]: (layer["stored_shape"], layer["shape"]) for layer in found["layers"]}
+    assert sizes[heads["query"]] == ([6, 16], [16, 16])
+    assert sizes[heads["out"]] == ([16, 6], [16, 16])
 
 
 @pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))

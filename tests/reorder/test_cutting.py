@@ -105,7 +105,7 @@ def test_save_load_inspect_dequantize(family, tmp_path):
     whole, small, counts = cut_model(family, (8, 8))
     small.save_pretrained(tmp_path / "small")
     stored = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
-    assert stored["format_version"] == 3
+    assert stored["format_version"] == 4
     assert len(stored["cut"]) == 2 * sum(count > 0 for count in counts.values())
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(loaded), logits(whole), atol=1e-5, rtol=1e-5)
