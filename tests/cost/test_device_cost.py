@@ -1,5 +1,7 @@
 """The cost model: consistent at its ends, monotone between them, and profiles that are checked key by key."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import yaml
@@ -9,12 +11,21 @@ from hypothesis import strategies as st
 from hf_blockprune.cost.profile_names import profile_names
 from hf_blockprune.cost.profiles import load_profile
 from hf_blockprune.errors import ConfigError
-from hf_blockprune.hub.blockprune_cost import Cost, Linear, VisionTransformer, layer_cost, model_cost, other_cost
+from hf_blockprune.hub.blockprune_cost import (
+    Cost,
+    Linear,
+    VisionTransformer,
+    attention_cost,
+    layer_cost,
+    model_cost,
+    other_cost,
+)
 from hf_blockprune.hub.blockprune_profiles import CpuProfile, GpuProfile, SystolicProfile
 from hf_blockprune.hub.blockprune_systolic import block_sparse_cycles, dense_cycles
 
 PROFILES = profile_names()
 DEIT_TINY = VisionTransformer(196, 768, 197, 192, 3, 12, 1000)
+WHOLE = (3, 64)  # heads of DeiT-Ti, and features of each
 
 
 def test_the_promised_profiles_are_there_and_name_their_sources():
@@ -160,3 +171,18 @@ def test_a_file_of_ones_own(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("kind: cpu\nname: mine\ncores: 4\nghz: 2.5\nflops_per_cycle: 16\nheld_out_error: 0\n")
     assert load_profile(path) == CpuProfile("mine", cores=4, ghz=2.5, flops_per_cycle=16, held_out_error=0)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_attentions_cost_what_is_left_of_them(name):
+    profile = load_profile(name)
+    whole = other_cost(profile, DEIT_TINY, batch=4)
+    told = replace(DEIT_TINY, attentions=(WHOLE,) * 12)
+    assert other_cost(profile, told, batch=4) == whole
+    for kept in ((2, 64), (3, 40), (1, 1)):
+        cut = other_cost(profile, replace(DEIT_TINY, attentions=(kept, *(WHOLE,) * 11)), batch=4)
+        before, after = (attention_cost(profile, 197, *heads, batch=4) for heads in (WHOLE, kept))
+        saved = [a - b for a, b in zip(before, after, strict=True)]
+        assert [a - b for a, b in zip(whole, cut, strict=True)] == pytest.approx(saved)
+        assert all(value >= 0 for value in saved)
+        assert saved[0] == 2 * 2 * 4 * 197**2 * (3 * 64 - kept[0] * kept[1])

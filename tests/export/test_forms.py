@@ -15,11 +15,15 @@ from typer.testing import CliRunner
 from hf_blockprune import BlockPruneConfig, BlockPruner, CheckpointError, ModelError, sparsify
 from hf_blockprune.cli import app
 from hf_blockprune.export.forms import export_checkpoint
+from hf_blockprune.hub.blockprune_heads import CutHeads, set_heads
+from hf_blockprune.hub.blockprune_layers import is_block_sparse
+from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.model.structure import find_transformer_layers
 from hf_blockprune.model.targets import find_targets
 from hf_blockprune.reorder.cutting import cut_hidden_units
 from hf_blockprune.score.blocks import grid_shape
 from tests.conftest import ROOT, WITHOUT_THE_PACKAGE, tiny_model
+from tests.cutting import KEPT, cut_model
 from tests.forking import plain_forks
 
 LOAD_DENSE = """
@@ -131,6 +135,58 @@ def test_a_program_leaves_out_what_was_cut(processor, tmp_path):
         state = torch.export.load(file).state_dict
     have = {name.removeprefix("model."): tensor.shape for name, tensor in state.items()}
     assert have == {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch-export", "dense"])
+@pytest.mark.parametrize("family", ["vit", "beit"])
+def test_heads_that_were_cut(processor, tmp_path, family, form):
+    """Programs leave them out; a stock folder's attentions are whole."""
+    model = cut_model(tiny_model(family), KEPT[family], share=0.8, others=True)
+    model.save_pretrained(tmp_path / "pruned")
+    processor.save_pretrained(tmp_path / "pruned")
+    values = export_checkpoint(tmp_path / "pruned", tmp_path / "out", form)
+    cut = sum(48 - heads * size for heads, size in KEPT[family])
+    kept = cut if form == "dense" else 0
+    assert (values["cut_head_features"], values["cut_head_features_kept_as_zeros"]) == (cut, kept)
+    assert (values["cut_units"], values["cut_units_kept_as_zeros"]) == (0, 0)
+    expected = logits_of(model, pixels(3))
+    if form == "dense":
+        dense = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(logits_of(dense, pixels(3)), expected, rtol=1e-5, atol=1e-5)
+    elif form == "onnx":
+        session = onnxruntime.InferenceSession(str(tmp_path / "out"), providers=["CPUExecutionProvider"])
+        (found,) = session.run(["logits"], {"pixel_values": pixels(3).numpy()})
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
+        sizes = {size for tensor in onnx.load(tmp_path / "out").graph.initializer for size in tensor.dims}
+        assert {heads * size for heads, size in KEPT[family]} <= sizes
+    else:
+        with (tmp_path / "out").open("rb") as file:
+            program = torch.export.load(file).module()
+        torch.testing.assert_close(program(pixels(3)).detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stock_folder_of_a_model_without_units_and_heads(processor, tmp_path):
+    """MLPs get narrower; attentions do not."""
+    model, _ = cut_checkpoint(tmp_path / "units", processor, "vit", (36, 52))
+    linears = {name: module for name, module in model.named_modules() if is_block_sparse(module)}
+    layer = find_transformer_layers(model, linears)[0]
+    cut = CutHeads(layer.query, layer.key, layer.value, layer.out, 2, 8, 3, 16)
+    for name in cut.names():
+        whole = model.get_submodule(name)
+        stays = torch.arange(12) < 4  # of the blocks along the features of heads
+        mask = whole.mask() & (stays if name == cut.out else stays[:, None])
+        kept = BlockSparseLinear.from_dense(whole.to_dense(), mask, (4, 4))
+        model.set_submodule(name, kept.cut(cols=stays) if name == cut.out else kept.cut(rows=stays))
+    set_heads(model, cut)
+    expected = logits_of(model, pixels(3))
+    model.save_pretrained(tmp_path / "pruned")
+    processor.save_pretrained(tmp_path / "pruned")
+    values = export_checkpoint(tmp_path / "pruned", tmp_path / "dense", "dense")
+    assert (values["cut_units"], values["cut_units_kept_as_zeros"]) == (60 + 44, 16)
+    assert (values["cut_head_features"], values["cut_head_features_kept_as_zeros"]) == (32, 32)
+    dense = AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
+    assert dense.config.intermediate_size == 52
+    torch.testing.assert_close(logits_of(dense, pixels(3)), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_blockprune import BlockPruneConfig, BlockPruner, FinetuneConfig
+from hf_blockprune import BlockPruneConfig, BlockPruner, FinetuneConfig, ModelError
 from hf_blockprune.choose.allocation import CostBudget, allocate
 from hf_blockprune.data.batches import load_images
+from hf_blockprune.finetune.config import GradualConfig
 from hf_blockprune.finetune.gradual import GradualPruning, make_sparse, masks_of, shrink
 from hf_blockprune.finetune.training import Finetuning
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
@@ -16,6 +17,7 @@ from hf_blockprune.runs.training_state import moments_of
 from hf_blockprune.score.magnitude import magnitude_trace
 from hf_blockprune.score.trace import RemovalTrace, gone_first
 from tests.conftest import tiny_model, write_images
+from tests.cutting import KEPT, cut_model
 from tests.finetuning import check_masks
 
 SETTINGS = {"epochs": 4, "batch_size": 8, "micro_batch": 4, "lr": 1e-3, "warmup_epochs": 1, "ema": 0.9}
@@ -194,3 +196,9 @@ def test_what_is_gone_leaves_before_all_that_costs_nothing():
     found = allocate({"b": free, "a": trace}, [CostBudget(costs, 1 - 2 / 32)], power_weight=0.0)
     assert torch.equal(~found.masks["a"], gone)
     assert found.masks["b"].all()
+
+
+def test_models_that_lack_heads_are_refused():
+    model = cut_model(tiny_model(), KEPT["vit"])
+    with pytest.raises(ModelError, match="heads were cut from the model's attentions"):
+        make_sparse(model, GradualConfig(budget={"ratio": 0.25}))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageClassification,
     BertConfig,
@@ -31,6 +32,7 @@ from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, pack_wei
 from hf_blockprune.hub.blockprune_saving import install
 from tests.checkpoint.test_publish import Client
 from tests.conftest import WITHOUT_THE_PACKAGE, tiny_config, tiny_model
+from tests.cutting import KEPT, cut_model
 from tests.fake_hub import FakeHub
 from tests.hub.saved_models import run, sparse_model
 
@@ -116,6 +118,31 @@ def test_cut_hidden_units_are_not_paid_for(processor, tmp_path):
     assert any(layer.dense_shape for _, layer in block_sparse_layers(pruner.model))
     pruner.save_pretrained(tmp_path / "cut")
     assert close(pruner.model.hardware_cost(QUICK), _simulated(tmp_path / "cut", QUICK, tmp_path))
+
+
+@pytest.mark.parametrize("family", ["vit", "deit-distilled", "beit", "dinov2"])
+@pytest.mark.parametrize("device", ["systolic-16", "h100-sxm", QUICK], ids=["array", "gpu", "quick"])
+def test_cut_heads_are_not_paid_for(family, device, tmp_path):
+    dense = tiny_model(family).hardware_cost(device, batch=2)
+    model = cut_model(tiny_model(family), KEPT[family], share=0.7, others=True)
+    model.save_pretrained(tmp_path / "cut")
+    values = device if isinstance(device, dict) else DEVICES[device]
+    (tmp_path / "device.yaml").write_text(yaml.safe_dump(values))
+    simulated = simulate_checkpoint(tmp_path / "cut", tmp_path / "device.yaml", batch=2)
+    assert close(model.hardware_cost(device, batch=2), simulated)
+    assert close(dense, {key: simulated[f"dense_{key}"] for key in Cost._fields})
+    assert simulated["other_parts"]["flops"] < simulated["dense_other_parts"]["flops"]
+    assert close(model.dequantize().hardware_cost(device, batch=2), dense._asdict())
+
+
+def test_flops_on_a_device_are_those_of_the_model_that_runs(monkeypatch):
+    """But for norms, softmax and residuals, which multiply nothing."""
+    monkeypatch.setenv("BLOCKPRUNE_STORAGE", "unpacked")
+    model = cut_model(tiny_model(), KEPT["vit"])
+    model.set_attn_implementation("eager")  # torch does not count fused attention on CPUs
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixel_values=torch.zeros(1, 3, 32, 32))
+    assert model.hardware_cost(QUICK).flops == pytest.approx(counter.get_total_flops())
 
 
 def _simulated(folder, values, work):

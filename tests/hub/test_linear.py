@@ -237,3 +237,15 @@ def test_a_layer_without_blocks_gives_its_bias():
     sparse = BlockSparseLinear.from_dense(linear, torch.zeros(4, 3, dtype=torch.bool), (16, 16))
     assert sparse.density == 0
     assert torch.equal(sparse(torch.randn(3, IN)), linear.bias.expand(3, -1))
+
+
+def test_a_dense_form_with_outputs_and_inputs_in_their_places():
+    sparse = BlockSparseLinear.from_dense(nn.Linear(4, 6), torch.ones(3, 2, dtype=torch.bool), (2, 2))
+    rows, cols = torch.tensor([1, 2, 3, 5, 6, 7]), torch.tensor([0, 2, 4, 6])
+    dense = sparse.to_dense((8, 7), rows=rows, cols=cols)
+    assert (dense.out_features, dense.in_features) == (8, 7)
+    x = torch.randn(3, 7)
+    torch.testing.assert_close(dense(x)[:, rows], sparse(x[:, cols]))
+    assert not dense.weight[[0, 4]].any()
+    assert not dense.weight[:, 1::2].any()
+    assert not dense.bias[[0, 4]].any()

@@ -417,6 +417,16 @@ def test_the_environment_decides(monkeypatch):
         is_best_packed(layer, 192, 197)
 
 
+def test_a_layer_that_keeps_all_is_unpacked_on_every_device(monkeypatch):
+    monkeypatch.setenv("BLOCKPRUNE_STORAGE", "auto")
+    monkeypatch.setattr("hf_blockprune.hub.blockprune_storage.beats_dense", lambda *_: True)  # as on a GPU
+    whole = arguments_of((768, 192), 1)
+    assert is_best_packed(arguments_of((768, 192), 0.9), 192, 197)
+    assert not is_best_packed(whole, 192, 197)
+    monkeypatch.setenv("BLOCKPRUNE_STORAGE", "packed")
+    assert is_best_packed(whole, 192, 197)
+
+
 def test_a_model_that_moves_is_looked_at_again(monkeypatch):
     monkeypatch.setenv("BLOCKPRUNE_STORAGE", "auto")
     model = sparse_model(tiny_model())
