@@ -33,12 +33,14 @@ class CostBudget:
         ratio: share of the model's whole cost, `fixed` included, that may remain.
         fixed: cost of everything that is not a block of these layers.
         name: in error messages.
+        dense: cost of the dense model, where these layers are smaller than its; else the sum of the two.
     """
 
     costs: dict[str, Tensor]
     ratio: float
     fixed: float = 0.0
     name: str = "budget"
+    dense: float | None = None
 
     @property
     def blocks(self) -> float:
@@ -48,12 +50,12 @@ class CostBudget:
     @property
     def whole(self) -> float:
         """Cost of the dense model."""
-        return self.blocks + self.fixed
+        return self.blocks + self.fixed if self.dense is None else self.dense
 
     @property
     def needed(self) -> float:
         """What has to be saved."""
-        return (1 - self.ratio) * self.whole
+        return self.blocks + self.fixed - self.ratio * self.whole
 
     @property
     def block_share(self) -> float:
@@ -284,7 +286,7 @@ def _check_reached(budgets: list[CostBudget], saved: np.ndarray, width: int) -> 
     spared = []
     for budget, gone in zip(budgets, saved, strict=True):
         whole = budget.whole
-        reached = (whole - float(gone)) / whole
+        reached = (budget.blocks + budget.fixed - float(gone)) / whole
         if reached > budget.ratio * (1 + 1e-9):
             raise BudgetError(
                 f"{budget.name}: {budget.ratio:.4f} cannot be met, the least that can remain is {reached:.4f} "

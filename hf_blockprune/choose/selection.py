@@ -4,24 +4,28 @@ Layers' traces are shared out over processes; the allocation, which is cheap, ev
 """
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..config import BlockPruneConfig
+from ..config import BlockPruneConfig, MoveName
 from ..cost.flops import ModelFlops
 from ..display.stages import stage
 from ..errors import BudgetError
 from ..model.structure import TransformerLayer, find_transformer_layers
+from ..runs.processes import agreed
 from ..runs.timing import timed
+from ..score.blocks import grid_shape
 from ..score.statistics import LayerStatistics
 from ..score.trace import RemovalTrace
 from .allocation import Allocation, CostBudget, allocate
 from .budgets import ModelBudget, block_power
 from .coupling import correct, drop_unused
 from .on_device import meet_devices
+from .shrink_options import head_options, head_step, unit_options
+from .shrinking import Shrinking, Shrunk
 from .state import SelectionState
 from .tracing import Tracer
 from .true_loss import loss_factors, true_losses
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SPENDING_ROUNDS = 8
+SHRINKING_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,21 @@ class Selection:
     Attributes:
         allocation: the masks, with the losses that they were predicted to cost.
         loss_factors: true over predicted loss by layer, empty where it was not measured.
+        shrunk: the Linears that the masks are of; smaller ones where units or heads left.
         trace_seconds: time that each layer's traces took, on the processes that made them.
         seconds: time of each stage.
     """
 
     allocation: Allocation
     loss_factors: dict[str, float]
+    shrunk: Shrunk
     trace_seconds: dict[str, float]
     seconds: dict[str, float]
+
+    @property
+    def shrunk_loss(self) -> dict[str, float]:
+        """What features that left are predicted to cost, by name of a Linear."""
+        return {name: loss * self.loss_factors.get(name, 1.0) for name, loss in self.shrunk.loss.items()}
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class Selector:
         accelerator: the processes.
         pixels: images to measure true losses on, [images, channels, height, width]; needed where the config has
             rounds of them.
+        moves: what may leave, "blocks", "units" and "heads".
         gone: blocks that left before, bool [block_rows, block_cols] by name; where there are any, they stay gone.
         state: keeps what takes long, and gives back what an interrupted run had; by default nothing is kept.
     """
@@ -76,6 +89,7 @@ class Selector:
     config: BlockPruneConfig
     accelerator: "Accelerator"
     pixels: Tensor | None = None
+    moves: tuple[MoveName, ...] = ("blocks",)
     gone: dict[str, Tensor] = field(default_factory=dict)
     state: SelectionState = field(default_factory=SelectionState)
 
@@ -85,7 +99,7 @@ class Selector:
         return find_transformer_layers(self.model, self.targets) if self.config.scoring.fisher else []
 
     def select(self, factors: dict[str, float] | None = None) -> Selection:
-        """Choose the blocks to keep.
+        """Choose the blocks to keep, and before that the features, where they may leave.
 
         Args:
             factors: true over predicted loss by layer, as far as that is known; where it is measured, more comes in.
@@ -96,72 +110,133 @@ class Selector:
         """
         seconds, factors = {}, dict(factors or {})
         tracer = Tracer(self.targets, self.config, self.accelerator, self.gone, self.state)
-        with timed(seconds, "saliency"), tracer.stage("saliency", tracer.layers(self.statistics)) as bar:
-            traces = tracer.traces(self.statistics, bar)
+        now, traces = Shrunk(self.targets, self.statistics, self.budgets), None
+        if self.blocks_leave:
+            with timed(seconds, "saliency"), tracer.stage("saliency", tracer.layers(self.statistics)) as bar:
+                traces = tracer.traces(self.statistics, bar)
+        with timed(seconds, "shrinking"):
+            shrinking = self._shrinking(tracer, now)
+            now, traces = self._shrunk(tracer, shrinking, now, traces, factors)
         with timed(seconds, "allocation"):
-            allocation, coupled = self._coupled(tracer, traces, factors)
+            allocation, coupled = self._coupled(tracer, now, traces, factors)
         for number in range(_true_loss_rounds(self.config)):
             with timed(seconds, "true losses"):
-                factors = self._measured(factors, allocation, number)
+                factors = self._measured(factors, now, allocation, number)
+            with timed(seconds, "shrinking"):
+                now, traces = self._shrunk(tracer, shrinking, now, traces, factors)
             with timed(seconds, "allocation"):
-                allocation, coupled = self._coupled(tracer, traces, factors)
-        if self.layers and _spends(self.config):
+                allocation, coupled = self._coupled(tracer, now, traces, factors)
+        if self.layers and self.blocks_leave and _spends(self.config):
             with timed(seconds, "allocation"):
-                allocation = self._without_unused(allocation, coupled, factors)
-        return Selection(allocation, factors, tracer.seconds, seconds)
+                allocation = self._without_unused(now, allocation, coupled, factors)
+        return Selection(allocation, factors, now, tracer.seconds, seconds)
+
+    @property
+    def blocks_leave(self) -> bool:
+        """Whether blocks are among what may leave."""
+        return "blocks" in self.moves
+
+    def _shrinking(self, tracer: Tracer, whole: Shrunk) -> Shrinking | None:
+        """The ways to shrink that there are, None where nothing may."""
+        units = "units" in self.moves and bool(self.layers)
+        heads = [layer for layer in self.layers if "heads" in self.moves]
+        if not units and not heads:
+            return None
+        least, step = self.config.min_kept_per_layer, self.config.block_shape[0]
+        mlps = []
+        if units:
+            readers = {layer.fc2: self.statistics[layer.fc2] for layer in self.layers}
+            with tracer.stage("shrinking", list(readers)) as bar:
+                found = tracer.traces(readers, bar, columns=True)
+            mlps = [unit_options(layer, found[layer.fc2], step, least) for layer in self.layers]
+        size = head_step(self.config.block_shape if self.blocks_leave else None) if self.config.rotates else None
+        attentions = [
+            (layer, head_options(layer, self.targets, self.statistics, step=size, damping=self.config.damping))
+            for layer in heads
+        ]
+        return Shrinking(whole, agreed(attentions, self.accelerator), mlps, self.config.damping)
+
+    def _shrunk(
+        self,
+        tracer: Tracer,
+        shrinking: Shrinking | None,
+        now: Shrunk,
+        traces: dict[str, RemovalTrace] | None,
+        factors: dict[str, float],
+    ) -> tuple[Shrunk, dict[str, RemovalTrace] | None]:
+        """The layers as they should be, and the traces of their blocks; chosen again as these become known."""
+        if shrinking is None:
+            return now, traces
+        for _ in range(SHRINKING_ROUNDS if self.blocks_leave else 1):
+            before, now = now, shrinking.choose(factors, traces, now)
+            if traces is None or now.shapes == before.shapes:
+                break
+            changed = {n: now.statistics[n] for n in _resized(before, now) if n in now.statistics}
+            with tracer.stage("saliency", list(changed)) as bar:
+                traces = {**traces, **tracer.traces(changed, bar, now.linears)}
+        return now, traces
 
     def _allocate(
-        self, traces: dict[str, RemovalTrace], budgets: list[ModelBudget], factors: dict[str, float]
+        self,
+        now: Shrunk,
+        traces: dict[str, RemovalTrace] | None,
+        factors: dict[str, float],
+        budgets: list[ModelBudget] | None = None,
     ) -> Allocation:
+        """Under the budgets, or others; without traces all blocks stay."""
+        if traces is None:
+            return _all_kept(now, self.config.block_shape)
         traces = {name: replace(trace, loss=trace.loss * factors.get(name, 1.0)) for name, trace in traces.items()}
-        return meet_devices(self._once, traces, budgets)
+        return meet_devices(partial(self._once, now), traces, now.budgets if budgets is None else budgets)
 
-    def _once(self, traces: dict[str, RemovalTrace], budgets: list[CostBudget]) -> Allocation:
+    def _once(self, now: Shrunk, traces: dict[str, RemovalTrace], budgets: list[CostBudget]) -> Allocation:
         return allocate(
             traces,
             budgets,
-            power=block_power(self.targets, self.flops, self.config.block_shape),
+            power=block_power(now.linears, self.flops, self.config.block_shape),
             min_kept=self.config.min_kept_per_layer,
             power_weight=self.config.power_weight if self.config.scoring.loss else 0.0,
             balance=self.config.balance,
         )
 
     def _coupled(
-        self, tracer: Tracer, traces: dict[str, RemovalTrace], factors: dict[str, float]
+        self, tracer: Tracer, now: Shrunk, traces: dict[str, RemovalTrace] | None, factors: dict[str, float]
     ) -> tuple[Allocation, dict[str, RemovalTrace]]:
         """Allocate, then again with traces that know what the last allocation left of the neighbours.
 
         Returns:
             The allocation, and the traces that it was made from.
         """
+        if traces is None:
+            return self._allocate(now, None, factors), {}
         layers, shape = self.layers, self.config.block_shape
         rounds = self.config.coupling_rounds if layers else 0
         names = {name for layer in layers for name in layer.names()}
         coupled = [name for name in self.targets if name in names]
         with tracer.stage("allocation", coupled, rounds) as bar:
-            allocation = self._allocate(traces, self.budgets, factors)
+            allocation = self._allocate(now, traces, factors)
             for _ in range(rounds):
-                corrected = correct(layers, self.targets, self.statistics, allocation.masks, shape)
-                traces = {**traces, **tracer.traces(corrected, bar)}
-                before, allocation = allocation, self._allocate(traces, self.budgets, factors)
+                corrected = correct(layers, now.linears, now.statistics, allocation.masks, shape)
+                traces = {**traces, **tracer.traces(corrected, bar, now.linears)}
+                before, allocation = allocation, self._allocate(now, traces, factors)
                 if all(torch.equal(mask, before.masks[name]) for name, mask in allocation.masks.items()):
                     break
         return allocation, traces
 
     def _without_unused(
-        self, allocation: Allocation, traces: dict[str, RemovalTrace], factors: dict[str, float]
+        self, now: Shrunk, allocation: Allocation, traces: dict[str, RemovalTrace], factors: dict[str, float]
     ) -> Allocation:
         """Give up blocks that neighbours made useless, and spend what they cost on others.
 
         More to spend keeps other features alive, so how much more is found by bisection.
         """
-        best = self._used_part(allocation)
-        spare = [budget.left(best.masks) for budget in self.budgets]
+        best = self._used_part(now, allocation)
+        spare = [budget.left(best.masks) for budget in now.budgets]
         low, share, high = 0.0, 1.0, 1.0
         with stage("spending", SPENDING_ROUNDS, unit="rounds") as bar:
             for _ in bar.over(range(SPENDING_ROUNDS)):
-                current = self._spent(traces, factors, [share * more for more in spare])
-                if current is not None and min(b.left(current.masks) for b in self.budgets) >= 0:
+                current = self._spent(now, traces, factors, [share * more for more in spare])
+                if current is not None and min(b.left(current.masks) for b in now.budgets) >= 0:
                     low, best = share, max(best, current, key=lambda a: a.kept_cost[0])
                 else:
                     high = share
@@ -171,23 +246,25 @@ class Selector:
         return best
 
     def _spent(
-        self, traces: dict[str, RemovalTrace], factors: dict[str, float], more: list[float]
+        self, now: Shrunk, traces: dict[str, RemovalTrace], factors: dict[str, float], more: list[float]
     ) -> Allocation | None:
         """The used part of an allocation under more than each budget, or None where there is none."""
         loose = [
             b.with_ratio(min(1.0, b.blocks.ratio + extra / b.blocks.whole))
-            for b, extra in zip(self.budgets, more, strict=True)
+            for b, extra in zip(now.budgets, more, strict=True)
         ]
         try:
-            return self._used_part(self._allocate(traces, loose, factors))
+            return self._used_part(now, self._allocate(now, traces, factors, loose))
         except BudgetError:  # blocks may be too coarse for what lies in between
             return None
 
-    def _used_part(self, allocation: Allocation) -> Allocation:
-        masks = drop_unused(self.layers, allocation.masks, self.targets, self.config.block_shape)
-        return replace(allocation, masks=masks, kept_cost=tuple(b.blocks.kept(masks) for b in self.budgets))
+    def _used_part(self, now: Shrunk, allocation: Allocation) -> Allocation:
+        masks = drop_unused(self.layers, allocation.masks, now.linears, self.config.block_shape)
+        return replace(allocation, masks=masks, kept_cost=tuple(b.blocks.kept(masks) for b in now.budgets))
 
-    def _measured(self, factors: dict[str, float], allocation: Allocation, number: int) -> dict[str, float]:
+    def _measured(
+        self, factors: dict[str, float], now: Shrunk, allocation: Allocation, number: int
+    ) -> dict[str, float]:
         """All Linears' factors, corrected by the true losses of this allocation, group by group."""
         assert self.pixels is not None
         groups = [pair for layer in self.layers for pair in layer.pairs()]
@@ -202,20 +279,44 @@ class Selector:
             self.pixels,
             accelerator=self.accelerator,
             damping=self.config.damping,
+            kept=now.kept(),
             state=self.state,
             number=number,
         )
-        predicted = [sum(allocation.loss[name] for name in group) for group in groups]
+        shrunk = {name: loss * factors.get(name, 1.0) for name, loss in now.loss.items()}
+        predicted = [sum(allocation.loss[name] + shrunk.get(name, 0.0) for name in group) for group in groups]
         corrections = loss_factors(losses, predicted)
         measured = {name: c for group, c in zip(groups, corrections, strict=True) for name in group}
         return factors | {name: factors.get(name, 1.0) * correction for name, correction in measured.items()}
+
+
+def _resized(before: Shrunk, now: Shrunk) -> list[str]:
+    """Names of the Linears of which other features stay than before."""
+    shapes = {shape.layer: shape for shape in before.shapes}
+    found = []
+    for shape in now.shapes:
+        old, layer = shapes.get(shape.layer), shape.layer
+        if old is None or (old.heads, old.head_size) != (shape.heads, shape.head_size):
+            found += [layer.query, layer.key, layer.value, layer.out]
+        if old is None or old.units != shape.units:
+            found += [layer.fc1, layer.fc2]
+    return found
+
+
+def _all_kept(now: Shrunk, block_shape: tuple[int, int]) -> Allocation:
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in now.linears.items()}
+    masks = {name: torch.ones(grid_shape(shape, block_shape), dtype=torch.bool) for name, shape in shapes.items()}
+    kept = tuple(b.blocks.blocks for b in now.budgets)
+    return Allocation(masks, kept, dict.fromkeys(now.linears, 0.0), 0.0)
 
 
 def selection_stages(config: BlockPruneConfig) -> list[str]:
     """The stages of a selection that are shown."""
     measured = ["true losses", "allocation"] * _true_loss_rounds(config)
     spending = ["spending"] if config.scoring.fisher and _spends(config) else []
-    return ["saliency", "allocation", *measured, *spending]
+    shrinking = ["shrinking"] if set(config.allowed_moves) - {"blocks"} else []
+    saliency = ["saliency"] if "blocks" in config.allowed_moves else []
+    return [*saliency, *shrinking, "allocation", *measured, *spending]
 
 
 def _true_loss_rounds(config: BlockPruneConfig) -> int:

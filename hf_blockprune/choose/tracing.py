@@ -1,5 +1,6 @@
 """Removal traces of a model's layers, shared out over processes, and kept for a run that goes on."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -53,8 +54,21 @@ class Tracer:
         """The layers with statistics, or all where the method needs none."""
         return [name for name in self.targets if name in statistics] or list(self.targets)
 
-    def traces(self, statistics: dict[str, LayerStatistics], bar: Stage) -> dict[str, RemovalTrace]:
+    def traces(
+        self,
+        statistics: dict[str, LayerStatistics],
+        bar: Stage,
+        linears: Mapping[str, nn.Linear] | None = None,
+        *,
+        columns: bool = False,
+    ) -> dict[str, RemovalTrace]:
         """Traces of the layers that `layers` names; each made by one process.
+
+        Args:
+            statistics: of the layers, by name.
+            bar: the stage that shows it.
+            linears: the layers as they are now, by name; as they were by default.
+            columns: let whole columns leave instead of blocks.
 
         Raises:
             ModelError: a layer's inputs are too dependent, or memory is too little.
@@ -62,6 +76,7 @@ class Tracer:
         from accelerate.utils import gather_object
 
         names, made = self.layers(statistics), []
+        linears = linears or self.targets
         number, self._times = self._times, self._times + 1
         stored = {name: self.state.trace(number, name, self.targets[name].weight.device) for name in names}
         kept = {name: trace for name, trace in stored.items() if trace is not None}
@@ -69,7 +84,9 @@ class Tracer:
             bar.advance(work=self._work(name), measured=False)
         for name in self._mine([name for name in names if name not in kept]):
             start = perf_counter()
-            trace = self._trace(name, statistics.get(name))
+            weight = linears[name].weight.detach()
+            shape = (len(weight), 1) if columns else self.config.block_shape
+            trace = self._trace(name, weight, statistics.get(name), shape)
             made.append((name, (trace, perf_counter() - start)))
             self.state.keep_trace(number, name, *made[-1][1])
             bar.advance(work=self._work(name))
@@ -87,11 +104,13 @@ class Tracer:
         linear = self.targets[name]
         return float(linear.out_features * linear.in_features**self.config.scoring.in_features_power)
 
-    def _trace(self, name: str, statistics: LayerStatistics | None) -> RemovalTrace:
-        weight, config = self.targets[name].weight.detach(), self.config
+    def _trace(
+        self, name: str, weight: Tensor, statistics: LayerStatistics | None, shape: tuple[int, int]
+    ) -> RemovalTrace:
+        config = self.config
         settings = TraceSettings(config.damping, config.memory_mb << 20)
         try:
-            trace = config.scoring.trace(weight, statistics, config.block_shape, settings)
+            trace = config.scoring.trace(weight, statistics, shape, settings)
             return gone_first(trace, self.gone[name]) if name in self.gone else trace
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise ModelError(

@@ -7,8 +7,9 @@ model's predictions over the predicted loss is the factor by which the group's l
 SPDY, Frantar and Alistarh 2022, arXiv 2201.13096, which searches for such factors instead).
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 IMAGES_AT_ONCE = 32
 LARGEST_FACTOR = 30.0
+KeptFeatures: TypeAlias = tuple[Tensor | None, Tensor | None]
 LEAST_LOSS = 1e-30  # nats; less is nothing, and its ratios would underflow
 
 
@@ -44,6 +46,7 @@ def true_losses(
     *,
     accelerator: "Accelerator",
     damping: float,
+    kept: Mapping[str, KeptFeatures] | None = None,
     state: SelectionState | None = None,
     number: int = 0,
 ) -> list[float]:
@@ -52,12 +55,13 @@ def true_losses(
     Args:
         model: the dense model, left as it was.
         groups: module names; groups are shared out over processes.
-        masks: bool [block_rows, block_cols] by module name.
-        statistics: by module name.
+        masks: bool [block_rows, block_cols] by module name, of what is kept of it.
+        statistics: of the dense Linears, by module name.
         block_shape: (rows, cols).
         pixels: [images, channels, height, width], the same on every process.
         accelerator: device and processes.
         damping: of the surviving weights' solution.
+        kept: (outputs, inputs) that stay, int64, of the Linears that become smaller, by module name; None for all.
         state: keeps each group's loss, and gives back those of an interrupted run.
         number: how often losses were measured before.
 
@@ -72,10 +76,10 @@ def true_losses(
     wanted, task = _outputs(model, pixels)
     if isinstance(task, Regression):
         task = task.scaled(wanted)
-    state, losses = state or SelectionState(), []
+    state, losses, kept = state or SelectionState(), [], kept or {}
     stored = {i: state.loss(number, i) for i in range(len(groups))}
-    kept = {i: loss for i, loss in stored.items() if loss is not None}
-    missing = [i for i in stored if i not in kept]
+    known = {i: loss for i, loss in stored.items() if loss is not None}
+    missing = [i for i in stored if i not in known]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     with stage("true losses", len(mine), unit="groups of layers") as bar:
         for index in bar.over(mine):
@@ -83,42 +87,60 @@ def true_losses(
             before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
             try:
                 for name in group:
-                    _prune(name, linear_in(model, name), masks[name], statistics[name], block_shape, damping)
+                    part = _Part(name, masks[name], statistics[name], *kept.get(name, (None, None)))
+                    part.prune(linear_in(model, name), block_shape, damping)
                 have, _ = _outputs(model, pixels)
             finally:
                 for parameter, value in before:
                     parameter.data = value
             losses.append((index, float(task.divergence(wanted, have).mean())))
             state.keep_loss(number, index, len(groups), losses[-1][1])
-    every = kept | dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
+    every = known | dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
     return [every[i] for i in range(len(groups))]
 
 
-def _prune(
-    name: str,
-    linear: nn.Linear,
-    mask: Tensor,
-    statistics: LayerStatistics,
-    block_shape: tuple[int, int],
-    damping: float,
-) -> None:
-    """Give the Linear the surviving weights that `obs` reckons with; its mean output stays where there is a bias."""
-    weight, covariance = linear.weight.data, statistics.safe_covariance
-    columns = expand_mask(mask.any(dim=0, keepdim=True), (1, weight.shape[1]), (1, block_shape[1]))[0]
-    kept = columns.nonzero().squeeze(1).to(weight.device)
-    mean = statistics.need("mean")
-    moments = Moments(mean[kept], mean[:0], covariance[kept][:, kept], weight.double() @ covariance[:, kept], 0.0)
-    try:
-        solution = solve(weight[:, kept], mask[:, mask.any(dim=0)].to(weight.device), block_shape, moments, damping)
-    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-        raise ModelError(
-            f"{name}: its inputs are too dependent ({error}); raise damping or use more calibration images"
-        ) from error
-    pruned = torch.zeros_like(weight)
-    pruned[:, kept] = solution.to(weight.dtype)
-    linear.weight.data = pruned
-    if linear.bias is not None:
-        linear.bias.data = linear.bias.data + ((weight - pruned).double() @ mean).to(weight.dtype)
+@dataclass(frozen=True)
+class _Part:
+    """What stays of a Linear: blocks of the matrix of the outputs and inputs that stay, None for all of them."""
+
+    name: str
+    mask: Tensor
+    statistics: LayerStatistics
+    outputs: Tensor | None
+    inputs: Tensor | None
+
+    def prune(self, linear: nn.Linear, block_shape: tuple[int, int], damping: float) -> None:
+        """Give the Linear the surviving weights that `obs` reckons with; its mean output stays where there is a bias.
+
+        Outputs that leave are zero, bias and all.
+        """
+        weight, mean = linear.weight.data, self.statistics.need("mean")
+        device = weight.device
+        rows, cols = (
+            torch.arange(count, device=device) if chosen is None else chosen.to(device)
+            for chosen, count in zip((self.outputs, self.inputs), weight.shape, strict=True)
+        )
+        used = expand_mask(self.mask.any(dim=0, keepdim=True), (1, len(cols)), (1, block_shape[1]))[0]
+        pruned = torch.zeros_like(weight)
+        where = rows[:, None], cols[used.to(device)]
+        pruned[where] = self._solution(weight[rows], where[1], block_shape, damping).to(weight.dtype)
+        linear.weight.data = pruned
+        if linear.bias is not None:
+            bias = torch.zeros_like(linear.bias.data)
+            bias[rows] = (linear.bias.data + ((weight - pruned).double() @ mean).to(weight.dtype))[rows]
+            linear.bias.data = bias
+
+    def _solution(self, weight: Tensor, kept: Tensor, block_shape: tuple[int, int], damping: float) -> Tensor:
+        """Weights of the inputs that kept blocks read, from [out, in] of the outputs that stay."""
+        covariance, mean = self.statistics.safe_covariance, self.statistics.need("mean")
+        moments = Moments(mean[kept], mean[:0], covariance[kept][:, kept], weight.double() @ covariance[:, kept], 0.0)
+        mask = self.mask[:, self.mask.any(dim=0)].to(weight.device)
+        try:
+            return solve(weight[:, kept], mask, block_shape, moments, damping)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise ModelError(
+                f"{self.name}: its inputs are too dependent ({error}); raise damping or use more calibration images"
+            ) from error
 
 
 def _outputs(model: "PreTrainedModel", pixels: Tensor) -> tuple[Tensor, Task]:

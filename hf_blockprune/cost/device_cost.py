@@ -1,12 +1,12 @@
 """Latency or energy of a whole model on a device, as the masks of its layers decide it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from torch import Tensor
 
-from ..hub.blockprune_cost import Cost, Linear, Profile, VisionTransformer, layer_cost, other_cost
+from ..hub.blockprune_cost import Cost, Linear, Profile, VisionTransformer, attention_cost, layer_cost, other_cost
 from ..hub.blockprune_profiles import usual_dtype
 from ..score.blocks import used_units
 
@@ -27,6 +27,7 @@ class DeviceCost:
         block_shape: of the masks.
         batch: images.
         mlps: (fc1, fc2) of each MLP whose hidden units are cut where they have no blocks.
+        whole: cost of the dense model, where these layers are smaller than its.
     """
 
     profile: Profile
@@ -36,6 +37,7 @@ class DeviceCost:
     block_shape: tuple[int, int]
     batch: int = 1
     mlps: tuple[tuple[str, str], ...] = ()
+    whole: float | None = None
     _seen: dict[tuple[str, tuple[int, ...], bytes], float] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -47,7 +49,37 @@ class DeviceCost:
     @cached_property
     def dense(self) -> float:
         """Of the dense model."""
+        if self.whole is not None:
+            return self.whole
         return self.rest + sum(self._quantity(self.profile.dense(work)) for work in self.linears.values())
+
+    def linear(self, name: str, shape: tuple[int, int]) -> float:
+        """Of a target layer, dense and of (out_features, in_features)."""
+        work = self.linears[name]._replace(out_features=shape[0], in_features=shape[1])
+        return self._quantity(self.profile.dense(work))
+
+    def products(self, heads: int, head_size: int) -> float:
+        """Of what an attention computes between its Linears."""
+        dtype = next(iter(self.linears.values())).dtype
+        return self._quantity(
+            attention_cost(self.profile, self.model.tokens, heads, head_size, batch=self.batch, dtype=dtype)
+        )
+
+    def shrunk(self, shapes: dict[str, tuple[int, int]], attentions: list[tuple[int, int]]) -> "DeviceCost":
+        """The same where layers are smaller.
+
+        Args:
+            shapes: (out_features, in_features) of the target layers.
+            attentions: (heads, features of each) of some layers; the others' are the dense model's.
+        """
+        linears = {
+            name: work._replace(out_features=shapes[name][0], in_features=shapes[name][1])
+            for name, work in self.linears.items()
+        }
+        dense = (self.model.heads, self.model.width // self.model.heads)
+        others = [dense] * (self.model.layers - len(attentions))
+        model = replace(self.model, attentions=tuple(attentions + others))
+        return replace(self, linears=linears, model=model, whole=self.dense, _seen={})
 
     def of(self, masks: dict[str, Tensor]) -> float:
         """Of the model with these masks; layers without one are dense."""

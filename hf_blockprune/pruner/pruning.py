@@ -13,8 +13,9 @@ from ..calibration.shared import SharedCalibration
 from ..calibration.state import keep_statistics, kept_statistics
 from ..choose.budgets import ModelBudget, model_budgets
 from ..choose.selection import Selection, Selector, selection_stages
+from ..choose.shrink_options import can_cut_heads
 from ..choose.state import SELECTION, UNTIL_SELECTED, SelectionState
-from ..config import BlockPruneConfig
+from ..config import BlockPruneConfig, MoveName
 from ..cost.flops import ModelFlops, count_flops
 from ..data.batches import ImageSet, load_images, load_pixels
 from ..data.model_input import find_input, picture_size
@@ -23,7 +24,7 @@ from ..errors import ConfigError, ModelError
 from ..hub.blockprune_quantizer import sparsify
 from ..model.modes import evaluating
 from ..model.outputs import classifies
-from ..model.structure import find_transformer_layers
+from ..model.structure import TransformerLayer, find_transformer_layers
 from ..model.targets import check_storable, find_targets
 from ..model.unwrapping import check_prunable, check_unshared
 from ..refit.boundary import HELD_BACK_EVERY
@@ -43,6 +44,7 @@ from ..score.statistics import LayerStatistics
 from ..sources.named import Images
 from ..types import ImageProcessor, JsonDict
 from ..version import __version__
+from .smaller import Smaller
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,6 +90,37 @@ class Pruning:
         return find_targets(self.model, self.config, self.flops.linear_tokens)
 
     @cached_property
+    def layers(self) -> list[TransformerLayer]:
+        """Those whose Linears are known to feed each other."""
+        return find_transformer_layers(self.model, self.targets)
+
+    @cached_property
+    def moves(self) -> tuple[MoveName, ...]:
+        """What may leave this model."""
+        lacking = self._lacking_moves()
+        return tuple(move for move in self.config.allowed_moves if move not in lacking)
+
+    def _lacking_moves(self) -> dict[MoveName, str]:
+        """Moves that the model does not support, with what it lacks."""
+        kind = type(self.model).__name__
+        if not self.layers:
+            why = f"are not known of {kind}, or of layers that are pruned in part"
+            return {"units": f"units {why}", "heads": f"heads {why}"}
+        if not all(can_cut_heads(self.model, layer) for layer in self.layers):
+            return {"heads": f"attention of {kind} does not run with other heads"}
+        return {}
+
+    def _check_moves(self) -> None:
+        """Refuse moves that were asked for by name and cannot be made.
+
+        Raises:
+            ConfigError: naming the move.
+        """
+        for move, why in self._lacking_moves().items():
+            if move in (self.config.moves or ()):
+                raise ConfigError(f"moves: {why}; leave {move!r} out")
+
+    @cached_property
     def encoder(self) -> bool:
         """Whether the model gives embeddings, not scores of classes."""
         return not classifies(self.model, self.processor.to_dict())
@@ -102,20 +135,23 @@ class Pruning:
         check_prunable(self.model)
         check_storable(self.model, self.targets)
         check_unshared(self.model, self.targets)
+        self._check_moves()
         if self.encoder:
             self._prepare_encoder()
         images, found = self._calibration_images(dataset, split)
         # Without images all is done in a moment, and nothing would be resumed.
         run_state = self._run_state(Path(work_dir), images) if work_dir is not None and images is not None else None
+        shapes = {name: (linear.out_features, linear.in_features) for name, linear in self.targets.items()}
         with planned(pruning_stages(self.config)), evaluating(self.model):
             selected = self._restore_selection(run_state) or self._select(images, found, run_state)
-            if self.config.refits:
-                assert images is not None  # _calibration_images saw to it
-                with timed(selected.report.seconds, "refit"):
-                    add_refits(selected.report.masks, self._refit(selected, images, run_state))
-        layers = find_transformer_layers(self.model, self.targets)
-        sparsify(self.model, selected.masks, self.config.block_shape)
-        add_cuts(selected.report.masks, cut_hidden_units(self.model, layers))
+            with selected.smaller.applied(self.model) as dense:
+                if self.config.refits:
+                    assert images is not None  # _calibration_images saw to it
+                    with timed(selected.report.seconds, "refit"):
+                        add_refits(selected.report.masks, self._refit(selected, images, run_state, dense))
+        cut = {name: shapes[name] for name in selected.smaller.kept}
+        sparsify(self.model, selected.masks, self.config.block_shape, cut, selected.smaller.heads)
+        add_cuts(selected.report.masks, cut_hidden_units(self.model, self.layers))
         return selected.report
 
     def _prepare_encoder(self) -> None:
@@ -162,14 +198,16 @@ class Pruning:
         stored = run_state.read(SELECTION) if run_state is not None else None
         if stored is None:
             return None
-        tensors, report = stored
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "mask": {}, "token_weight": {}}
+        tensors, values = stored
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "mask": {}, "token_weight": {}, "smaller": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
         self.model.load_state_dict(parts["model"])
         self.model.to(self.accelerator.device)
-        return _Selected(parts["mask"], parts["token_weight"], Report.from_dict(report, "the run's state"))
+        report = Report.from_dict(values["report"], "the run's state")
+        smaller = Smaller.from_dict(values["smaller"], parts["smaller"], self.layers)
+        return _Selected(parts["mask"], parts["token_weight"], smaller, report)
 
     def _select(self, images: ImageSet | None, found: int | None, run_state: RunState | None) -> "_Selected":
         """Choose the masks, permuting the model where the config says so."""
@@ -192,11 +230,13 @@ class Pruning:
                 self.config,
                 self.accelerator,
                 pixels,
+                self.moves,
                 state=SelectionState(run_state),
             ).select()
         seconds |= selection.seconds
-        report = self._describe(selection, budgets, permutation, calibration, seconds)
-        selected = _Selected(selection.allocation.masks, self._token_weights(statistics), report)
+        report = self._describe(selection, permutation, calibration, seconds)
+        masks, smaller = selection.allocation.masks, Smaller.of(selection.shrunk)
+        selected = _Selected(masks, self._token_weights(statistics), smaller, report)
         if run_state is not None:
             self._keep_selection(run_state, selected)
         return selected
@@ -204,8 +244,9 @@ class Pruning:
     def _keep_selection(self, run_state: RunState, selected: "_Selected") -> None:
         """Keep what `_restore_selection` gives back."""
         parts = {"model": self.model.state_dict(), "mask": selected.masks, "token_weight": selected.token_weights}
+        parts["smaller"] = selected.smaller.tensors
         tensors = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
-        values = selected.report.to_dict()
+        values = {"report": selected.report.to_dict(), "smaller": selected.smaller.to_dict()}
         run_state.write(SELECTION, tensors, values, done="the choice of blocks", instead_of=UNTIL_SELECTED)
 
     def _token_weights(self, statistics: dict[str, LayerStatistics]) -> dict[str, Tensor]:
@@ -222,7 +263,7 @@ class Pruning:
         seconds: dict[str, float],
     ) -> tuple[dict[str, LayerStatistics], JsonDict | None]:
         """(the statistics, what was done) after features changed places; None where they stay."""
-        layers = find_transformer_layers(self.model, self.targets) if self.config.permutes else []
+        layers = self.layers if self.config.permutes else []
         if not layers:
             return statistics, None
         with timed(seconds, "permutation"):
@@ -240,6 +281,7 @@ class Pruning:
             "gradients": method.gradients,
             "fisher": not method.gradients,  # where the method needs neither, the refit weighs tokens by it
             "block_shape": self.config.block_shape if method.gradients else (1, 1),
+            "gradient_moments": self._rotated_names(),
             "seed": self.config.calibration.seed,
         }
         key = {**options, "images": images.content, "samples": self.config.calibration.samples}
@@ -256,6 +298,11 @@ class Pruning:
             fewer_tokens_than_inputs=_underdetermined(statistics, self.targets),
         )
         return statistics, calibration
+
+    def _rotated_names(self) -> list[str]:
+        """Linears of which outputs mix, so that gradients of single outputs do not say how much the new ones matter."""
+        layers = self.layers if self.config.rotates else []
+        return [name for layer in layers for name in (layer.query, layer.key, layer.value)]
 
     def _statistics(
         self, images: ImageSet, options: dict[str, Any], run_state: RunState | None
@@ -285,7 +332,10 @@ class Pruning:
         pixels, _ = load_pixels(few, self.processor, accelerator=self.accelerator, model_config=self.model.config)
         return pixels.to(self.accelerator.device)
 
-    def _refit(self, selected: "_Selected", images: ImageSet, run_state: RunState | None) -> dict[str, LayerRefit]:
+    def _refit(
+        self, selected: "_Selected", images: ImageSet, run_state: RunState | None, dense: "PreTrainedModel | None"
+    ) -> dict[str, LayerRefit]:
+        outputs = {name: kept for name, (kept, _) in selected.smaller.kept.items() if kept is not None}
         return refit_layers(
             self.model,
             selected.masks,
@@ -296,27 +346,32 @@ class Pruning:
             batch_size=self.config.calibration.batch_size,
             token_weights=selected.token_weights,
             residual_targets=self.config.residual_targets,
+            dense=dense,
+            kept_outputs=outputs,
             run_state=run_state,
         )
 
     def _describe(
         self,
         selection: Selection,
-        budgets: list[ModelBudget],
         permutation: JsonDict | None,
         calibration: CalibrationReport | None,
         seconds: dict[str, float],
     ) -> Report:
-        allocation = selection.allocation
+        allocation, smaller = selection.allocation, Smaller.of(selection.shrunk)
+        losses = {n: loss + selection.shrunk_loss.get(n, 0.0) for n, loss in allocation.loss.items()}
         masks = describe_masks(
-            self.targets,
+            selection.shrunk.linears,
             self.flops,
             allocation.masks,
-            allocation.loss,
+            losses,
             self.config.block_shape,
             selection.loss_factors,
             selection.trace_seconds,
+            {name: (linear.out_features, linear.in_features) for name, linear in self.targets.items()},
+            smaller.heads,
         )
+        add_cuts(masks, {s.layer.fc1: s.dense_units - len(s.units) for s in smaller.shapes})
         return Report(
             base_model=self.name,
             model_class=type(self.model).__name__,
@@ -324,7 +379,7 @@ class Pruning:
             masks=masks,
             permutation=None if permutation is None else PermutationReport.from_dict(permutation),
             power_weight=allocation.power_weight,
-            budgets=[BudgetReport.from_dict(budget.account(allocation.masks)) for budget in budgets],
+            budgets=[BudgetReport.from_dict(budget.account(allocation.masks)) for budget in selection.shrunk.budgets],
             calibration=calibration,
             encoder=self.encoder,
             seconds=seconds,
@@ -334,10 +389,11 @@ class Pruning:
 
 @dataclass
 class _Selected:
-    """The chosen masks and the refit's token weights by module name, with the report so far."""
+    """The chosen masks and the refit's token weights by module name, what becomes smaller, and the report so far."""
 
     masks: dict[str, Tensor]
     token_weights: dict[str, Tensor]
+    smaller: Smaller
     report: Report
 
 

@@ -4,6 +4,7 @@ Within a layer, Linears that read the same tensor form a stage (q, k, v | proj |
 forward order. Sums over tokens are made by all processes, each on its images; candidate solutions are shared out.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -52,6 +53,8 @@ def refit_layers(
     batch_size: int = 16,
     token_weights: dict[str, Tensor] | None = None,
     residual_targets: bool = True,
+    dense: "PreTrainedModel | None" = None,
+    kept_outputs: Mapping[str, Tensor] | None = None,
     run_state: RunState | None = None,
 ) -> dict[str, LayerRefit]:
     """Refit every masked Linear in forward order, in place; removed blocks end as zeros.
@@ -61,7 +64,7 @@ def refit_layers(
     of a layer with windows, whose outputs lie in another order than the stream.
 
     Args:
-        model: the dense model.
+        model: the dense model; or one that is smaller than it.
         masks: bool [block_rows, block_cols] by module name.
         block_shape: (rows, cols).
         images: calibration images.
@@ -70,6 +73,8 @@ def refit_layers(
         batch_size: images in one pass on each process.
         token_weights: weight of each token position by module name, [tokens]; all tokens weigh the same without.
         residual_targets: whether errors of the residual stream are made good.
+        dense: the dense model, where `model` is smaller; by default `model` as it is now.
+        kept_outputs: outputs of the dense Linear that are left, int64, of each Linear that has fewer, by module name.
         run_state: keeps each layer that is done, and gives back those of an interrupted run.
 
     Returns:
@@ -85,20 +90,22 @@ def refit_layers(
     with display.stage("refit", len(layers), unit="layers") as bar, evaluating(model):
         kept = first_inputs(model, layers, images, processor, accelerator=accelerator, batch_size=batch_size)
         for index, layer in enumerate(layers):
-            dense = copied(layer.module)
+            whole = copied(layer.module) if dense is None else dense.get_submodule(layer.name)
             part = _part(index)
             refits = _restore(layer.module, run_state, part)
             resumed = refits is not None
             if refits is None:
                 here = {n.removeprefix(f"{layer.name}."): n for n in masks if n.startswith(f"{layer.name}.")}
-                job = _LayerJob(layer, dense, here, masks, block_shape, token_weights or {}, residual_targets)
+                job = _LayerJob(
+                    layer, whole, here, masks, block_shape, token_weights or {}, kept_outputs or {}, residual_targets
+                )
                 refits = job.run(kept, accelerator)
                 if run_state is not None:
                     named: dict[str, Tensor] = dict(layer.module.named_parameters())
                     values = {n: asdict(r) for n, r in refits.items()}
                     run_state.write(part, named, values, done=f"refit, layer {index + 1} of {len(layers)}")
             done |= refits
-            advance(layer, dense, kept)
+            advance(layer, whole, kept)
             bar.advance(measured=not resumed)
     return done
 
@@ -141,6 +148,7 @@ class _LayerJob:
     masks: dict[str, Tensor]
     block_shape: tuple[int, int]
     token_weights: dict[str, Tensor]
+    kept_outputs: Mapping[str, Tensor]
     residual_targets: bool
 
     def run(self, kept: list[BoundaryBatch], accelerator: "Accelerator") -> dict[str, LayerRefit]:
@@ -154,7 +162,8 @@ class _LayerJob:
             linears = {name: self._linear(name) for name in stage.names}
             weights = {name: self.token_weights.get(self.names[name]) for name in stage.names}
             inputs = {name: linear.inputs for name, linear in linears.items()}
-            sums = StageSums(stage, self.layer, weights, inputs)
+            outputs = {name: self.kept_outputs.get(self.names[name]) for name in stage.names}
+            sums = StageSums(stage, self.layer, weights, inputs, outputs)
             for batch in kept:
                 sums.add(self.dense, batch)
             for name, linear in linears.items():

@@ -109,12 +109,26 @@ def _close(have: Tensor, want: Tensor) -> bool:
 
 
 class StageSums:
-    """Weighted sums over tokens for the Linears of a stage, apart for fitted and held-back images."""
+    """Weighted sums over tokens for the Linears of a stage, apart for fitted and held-back images.
+
+    Args:
+        stage: of a layer.
+        layer: the pruned one.
+        token_weights: [tokens] by name within the layer, None where all weigh the same.
+        inputs: those that are summed over, by name.
+        outputs: of the dense Linear, those that are aimed at, by name; None for all.
+    """
 
     def __init__(
-        self, stage: Stage, layer: Layer, token_weights: dict[str, Tensor | None], inputs: dict[str, Tensor]
+        self,
+        stage: Stage,
+        layer: Layer,
+        token_weights: dict[str, Tensor | None],
+        inputs: dict[str, Tensor],
+        outputs: dict[str, Tensor | None],
     ) -> None:
-        self.stage, self.layer, self.token_weights, self.inputs = stage, layer, token_weights, inputs
+        self.stage, self.layer, self.token_weights = stage, layer, token_weights
+        self.inputs, self.outputs = inputs, outputs
         self.sums: dict[tuple[str, bool], RunningMoments] = {}
         for name in stage.names:
             linear = linear_in(layer.module, name)
@@ -127,7 +141,8 @@ class StageSums:
         wanted = self._seen(dense, batch.dense)
         have = self._seen(self.layer.module, batch.pruned)
         for name in self.stage.names:
-            target = wanted.outputs[name]
+            target, chosen = wanted.outputs[name], self.outputs[name]
+            target = target if chosen is None else target[..., chosen.to(target.device)]
             if self.stage.after_input:
                 target = target + batch.dense - batch.pruned
             elif self.stage.ends_layer:

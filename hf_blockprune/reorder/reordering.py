@@ -4,13 +4,15 @@ The model's function stays the same. See `reorder.hidden` and `reorder.stream` f
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..config import BlockPruneConfig
 from ..display.stages import Stage, stage
 from ..model.structure import TransformerLayer, find_residual_stream
+from ..runs.processes import agreed
 from ..score.statistics import LayerStatistics
 from ..types import JsonDict
 from .changes import Changes
@@ -22,9 +24,6 @@ from .stream import choose_order, permute_statistics, permute_stream
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
-
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,10 @@ class Reordering:
         with stage("permutation", len(self.layers), unit="layers") as bar:
             before = block_saliency_kept(coupled, statistics, shape, share)
             statistics = self._rotated(statistics)
-            moves = state.moves("sorting", lambda: self._agreed(self._sorted(statistics)))
+            moves = state.moves("sorting", lambda: agreed(self._sorted(statistics), self.accelerator))
             sorted_ = apply_moves(moves, self.targets, statistics, self.changes)
             streamed, order = self._reorder_stream(coupled, sorted_)
-            moves = state.moves("packing", lambda: self._agreed(self._packed(streamed, bar)))
+            moves = state.moves("packing", lambda: agreed(self._packed(streamed, bar), self.accelerator))
             packed = apply_moves(moves, self.targets, streamed, self.changes)
             after = block_saliency_kept(coupled, packed, shape, share)
         permutation = {
@@ -96,15 +95,14 @@ class Reordering:
 
     def _rotated(self, statistics: dict[str, LayerStatistics]) -> dict[str, LayerStatistics]:
         """The statistics after heads were rotated, where they are to be."""
-        moved = dict(statistics)
         for number, layer in enumerate(self.layers if self.config.rotates else []):
+            rotation = self.state.rotation(number, partial(self._rotation, layer, statistics))
+            moved = apply_rotation(layer, rotation, self.targets, statistics, self.changes)
+            statistics = statistics | moved
+        return statistics
 
-            def choose(layer: TransformerLayer = layer) -> Rotation:
-                return self._agreed(choose_rotation(layer, self.targets, moved))
-
-            rotation = self.state.rotation(number, choose)
-            moved |= apply_rotation(layer, rotation, self.targets, moved, self.changes)
-        return moved
+    def _rotation(self, layer: TransformerLayer, statistics: dict[str, LayerStatistics]) -> Rotation:
+        return agreed(choose_rotation(layer, self.targets, statistics), self.accelerator)
 
     def _packed(self, statistics: dict[str, LayerStatistics], bar: Stage) -> list[Move]:
         each = [self._packing_moves(layer, statistics) for layer in bar.over(self.layers)]
@@ -122,15 +120,8 @@ class Reordering:
         if stream is None:
             return statistics, None
         shape = self.config.block_shape
-        order = self.state.order("stream", lambda: self._agreed(choose_order(stream, linears, statistics, shape)))
+        order = self.state.order(
+            "stream", lambda: agreed(choose_order(stream, linears, statistics, shape), self.accelerator)
+        )
         permute_stream(self.model, stream, order, self.changes)
         return permute_statistics(stream, statistics, order), order.tolist()
-
-    def _agreed(self, value: Value) -> Value:
-        """The first process's object on every process: rounding may let ties fall differently."""
-        from accelerate.utils import broadcast_object_list
-
-        shared = [value]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(shared)
-        return shared[0]

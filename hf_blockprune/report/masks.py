@@ -1,10 +1,14 @@
 """What masks keep of a model, for its report."""
 
+import math
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor, nn
 
 from ..cost.flops import ModelFlops
+from ..hub.blockprune_heads import CutHeads
 from ..refit.layerwise import LayerRefit
-from ..score.blocks import block_sizes
+from ..score.blocks import block_sizes, grid_shape
 from .shares import KeptLayer, kept_shares
 from .values import LayerReport, MaskReport
 
@@ -17,23 +21,28 @@ def describe_masks(
     block_shape: tuple[int, int],
     loss_factors: dict[str, float],
     trace_seconds: dict[str, float],
+    dense_shapes: Mapping[str, tuple[int, int]] | None = None,
+    heads: Sequence[CutHeads] = (),
 ) -> MaskReport:
     """What the masks keep, in all and layer by layer.
 
     Args:
-        targets: the Linears by name.
+        targets: the Linears by name, as the masks find them: some may be smaller than the dense model's.
         flops: FLOPs of the dense model.
         masks: bool [block_rows, block_cols] by name.
         losses: what they are predicted to cost, by name.
         block_shape: (rows, cols).
         loss_factors: true over predicted loss by name, empty where it was not measured; predicted losses hold it.
-        trace_seconds: time that each layer's removal traces took, by name.
+        trace_seconds: time that each layer's removal traces took, by name; it may lack some.
+        dense_shapes: (out_features, in_features) of the dense model's, by name, for those that are smaller.
+        heads: what is left of attentions that are smaller.
     """
     layers, kept = [], []
     for name, mask in masks.items():
-        shape = (targets[name].out_features, targets[name].in_features)
-        weights = int(block_sizes(shape, block_shape)[mask].sum())
-        blocks, kept_blocks = mask.numel(), int(mask.sum())
+        kept_shape = (targets[name].out_features, targets[name].in_features)
+        shape = (dense_shapes or {}).get(name, kept_shape)
+        weights = int(block_sizes(kept_shape, block_shape)[mask].sum())
+        blocks, kept_blocks = math.prod(grid_shape(shape, block_shape)), int(mask.sum())
         kept.append(KeptLayer(flops.linear_tokens[name], shape[0] * shape[1], weights, blocks, kept_blocks))
         layers.append(
             LayerReport(
@@ -42,13 +51,14 @@ def describe_masks(
                 block_shape=list(block_shape),
                 kept_blocks=kept_blocks,
                 blocks=blocks,
-                density=float(mask.float().mean()),
+                density=kept_blocks / blocks,
+                kept_shape=None if kept_shape == shape else list(kept_shape),
                 predicted_loss=losses[name],
                 loss_factor=loss_factors.get(name),
-                seconds=round(trace_seconds[name], 3),
+                seconds=round(trace_seconds.get(name, 0.0), 3),
             )
         )
-    return MaskReport(**kept_shares(kept, flops), layers=layers)
+    return MaskReport(**kept_shares(kept, flops, heads), layers=layers)
 
 
 def add_refits(masks: MaskReport, refits: dict[str, LayerRefit]) -> None:
@@ -63,4 +73,4 @@ def add_refits(masks: MaskReport, refits: dict[str, LayerRefit]) -> None:
 def add_cuts(masks: MaskReport, cuts: dict[str, int]) -> None:
     """Write into the layers how many of an fc1's outputs were cut, with fc2's inputs, by its name."""
     for layer in masks.layers:
-        layer.cut_units = cuts.get(layer.name, 0)
+        layer.cut_units += cuts.get(layer.name, 0)

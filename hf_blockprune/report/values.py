@@ -24,6 +24,8 @@ class LayerReport(Part):
         block_shape: [rows, cols].
         kept_blocks, blocks: after and before.
         density: kept share of the blocks.
+        kept_shape: [outputs, inputs] that are left where features were cut out before blocks were chosen, else None;
+            `blocks` are those of the whole shape.
         predicted_loss: by which the model's loss was expected to grow; a true loss's factor is in it.
         loss_factor: true over predicted loss, None where it was not measured.
         ridge: damping of the refit, None without one.
@@ -38,6 +40,7 @@ class LayerReport(Part):
     kept_blocks: int
     blocks: int
     density: float
+    kept_shape: list[int] | None = None
     predicted_loss: float | None = None
     loss_factor: float | None = None
     ridge: float | None = None

@@ -2,10 +2,12 @@
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    from accelerate import Accelerator, PartialState
+
+Value = TypeVar("Value")
 
 
 def is_first_process() -> bool:
@@ -28,3 +30,13 @@ def processes() -> "PartialState":
     from accelerate.utils import parse_flag_from_env
 
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def agreed(value: Value, accelerator: "Accelerator") -> Value:
+    """The first process's object on every process: rounding may let ties fall differently."""
+    from accelerate.utils import broadcast_object_list
+
+    shared = [value]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(shared)
+    return shared[0]

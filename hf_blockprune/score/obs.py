@@ -54,7 +54,7 @@ def obs_trace(
     rows, cols = block_shape
     block_rows, block_cols = grid_shape((weight.shape[0], weight.shape[1]), block_shape)
     pad_rows, pad_cols = block_rows * rows - weight.shape[0], block_cols * cols - weight.shape[1]
-    hessian = _damped(covariance.double(), damping)
+    hessian = damped(covariance.double(), damping)
     # With every diagonal entry 1 scores stay the same and rounding treats large and small inputs alike.
     scale = hessian.diagonal().sqrt()
     scaled, hessian = weight.double() * scale, hessian / torch.outer(scale, scale)
@@ -97,7 +97,8 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
 
 
-def _damped(covariance: Tensor, damping: float) -> Tensor:
+def damped(covariance: Tensor, damping: float) -> Tensor:
+    """A covariance with `damping` of each entry added to its diagonal."""
     diagonal = covariance.diagonal()
     # The floor keeps inputs that never vary from making H singular; it is far below anything that varies.
     floor = 1e-10 * diagonal.mean() if diagonal.mean() > 0 else 1.0
