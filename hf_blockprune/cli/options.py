@@ -62,6 +62,11 @@ def parse_each(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     return parse_list
 
 
+def parse_moves(text: str) -> tuple[str, ...]:
+    """Comma-separated names, which `BlockPruneConfig` checks."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def parse_flops_or_budget(text: str) -> Budget:
     """A share of the FLOPs, or METRIC=RATIO."""
     return parse_budget(text if "=" in text else f"flops={text}")
@@ -245,11 +250,22 @@ class Choosing:
         MethodName | None,
         typer.Option("--method", help="How blocks are scored.", show_default=DEFAULTS.method),
     ] = None
+    moves: Annotated[
+        Sequence[str] | None,
+        typer.Option(
+            "--moves",
+            parser=parse_moves,
+            metavar="MOVE,...",
+            help="What may leave: blocks, units, heads, or several of them.",
+            show_default=f"all with {' and '.join(names_where(lambda method: method.fisher))}, else blocks",
+        ),
+    ] = None
     ignore: Ignore = None
 
     def settings(self) -> JsonDict:
         """Overrides of a job; None where nothing was said."""
         return {
+            "moves": self.moves,
             "block_shape": self.block_shape,
             "budget": self.budget,
             "method": self.method,

@@ -165,6 +165,7 @@ class GradualConfig:
             method=self.method,
             refit=False,
             permute=False,
+            moves=("blocks",),
             coupling_rounds=0,
             true_loss_rounds=0,
             damping=self.damping,
