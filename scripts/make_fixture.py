@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_blockprune import sparsify
 from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
 from hf_blockprune.hub.blockprune_heads import CutHeads
+from hf_blockprune.model.layers import linear_in
 from hf_blockprune.model.structure import TransformerLayer, find_transformer_layers
 from hf_blockprune.reorder.cutting import cut_hidden_units
 from hf_blockprune.score.blocks import grid_shape
@@ -68,7 +69,7 @@ def _cut_heads(model: ViTForImageClassification, layer: TransformerLayer) -> Cut
     """Replace an attention's Linears by those that its first head keeps of the first 6 features of 8."""
     cut = CutHeads(layer.query, layer.key, layer.value, layer.out, 1, 6, 2, 8)
     for name in cut.names():
-        dense = model.get_submodule(name)
+        dense = linear_in(model, name)
         weight = dense.weight[:, cut.places()] if name == cut.out else dense.weight[cut.places()]
         small = torch.nn.Linear(weight.shape[1], weight.shape[0])
         small.weight.copy_(weight)

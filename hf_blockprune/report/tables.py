@@ -214,6 +214,12 @@ def fidelity_table(values: JsonDict) -> Table:
     return table
 
 
+def _heads_text(heads: list[JsonDict]) -> str:
+    """A line on attentions that were cut, nothing where none was."""
+    kept, dense = (sum(h[f"{of}heads"] * h[f"{of}head_size"] for h in heads) for of in ("", "dense_"))
+    return f"\nfeatures of heads: {kept} of {dense} in {len(heads)} attentions that were cut" if heads else ""
+
+
 def inspect_table(values: JsonDict) -> Table:
     """One row a layer, totals in the footer.
 
@@ -226,7 +232,7 @@ def inspect_table(values: JsonDict) -> Table:
         *("layer", "shape", "kept blocks", "density", "bytes", "CPU"),
         title=f"{block} blocks, {values['flops_ratio']:.2%} of the model's FLOPs",
         caption=f"weights on disk: {bytes_text(values)}\n"
-        f"features of hidden states: {order[values['stream_reordered']]}",
+        f"features of hidden states: {order[values['stream_reordered']]}{_heads_text(values['heads'])}",
         footers={"layer": "all", "density": f"{values['density']:.2%}", "bytes": f"{values['size_bytes']:,}"},
     )
     for layer in values["layers"]:

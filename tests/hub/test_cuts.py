@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoModelForImageClassification
+from typer.testing import CliRunner
 
 from hf_blockprune import BlockSparseFormatError
 from hf_blockprune.checkpoint.inspection import inspect_checkpoint
+from hf_blockprune.cli import app
 from hf_blockprune.hub.blockprune_config import BlockPruneQuantizationConfig
 from tests.conftest import ROOT, tiny_model
 from tests.cutting import KEPT, cut_model
@@ -163,6 +165,12 @@ def test_tensors_of_another_size_are_refused(folder):
     edit(folder, lambda config: config["cut"].update({n: [8, 16] for n in (QUERY, KEY, VALUE)} | {OUT: [16, 8]}))
     with pytest.raises(BlockSparseFormatError, match=r"(query|key|value).bias: shape \(6,\), expected \(8,\)"):
         load(folder)
+
+
+def test_the_command_tells_what_was_cut(folder):
+    done = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "features of heads: 6 of 16 in 1 attentions that were cut" in done.output
 
 
 @pytest.mark.parametrize("family", KEPT)

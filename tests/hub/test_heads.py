@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageClassification,
     BertConfig,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Data2VecVisionConfig,
@@ -36,6 +38,7 @@ from hf_blockprune.hub.blockprune_heads import (
 )
 from hf_blockprune.hub.blockprune_layers import block_sparse_layers
 from hf_blockprune.hub.blockprune_skeleton import skeleton
+from hf_blockprune.score.blocks import grid_shape
 from tests.conftest import NUM_LABELS, tiny_model, tiny_settings
 from tests.cutting import KEPT, attentions, cut_model, shrink
 from tests.hub.saved_models import PIXELS, answer, answers_of, assert_same, config_of
@@ -126,6 +129,29 @@ def test_the_three_ways_to_load(tmp_path):
         assert_same(found["vit"][1], answer(model))
 
 
+def test_a_part_of_a_larger_model_is_cut_with_it_and_by_itself(tmp_path):
+    vision = {key: value for key, value in tiny_settings().items() if key != "id2label"}
+    text = {**vision, "num_hidden_layers": 1, "vocab_size": 50, "max_position_embeddings": 8}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
+    layers = [name for name, _ in model.vision_model.named_modules() if name.endswith("self_attn")]
+    found, sizes = [], {}
+    for name, kept in zip(layers, KEPT["vit"], strict=True):
+        names = [f"vision_model.{name}.{part}_proj" for part in ("q", "k", "v", "out")]
+        found.append(CutHeads(*names, *kept, 3, 16))
+        sizes |= shrink(model, found[-1])
+    shapes = {name: model.get_submodule(name).weight.shape for name in sizes}
+    masks = {name: torch.ones(grid_shape(tuple(shape), (8, 8)), dtype=torch.bool) for name, shape in shapes.items()}
+    sparsify(model, masks, (8, 8), cut=sizes, heads=found)
+    model.save_pretrained(tmp_path / "whole")
+    assert cut_heads(CLIPModel.from_pretrained(tmp_path / "whole")) == found
+    part = CLIPVisionModel.from_pretrained(tmp_path / "whole")
+    part.save_pretrained(tmp_path / "part")
+    for loaded in (part, CLIPVisionModel.from_pretrained(tmp_path / "part")):
+        assert [(cut.heads, cut.head_size) for cut in cut_heads(loaded)] == list(KEPT["vit"])
+        assert_same(answer(loaded), answer(model.vision_model))
+
+
 def test_copies_and_pickles_stay_cut(tmp_path):
     model = cut_model(dense_model("vit"), KEPT["vit"])
     stream = io.BytesIO()
@@ -177,10 +203,10 @@ def test_training_changes_what_is_left(tmp_path):
     assert_same(answer(AutoModelForImageClassification.from_pretrained(tmp_path)), answer(model))
 
 
-@pytest.mark.parametrize("storage", ["packed", "unpacked"])
-def test_compiled_and_exported(storage, monkeypatch):
+@pytest.mark.parametrize(("storage", "share"), [("packed", 0.7), ("unpacked", 0.7), ("unpacked", 1.0)])
+def test_compiled_and_exported(storage, share, monkeypatch):
     monkeypatch.setenv("BLOCKPRUNE_STORAGE", storage)
-    model = cut_model(dense_model("vit"), KEPT["vit"], share=0.7)
+    model = cut_model(dense_model("vit"), KEPT["vit"], share=share)
     expected = answer(model)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
