@@ -179,6 +179,8 @@ def choose(
                 continue
             divergence = float(SingleLabel(wanted.shape[-1]).divergence(wanted, have).mean())
             tried.append({"settings": settings, "divergence": divergence})
+        if not tried:
+            raise SystemExit(f"the budget is out of reach with any {key} of {values}")
         best = min(tried, key=lambda row: row["divergence"])["settings"]
     return best, tried
 

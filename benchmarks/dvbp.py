@@ -10,6 +10,7 @@ layers; the update of fc2 and its bias; and damping by a share of the mean varia
 Our reading: the paper's text updates weights by C, its listing by the denoised C, and the size of the damping is not
 given, so both are chosen on held-back calibration images. With more units than images the median is that of the law
 without its mass at zero, which a covariance of tokens does not show. One unit of each layer stays whatever its score.
+The appendix also tries the method on attention, where it loses far more; as in the main results, MLPs pay for it all.
 """
 
 import copy

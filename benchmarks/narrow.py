@@ -123,6 +123,7 @@ def units_within(budget: float, flops: ModelFlops, model: nn.Module, layers: lis
 
     Raises:
         ValueError: not even one a layer.
+        SystemExit: a unit costs more in some layers than in others.
     """
     costs = {unit_flops(flops, model, layer) for layer in layers}
     if len(costs) > 1:
