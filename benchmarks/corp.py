@@ -1,17 +1,18 @@
 """CORP: hidden units and dimensions of queries and keys go, and what they said is regressed on what stays.
 
 Source: CORP, Closed-Form One-shot Representation-Preserving Structured Pruning for Transformers (Zhang and Yang 2026,
-arXiv 2602.05243), its abstract and the description of its repository (BOX-LEO/CORP). From it: one calibration pass
-through the dense model, without labels or gradients; in each layer the same number of units and dimensions; units
-ranked by their energy E[x^2] times the share of tokens on which they are active, or that times their weights' norms;
-removed units as affine functions of those that stay, by ridge regression folded into fc2 and its bias; removed logits
-q_P k_P' as q_S M k_S', M by ridge regression folded into the weights of queries and keys.
+arXiv 2602.05243): its abstract, and what its repository (BOX-LEO/CORP) does, of which no code is here. From it: one
+calibration pass through the dense model, without labels or gradients; in each layer the same number of units and
+dimensions; units ranked by their energy E[x^2] times the share of tokens on which they are active, or that times their
+weights' norms; removed units as affine functions of those that stay, by ridge regression folded into fc2 and its bias;
+removed logits q_P k_P' as q_S M k_S', M by ridge regression folded into the weights of queries and keys.
 
 Our reading: the split between MLPs and attention, the ranking and both ridges are chosen on held-back calibration
 images; a ridge is a share of the mean variance. For logits the regression is solved exactly over all pairs of tokens of
 each image, where the repository takes queries and keys for independent and makes I + M symmetric. Keys are centred over
 each image's tokens, since softmax forgives what is the same for all keys; with that the affine part of the logits folds
-into the query's bias. A dimension's rank is the energy of its logits.
+into the query's bias. A dimension's rank is the energy of its logits. The repository can calibrate anew after each
+layer; the paper's single pass is what is here.
 """
 
 import copy
