@@ -22,6 +22,7 @@ from .budgets import ModelBudget
 from .shrink_options import Option, UnitOptions
 
 BISECTIONS = 60
+HIGHEST = 1e12
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ class _BlockGain:
 def _meet(
     choices: list[Choice], gains: dict[tuple[str, ...], _BlockGain], rest: _BlockGain | None, needed: np.ndarray
 ) -> list[int]:
-    """Picks at the lowest price at which all needs are met."""
+    """Picks at the lowest price at which all needs are met; where blocks leave too, just below it: they do the rest."""
 
     def at(price: np.ndarray) -> tuple[list[int], np.ndarray]:
         picks, total = [], np.zeros(len(needed)) if rest is None else rest.at(price)[1]
@@ -274,27 +275,26 @@ def _meet(
     scale = 1 / np.maximum(np.abs(needed), 1e-300)
     if (needed <= 0).all():
         return at(np.zeros(len(needed)))[0]
-    if len(needed) == 1:
-        return _bisect(at, scale, needed)
-    for mixture in np.eye(len(needed)):
-        picks = _bisect(at, scale * mixture, np.where(mixture > 0, needed, -np.inf))
-        if (sum(c.saved[i] for c, i in zip(choices, picks, strict=True)) >= needed).all():
-            return picks  # the other budget does not bind
-    return _bisect(at, scale / len(needed), needed)
+    for mixture in np.eye(len(needed)) if len(needed) > 1 else ():
+        picks = at(_price(at, scale * mixture, np.where(mixture > 0, needed, -np.inf))[1])
+        if (picks[1] >= needed).all():
+            return picks[0]  # the other budget does not bind
+    below, above = _price(at, scale / len(needed), needed)
+    return at(above if rest is None else below)[0]
 
 
-def _bisect(
+def _price(
     at: Callable[[np.ndarray], tuple[list[int], np.ndarray]], direction: np.ndarray, needed: np.ndarray
-) -> list[int]:
-    """Picks at the lowest multiple of a price at which the needs are met, or at a very high one."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Multiples of a price just below and just above that at which the needs are met, which may be a very high one."""
     low, high = 0.0, 1e-9
-    while not (at(high * direction)[1] >= needed * (1 - 1e-9)).all() and high < 1e12:
+    while not (at(high * direction)[1] >= needed * (1 - 1e-9)).all() and high < HIGHEST:
         low, high = high, high * 4
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         met = (at(middle * direction)[1] >= needed * (1 - 1e-9)).all()
         low, high = (low, middle) if met else (middle, high)
-    return at(high * direction)[0]
+    return low * direction, high * direction
 
 
 def _spend(choices: list[Choice], picks: list[int], needed: np.ndarray) -> list[int]:

@@ -7,7 +7,7 @@ model's predictions over the predicted loss is the factor by which the group's l
 SPDY, Frantar and Alistarh 2022, arXiv 2201.13096, which searches for such factors instead).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -19,8 +19,9 @@ from ..display.stages import stage
 from ..errors import ModelError
 from ..model.layers import linear_in
 from ..model.outputs import output_of, task_for
-from ..model.tasks import Regression, Task
+from ..model.tasks import Regression
 from ..refit.solve import Moments, solve
+from ..refit.suffixes import Suffixes
 from ..score.blocks import expand_mask
 from ..score.statistics import LayerStatistics
 from .state import SelectionState
@@ -73,7 +74,9 @@ def true_losses(
     """
     from accelerate.utils import gather_object
 
-    wanted, task = _outputs(model, pixels)
+    batches = [part.to(dtype_of(model)) for part in pixels.split(IMAGES_AT_ONCE)]
+    suffixes = Suffixes(model, {name for group in groups for name in group}, batches)
+    wanted, task = _outputs(model, suffixes.outputs), task_for(model, suffixes.outputs[0])
     if isinstance(task, Regression):
         task = task.scaled(wanted)
     state, losses, kept = state or SelectionState(), [], kept or {}
@@ -89,7 +92,7 @@ def true_losses(
                 for name in group:
                     part = _Part(name, masks[name], statistics[name], *kept.get(name, (None, None)))
                     part.prune(linear_in(model, name), block_shape, damping)
-                have, _ = _outputs(model, pixels)
+                have = _outputs(model, suffixes.run(group))
             finally:
                 for parameter, value in before:
                     parameter.data = value
@@ -143,10 +146,9 @@ class _Part:
             ) from error
 
 
-def _outputs(model: "PreTrainedModel", pixels: Tensor) -> tuple[Tensor, Task]:
-    """Float64 [images, outputs], and what they mean."""
-    parts = [model(pixel_values=part.to(dtype_of(model))) for part in pixels.split(IMAGES_AT_ONCE)]
-    return torch.cat([output_of(model, part) for part in parts]).double(), task_for(model, parts[0])
+def _outputs(model: "PreTrainedModel", batches: Iterable[object]) -> Tensor:
+    """What a model's outputs mean, float64 [images, outputs]."""
+    return torch.cat([output_of(model, batch) for batch in batches]).double()
 
 
 def loss_factors(losses: Sequence[float], predicted: Sequence[float]) -> list[float]:

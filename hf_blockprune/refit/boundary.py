@@ -3,6 +3,7 @@
 Both move on from layer to layer, so no part of the network is run again from its beginning.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -135,7 +136,7 @@ def held_back(index: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def advance(layer: Layer, dense: nn.Module, kept: list[BoundaryBatch]) -> None:
-    """Move on to the boundary of the next layer; `dense` is the layer as it was before it was pruned."""
-    for batch in kept:
-        batch.dense, batch.pruned = layer.run(batch.dense, dense), layer.run(batch.pruned)
+def advance(layer: Layer, dense: Iterable[Tensor], kept: list[BoundaryBatch]) -> None:
+    """Move on to the boundary of the next layer; `dense` is what the layer gave before it was pruned, by batch."""
+    for batch, states in zip(kept, dense, strict=True):
+        batch.dense, batch.pruned = states, layer.run(batch.pruned)

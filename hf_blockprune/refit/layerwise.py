@@ -19,7 +19,7 @@ from ..model.modes import evaluating
 from ..runs.resume import RunState
 from ..types import ImageProcessor
 from .boundary import BoundaryBatch, advance, first_inputs
-from .stages import StageSums, shared_stages
+from .stages import DenseOutputs, Stage, StageSums, shared_stages
 from .surviving import SurvivingWeights, inputs_used
 
 if TYPE_CHECKING:
@@ -94,18 +94,20 @@ def refit_layers(
             part = _part(index)
             refits = _restore(layer.module, run_state, part)
             resumed = refits is not None
+            here = {n.removeprefix(f"{layer.name}."): n for n in masks if n.startswith(f"{layer.name}.")}
+            stages = shared_stages(layer, list(here), kept, accelerator) if here and not resumed else []
+            outputs = DenseOutputs(layer, whole, stages, kept)
             if refits is None:
-                here = {n.removeprefix(f"{layer.name}."): n for n in masks if n.startswith(f"{layer.name}.")}
                 job = _LayerJob(
-                    layer, whole, here, masks, block_shape, token_weights or {}, kept_outputs or {}, residual_targets
+                    layer, outputs, here, masks, block_shape, token_weights or {}, kept_outputs or {}, residual_targets
                 )
-                refits = job.run(kept, accelerator)
+                refits = job.run(stages, kept, accelerator)
                 if run_state is not None:
                     named: dict[str, Tensor] = dict(layer.module.named_parameters())
                     values = {n: asdict(r) for n, r in refits.items()}
                     run_state.write(part, named, values, done=f"refit, layer {index + 1} of {len(layers)}")
             done |= refits
-            advance(layer, whole, kept)
+            advance(layer, outputs.ends(), kept)
             bar.advance(measured=not resumed)
     return done
 
@@ -143,7 +145,7 @@ class _LayerJob:
     """The refit of one layer's Linears; `names` gives their names in the model by those in the layer."""
 
     layer: Layer
-    dense: nn.Module
+    dense: DenseOutputs
     names: dict[str, str]
     masks: dict[str, Tensor]
     block_shape: tuple[int, int]
@@ -151,10 +153,9 @@ class _LayerJob:
     kept_outputs: Mapping[str, Tensor]
     residual_targets: bool
 
-    def run(self, kept: list[BoundaryBatch], accelerator: "Accelerator") -> dict[str, LayerRefit]:
+    def run(self, stages: list[Stage], kept: list[BoundaryBatch], accelerator: "Accelerator") -> dict[str, LayerRefit]:
         """Refit stage by stage; how it went, by name in the model."""
         done: dict[str, LayerRefit] = {}
-        stages = shared_stages(self.layer, list(self.names), kept, accelerator) if self.names else []
         for stage in stages:
             start = perf_counter()
             if not self.residual_targets:
@@ -164,8 +165,9 @@ class _LayerJob:
             inputs = {name: linear.inputs for name, linear in linears.items()}
             outputs = {name: self.kept_outputs.get(self.names[name]) for name in stage.names}
             sums = StageSums(stage, self.layer, weights, inputs, outputs)
-            for batch in kept:
-                sums.add(self.dense, batch)
+            for number, batch in enumerate(kept):
+                sums.add(self.dense.of(stage, number), batch)
+            self.dense.done(stage)
             for name, linear in linears.items():
                 result = linear.refit(*sums.moments(name, accelerator), accelerator)
                 done[linear.name] = LayerRefit(result.ridge, result.error, perf_counter() - start)

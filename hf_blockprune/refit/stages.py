@@ -16,6 +16,8 @@ from .solve import Moments
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+DENSE_BYTES = 2 << 30  # of a dense layer's outputs that are held for all images
+
 
 @dataclass
 class Stage:
@@ -29,21 +31,27 @@ class Stage:
 
 
 @dataclass
-class _Seen:
-    """Inputs and outputs of a layer's Linears in one forward pass."""
+class Seen:
+    """Inputs and outputs of a layer's Linears in one forward pass, by name, and the layer's own output."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    end: Tensor | None = None  # the layer's own output
+    end: Tensor | None = None
 
 
 @contextmanager
-def _watching(layer: nn.Module, names: list[str], seen: _Seen, *, stop: bool) -> Iterator[None]:
-    """Record inputs and outputs of the named Linears; with `stop`, end the pass when all have been seen."""
+def _watching(layer: nn.Module, names: list[str], seen: Seen, *, stop: bool, keep: bool = False) -> Iterator[None]:
+    """Record inputs and outputs of the named Linears; with `stop`, end the pass when all have been seen.
+
+    With `keep` they are copies of outputs alone: what comes next may write over what it reads.
+    """
 
     def hook(name: str):
         def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.inputs[name], seen.outputs[name] = inputs[0], output
+            if keep:
+                seen.outputs[name] = output.clone()
+            else:
+                seen.inputs[name], seen.outputs[name] = inputs[0], output
             if stop and len(seen.outputs) == len(names):
                 raise StopForward
 
@@ -72,7 +80,7 @@ def shared_stages(layer: Layer, names: list[str], kept: list[BoundaryBatch], acc
 @torch.no_grad()
 def _stages(layer: Layer, names: list[str], states: Tensor) -> list[Stage]:
     """Linears of a dense layer by the tensor that they read, in forward order; finds those that write to the stream."""
-    seen = _Seen()
+    seen = Seen()
     with _watching(layer.module, names, seen, stop=False):
         out = layer.run(states)
     stages: list[Stage] = []
@@ -108,6 +116,58 @@ def _close(have: Tensor, want: Tensor) -> bool:
     return torch.allclose(have, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
 
 
+def _run(layer: Layer, module: nn.Module, stage: Stage, states: Tensor) -> Seen:
+    """What a layer's Linears see and give as far as a stage."""
+    seen = Seen()
+    with _watching(module, stage.names, seen, stop=not stage.ends_layer):
+        seen.end = layer.run(states, module)
+    return seen
+
+
+class DenseOutputs:
+    """What the Linears of a dense layer give for each batch; of one pass where memory allows, else of one a stage.
+
+    Args:
+        layer: how it is called.
+        module: the dense layer.
+        stages: in forward order.
+        kept: the batches.
+    """
+
+    def __init__(self, layer: Layer, module: nn.Module, stages: list[Stage], kept: list[BoundaryBatch]) -> None:
+        self.layer, self.module, self.kept = layer, module, kept
+        names = [name for stage in stages for name in stage.names]
+        width = sum(linear_in(module, name).out_features for name in names)
+        states = sum(batch.dense.numel() * batch.dense.element_size() for batch in kept)
+        self.once = states * (1 + width / max(kept[0].dense.shape[-1], 1)) <= DENSE_BYTES if kept else False
+        self._seen = [self._whole(names, batch.dense) for batch in kept] if self.once else []
+
+    @torch.no_grad()
+    def _whole(self, names: list[str], states: Tensor) -> Seen:
+        seen = Seen()
+        with _watching(self.module, names, seen, stop=False, keep=True):
+            seen.end = self.layer.run(states, self.module)
+        return seen
+
+    @torch.no_grad()
+    def of(self, stage: Stage, index: int) -> Seen:
+        """As far as a stage, for a batch by its number."""
+        return self._seen[index] if self.once else _run(self.layer, self.module, stage, self.kept[index].dense)
+
+    def done(self, stage: Stage) -> None:
+        """Let go of a stage's outputs."""
+        for seen in self._seen:
+            for name in stage.names:
+                del seen.outputs[name]
+
+    @torch.no_grad()
+    def ends(self) -> Iterator[Tensor]:
+        """The layer's own output for each batch."""
+        for index, batch in enumerate(self.kept):
+            end = self._seen[index].end if self.once else None
+            yield self.layer.run(batch.dense, self.module) if end is None else end
+
+
 class StageSums:
     """Weighted sums over tokens for the Linears of a stage, apart for fitted and held-back images.
 
@@ -136,10 +196,9 @@ class StageSums:
                 self.sums[name, part] = RunningMoments(len(inputs[name]), linear.out_features, linear.weight.device)
 
     @torch.no_grad()
-    def add(self, dense: nn.Module, batch: BoundaryBatch) -> None:
-        """Run one batch through the dense and the pruned layer as far as the stage."""
-        wanted = self._seen(dense, batch.dense)
-        have = self._seen(self.layer.module, batch.pruned)
+    def add(self, wanted: Seen, batch: BoundaryBatch) -> None:
+        """Run one batch through the pruned layer as far as the stage; `wanted` is what the dense one gives."""
+        have = _run(self.layer, self.layer.module, self.stage, batch.pruned)
         for name in self.stage.names:
             target, chosen = wanted.outputs[name], self.outputs[name]
             target = target if chosen is None else target[..., chosen.to(target.device)]
@@ -150,12 +209,6 @@ class StageSums:
                 assert have.end is not None
                 target = wanted.end - (have.end - have.outputs[name])
             self._add(name, have.inputs[name], target, batch.held_back)
-
-    def _seen(self, module: nn.Module, states: Tensor) -> _Seen:
-        seen = _Seen()
-        with _watching(module, self.stage.names, seen, stop=not self.stage.ends_layer):
-            seen.end = self.layer.run(states, module)
-        return seen
 
     def _add(self, name: str, x: Tensor, target: Tensor, held_back: Tensor) -> None:
         token_weight = self.token_weights[name]
