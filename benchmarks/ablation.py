@@ -1,9 +1,11 @@
 """What each part of `obs` brings: one part switched off at a time, judged on calibration images that were not drawn.
 
     python benchmarks/ablation.py --model MODEL --calibration IMAGES --output benchmarks/results/ablation-deit-tiny.json
+    python benchmarks/ablation.py --of moves --model MODEL --calibration IMAGES \
+        --output benchmarks/results/ablation-moves-deit-tiny.json
 
 Divergence is KL(dense || pruned) of the predictions in nats, agreement the share of images on which both name the same
-class. Rows that the output file already holds are kept.
+class. Rows that the output file already holds are kept. A budget that a variant cannot meet is noted in its row.
 """
 
 import argparse
@@ -19,10 +21,11 @@ from torch import Tensor
 from benchmarks.timing import load, save
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from hf_blockprune.data.batches import load_images, load_pixels
+from hf_blockprune.errors import BudgetError
 from hf_blockprune.model.tasks import SingleLabel
 from hf_blockprune.runs.environment import environment
 
-VARIANTS: dict[str, dict[str, Any]] = {
+PARTS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "magnitude + refit": {"method": "magnitude", "refit": True},
     "taylor": {"method": "taylor"},
@@ -37,6 +40,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "obs with ten times the damping": {"damping": 0.1},
     "obs with a tenth of the damping": {"damping": 0.001},
 }
+# Each move and each pair switched off.
+MOVES: dict[str, dict[str, Any]] = {
+    "blocks, units and heads": {},
+    "units and heads": {"moves": ("units", "heads")},
+    "blocks and heads": {"moves": ("blocks", "heads")},
+    "blocks and units": {"moves": ("blocks", "units")},
+    "heads": {"moves": ("heads",)},
+    "units": {"moves": ("units",)},
+    "blocks": {"moves": ("blocks",)},
+    "blocks, heads rotated": {"moves": ("blocks",), "rotate": True},
+    "blocks, units and whole heads, not rotated": {"rotate": False},
+}
+# What was measured before there were other moves is of blocks alone.
+VARIANTS = {"parts": {name: {"moves": ("blocks",), **changes} for name, changes in PARTS.items()}, "moves": MOVES}
 IMAGES_AT_ONCE = 32
 
 
@@ -48,7 +65,7 @@ def main() -> None:
     dense = BlockPruner.from_pretrained(options.model, accelerator=accelerator)
     pixels = judges(dense, options.calibration, options.samples, options.judges, options.seed)
     wanted = logits(dense, pixels)
-    for name, changes in VARIANTS.items():
+    for name, changes in VARIANTS[options.of].items():
         point: dict[str, Any] = {
             "variant": name,
             "block_shape": options.block_shape,
@@ -63,17 +80,22 @@ def main() -> None:
             calibration={"samples": options.samples, "seed": options.seed},  # type: ignore[arg-type]
             **changes,
         )
-        row = {**point, "changes": changes, **measure(options, config, accelerator, pixels, wanted)}
+        try:
+            row = {**point, "changes": changes, **measure(options, config, accelerator, pixels, wanted)}
+            told = f"divergence {row['divergence']:.4f}, agreement {row['agreement']:.3f}"
+        except BudgetError as error:
+            row, told = {**point, "changes": changes, "refused": str(error)}, str(error)
         results["rows"].append(row)
         results["environment"] = environment()
         save(options.output, results)
-        print(f"{name}: divergence {row['divergence']:.4f}, agreement {row['agreement']:.3f}", flush=True)
+        print(f"{name}: {told}", flush=True)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="dense model: a Hub name or a folder")
     parser.add_argument("--calibration", required=True, help="calibration images, more than are drawn")
+    parser.add_argument("--of", choices=list(VARIANTS), default="parts", help="what is switched off")
     parser.add_argument("--block-shape", default="16x16")
     parser.add_argument("--budget", type=float, default=0.75, help="FLOPs kept")
     parser.add_argument("--samples", type=int, default=512, help="images to calibrate on")

@@ -24,7 +24,8 @@ import _root  # noqa: F401
 from benchmarks.timing import load, save
 from hf_blockprune.runs.environment import environment
 
-KEYS = ("method", "block_shape", "budget", "seed", "samples")
+KEYS = ("method", "block_shape", "budget", "seed", "samples", "moves")
+BLOCKS = "blocks"  # what left in rows that do not say
 
 
 def main() -> None:
@@ -33,9 +34,9 @@ def main() -> None:
     results = load(options.output)
     for method, shape, budget in product(options.methods, options.block_shapes, options.budgets):
         point: dict[str, Any] = dict(
-            zip(KEYS, (method, shape, f"flops={budget}", options.seed, options.samples), strict=True)
+            zip(KEYS, (method, shape, f"flops={budget}", options.seed, options.samples, options.moves), strict=True)
         )
-        same = [row for row in results["rows"] if all(row[key] == point[key] for key in KEYS)]
+        same = [row for row in results["rows"] if all(row.get(key, BLOCKS) == point[key] for key in KEYS)]
         if any(row.get("recovered") or not options.recover for row in same):
             continue
         row = measure(point, options)
@@ -44,7 +45,9 @@ def main() -> None:
         save(options.output, results)
         after = f", recovered {row['recovered']['top1']:.4f}" if row.get("recovered") else ""
         print(
-            f"{method} {shape} {budget}: top-1 {row['top1']:.4f}{after} (dense {row['baseline_top1']:.4f})", flush=True
+            f"{method} {shape} {options.moves} {budget}: "
+            f"top-1 {row['top1']:.4f}{after} (dense {row['baseline_top1']:.4f})",
+            flush=True,
         )
 
 
@@ -56,6 +59,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["magnitude", "taylor"])
     parser.add_argument("--block-shapes", nargs="+", default=["16x16"])
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.9, 0.75, 0.5])
+    parser.add_argument("--moves", default=BLOCKS, help="what may leave, such as blocks,units,heads")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recover", action="store_true", help="also recover, and measure before and after")

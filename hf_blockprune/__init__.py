@@ -11,7 +11,8 @@ from .after_import import after_import
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .config import BlockPruneConfig, Budget, CalibrationConfig, RecoveryConfig
+    from .budget import Budget
+    from .config import BlockPruneConfig, CalibrationConfig, RecoveryConfig
     from .errors import (
         BlockPruneError,
         BlockSparseFormatError,
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 # The names that are imported when they are asked for, by module.
 _LAZY = {
-    "config": ["BlockPruneConfig", "Budget", "CalibrationConfig", "RecoveryConfig"],
+    "budget": ["Budget"],
+    "config": ["BlockPruneConfig", "CalibrationConfig", "RecoveryConfig"],
     "errors": [
         "BlockPruneError",
         "BlockSparseFormatError",

@@ -23,6 +23,7 @@ ORDER = (
     "runs",
     "display",
     "score",
+    "budget",
     "config",
     "cost",
     "model",

@@ -7,7 +7,7 @@ end, so that one process and several give the same statistics. Memory does not d
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from .state import RunningSums
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
+    from transformers.configuration_utils import PreTrainedConfig
 
 
 def collect(
@@ -72,28 +73,29 @@ def collect(
     model.to(accelerator.device)
     if not gradients:
         images = images.without_labels()
-    wanted = {"moments": moments or fisher, "fisher": fisher, "block_shape": block_shape if gradients else None}
     accumulators = {
-        name: Accumulator(name, linear, gradient_moment=name in gradient_moments, **wanted)
+        name: Accumulator(
+            name,
+            linear,
+            moments=moments or fisher,
+            fisher=fisher,
+            block_shape=block_shape if gradients else None,
+            gradient_moment=name in gradient_moments,
+        )
         for name, linear in targets.items()
     }
-    corrupt = CorruptImages(images.name)
-    total = num_batches(images, batch_size, accelerator.num_processes)
-    running = RunningSums(state, accumulators, corrupt, total)
-    done = running.restore()
-    options = {"batch_size": batch_size, "accelerator": accelerator, "model_config": model.config}
-    stream = batches(images, processor, skip=done, **options)
     run = _Pass(model, accumulators, gradients=gradients or fisher, several=images.has_lists, seed=seed)
-    with stage("calibration", total, unit="batches", initial=done) as bar, _hooked(accumulators), _frozen(model):
-        for number, batch in enumerate(bar.over(stream), done + 1):
-            corrupt.count(batch)
-            if "pixel_values" in batch:
-                with _told_of(images):
-                    run(batch["pixel_values"], batch)
-            running.save_if_due(number)
-    corrupt.gather()
-    corrupt.check()
+    options: _BatchOptions = {"batch_size": batch_size, "accelerator": accelerator, "model_config": model.config}
+    corrupt = _run_all(run, images, processor, state, options)
     return {name: a.finish(accelerator) for name, a in accumulators.items()}, corrupt
+
+
+class _BatchOptions(TypedDict):
+    """Arguments of `batches` that a whole run shares."""
+
+    batch_size: int
+    accelerator: "Accelerator"
+    model_config: "PreTrainedConfig"
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,27 @@ class _Pass:
             bad = batch["index"][~losses.isfinite()].tolist()
             raise NotFiniteError(bad[0], "the predictions")
         losses.sum().backward()
+
+
+def _run_all(
+    run: _Pass, images: ImageSet, processor: ImageProcessor, state: RunState | None, options: _BatchOptions
+) -> CorruptImages:
+    """Run the images through the model, and go on where an interrupted run was; those that cannot be decoded."""
+    corrupt, accumulators = CorruptImages(images.name), run.accumulators
+    total = num_batches(images, options["batch_size"], options["accelerator"].num_processes)
+    running = RunningSums(state, accumulators, corrupt, total)
+    done = running.restore()
+    stream = batches(images, processor, skip=done, **options)
+    with stage("calibration", total, unit="batches", initial=done) as bar, _hooked(accumulators), _frozen(run.model):
+        for number, batch in enumerate(bar.over(stream), done + 1):
+            corrupt.count(batch)
+            if "pixel_values" in batch:
+                with _told_of(images):
+                    run(batch["pixel_values"], batch)
+            running.save_if_due(number)
+    corrupt.gather()
+    corrupt.check()
+    return corrupt
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..config import DEVICE_METRICS, BlockPruneConfig, Budget
+from ..budget import DEVICE_METRICS, Budget
+from ..config import BlockPruneConfig
 from ..cost.device_cost import DeviceCost, usual_dtype
 from ..cost.flops import ModelFlops
 from ..cost.profiles import load_profile

@@ -7,7 +7,8 @@ model's predictions over the predicted loss is the factor by which the group's l
 SPDY, Frantar and Alistarh 2022, arXiv 2201.13096, which searches for such factors instead).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -86,16 +87,9 @@ def true_losses(
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     with stage("true losses", len(mine), unit="groups of layers") as bar:
         for index in bar.over(mine):
-            group = list(groups[index])
-            before = [(p, p.data) for name in group for p in model.get_submodule(name).parameters()]
-            try:
-                for name in group:
-                    part = _Part(name, masks[name], statistics[name], *kept.get(name, (None, None)))
-                    part.prune(linear_in(model, name), block_shape, damping)
-                have = _outputs(model, suffixes.run(group))
-            finally:
-                for parameter, value in before:
-                    parameter.data = value
+            parts = [_Part(n, masks[n], statistics[n], *kept.get(n, (None, None))) for n in groups[index]]
+            with _pruned(model, parts, block_shape, damping):
+                have = _outputs(model, suffixes.run(groups[index]))
             losses.append((index, float(task.divergence(wanted, have).mean())))
             state.keep_loss(number, index, len(groups), losses[-1][1])
     every = known | dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
@@ -144,6 +138,21 @@ class _Part:
             raise ModelError(
                 f"{self.name}: its inputs are too dependent ({error}); raise damping or use more calibration images"
             ) from error
+
+
+@contextmanager
+def _pruned(
+    model: "PreTrainedModel", parts: list[_Part], block_shape: tuple[int, int], damping: float
+) -> Iterator[None]:
+    """While it lasts, some Linears of a model are pruned."""
+    before = [(p, p.data) for part in parts for p in model.get_submodule(part.name).parameters()]
+    try:
+        for part in parts:
+            part.prune(linear_in(model, part.name), block_shape, damping)
+        yield
+    finally:
+        for parameter, value in before:
+            parameter.data = value
 
 
 def _outputs(model: "PreTrainedModel", batches: Iterable[object]) -> Tensor:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import typer
 from rich.table import Table
 
-from ..config import BlockPruneConfig, Budget, RecoveryConfig, budget_text, shape_text
+from ..budget import Budget, budget_text
+from ..config import BlockPruneConfig, RecoveryConfig, shape_text
 from ..cost.profile_names import profile_names
 from ..errors import ConfigError
 from ..runs.processes import is_first_process

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..config import Budget, shape_text
+from ..budget import Budget
+from ..config import shape_text
 from ..score.methods import METHODS
 from ..types import JsonDict
 from .options import (

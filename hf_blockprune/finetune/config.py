@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..budget import Budget
 from ..checks import check_keys, check_number, check_whole, is_number, refuse
-from ..config import MAX_SEED, BlockPruneConfig, Budget
+from ..config import MAX_SEED, BlockPruneConfig
 from ..errors import ConfigError
 from ..score.methods import METHODS, Method, MethodName, find_method
 from ..settings_file import read_settings, with_todays_budgets

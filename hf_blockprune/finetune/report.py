@@ -7,12 +7,13 @@ from typing import Any, TypedDict
 from ..checkpoint.measurements import drop
 from ..config import BlockPruneConfig
 from ..cost.flops import count_flops
-from ..model.copying import copied
+from ..hub.blockprune_heads import cut_heads
+from ..hub.blockprune_layers import block_sparse_layers
 from ..report.masks import add_cuts, describe_masks
 from ..report.values import LATER, BudgetReport, FinetuningReport, MaskReport, Report
 from ..runs.environment import Environment, environment
 from ..types import JsonDict
-from .gradual import cut_unused, masks_of, uncut
+from .gradual import cut_unused, masks_of
 from .training import Finetuning
 
 
@@ -73,20 +74,19 @@ def with_finetuning(report: Report | None, run: Finetuning, config: BlockPruneCo
 
 def _describe(run: Finetuning, config: BlockPruneConfig, name: str) -> _Described:
     """Fields of the report that a pruning run would have made of the model's masks."""
-    model = copied(run.model)
-    uncut(model)
+    model = run.model
     masks = masks_of(model)
     chosen = None if run.gradual is None else run.gradual.allocation
     losses = dict.fromkeys(masks, 0.0) if chosen is None else chosen.loss
     flops = count_flops(model, run.data.size)
     # Block-sparse layers, of which numbers of inputs and outputs are asked alone.
     targets: dict[str, Any] = {layer: model.get_submodule(layer) for layer in masks}
-    seconds = dict.fromkeys(masks, 0.0)
+    shapes = {layer: module.dense_shape for layer, module in block_sparse_layers(model) if module.dense_shape}
     return {
         "base_model": name,
         "model_class": type(model).__name__,
         "config": config.to_dict(),
-        "masks": describe_masks(targets, flops, masks, losses, config.block_shape, {}, seconds),
+        "masks": describe_masks(targets, flops, masks, losses, config.block_shape, {}, {}, shapes, cut_heads(model)),
         "permutation": None,
         "power_weight": 0.0,
         "budgets": [] if run.gradual is None else [BudgetReport.from_dict(run.gradual.account())],

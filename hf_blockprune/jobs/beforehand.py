@@ -6,7 +6,7 @@ What costs least is looked at first, and no model's weights are read.
 from transformers import AutoModelForImageClassification
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..config import Budget
+from ..budget import Budget
 from ..cost.profiles import load_profile
 from ..data.batches import ImageSet, load_images
 from ..evaluate.accuracy import EVALUATION_SPLITS, need_labels

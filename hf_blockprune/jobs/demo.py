@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from rich.table import Table
 from transformers import ViTConfig, ViTForImageClassification
 
+from ..budget import Budget
 from ..checkpoint.folder import CONFIG_FILE, check_output, staged_directory
-from ..config import BlockPruneConfig, Budget
+from ..config import BlockPruneConfig
 from ..cost.profiles import load_profile
 from ..display.console import folding_table
 from ..display.stages import planned, stage

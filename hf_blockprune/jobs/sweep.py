@@ -9,9 +9,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
+from ..budget import Budget
 from ..calibration.shared import SharedCalibration
 from ..checkpoint.inspection import inspect_checkpoint
-from ..config import DEFAULT_BLOCK_SHAPE, BlockPruneConfig, Budget
+from ..config import DEFAULT_BLOCK_SHAPE, BlockPruneConfig
 from ..data.batches import ImageSet, load_images
 from ..display.stages import part, planned, stage
 from ..errors import BlockPruneError, BlockSparseFormatError, ConfigError

@@ -9,8 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypedDict
 
+from ..budget import budget_text
 from ..checkpoint.folder import CONFIG_FILE, check_output_file, read_json, write_text
-from ..config import budget_text
 from ..errors import CheckpointError
 from ..evaluate.frontier import frontier
 from ..evaluate.intervals import wilson_interval

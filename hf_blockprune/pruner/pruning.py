@@ -13,7 +13,6 @@ from ..calibration.shared import SharedCalibration
 from ..calibration.state import keep_statistics, kept_statistics
 from ..choose.budgets import ModelBudget, model_budgets
 from ..choose.selection import Selection, Selector, selection_stages
-from ..choose.shrink_options import can_cut_heads
 from ..choose.state import SELECTION, UNTIL_SELECTED, SelectionState
 from ..config import BlockPruneConfig, MoveName
 from ..cost.flops import ModelFlops, count_flops
@@ -44,6 +43,7 @@ from ..score.statistics import LayerStatistics
 from ..sources.named import Images
 from ..types import ImageProcessor, JsonDict
 from ..version import __version__
+from .moves import supported_moves
 from .smaller import Smaller
 
 if TYPE_CHECKING:
@@ -95,32 +95,6 @@ class Pruning:
         return find_transformer_layers(self.model, self.targets)
 
     @cached_property
-    def moves(self) -> tuple[MoveName, ...]:
-        """What may leave this model."""
-        lacking = self._lacking_moves()
-        return tuple(move for move in self.config.allowed_moves if move not in lacking)
-
-    def _lacking_moves(self) -> dict[MoveName, str]:
-        """Moves that the model does not support, with what it lacks."""
-        kind = type(self.model).__name__
-        if not self.layers:
-            why = f"are not known of {kind}, or of layers that are pruned in part"
-            return {"units": f"units {why}", "heads": f"heads {why}"}
-        if not all(can_cut_heads(self.model, layer) for layer in self.layers):
-            return {"heads": f"attention of {kind} does not run with other heads"}
-        return {}
-
-    def _check_moves(self) -> None:
-        """Refuse moves that were asked for by name and cannot be made.
-
-        Raises:
-            ConfigError: naming the move.
-        """
-        for move, why in self._lacking_moves().items():
-            if move in (self.config.moves or ()):
-                raise ConfigError(f"moves: {why}; leave {move!r} out")
-
-    @cached_property
     def encoder(self) -> bool:
         """Whether the model gives embeddings, not scores of classes."""
         return not classifies(self.model, self.processor.to_dict())
@@ -135,24 +109,28 @@ class Pruning:
         check_prunable(self.model)
         check_storable(self.model, self.targets)
         check_unshared(self.model, self.targets)
-        self._check_moves()
+        moves = supported_moves(self.model, self.layers, self.config)
         if self.encoder:
             self._prepare_encoder()
         images, found = self._calibration_images(dataset, split)
         # Without images all is done in a moment, and nothing would be resumed.
         run_state = self._run_state(Path(work_dir), images) if work_dir is not None and images is not None else None
-        shapes = {name: (linear.out_features, linear.in_features) for name, linear in self.targets.items()}
         with planned(pruning_stages(self.config)), evaluating(self.model):
-            selected = self._restore_selection(run_state) or self._select(images, found, run_state)
+            selected = self._restore_selection(run_state) or self._select(images, found, run_state, moves)
             with selected.smaller.applied(self.model) as dense:
                 if self.config.refits:
                     assert images is not None  # _calibration_images saw to it
                     with timed(selected.report.seconds, "refit"):
                         add_refits(selected.report.masks, self._refit(selected, images, run_state, dense))
+        shapes = self._shapes()
         cut = {name: shapes[name] for name in selected.smaller.kept}
         sparsify(self.model, selected.masks, self.config.block_shape, cut, selected.smaller.heads)
         add_cuts(selected.report.masks, cut_hidden_units(self.model, self.layers))
         return selected.report
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of the dense model's targets, by name."""
+        return {name: (linear.out_features, linear.in_features) for name, linear in self.targets.items()}
 
     def _prepare_encoder(self) -> None:
         """Features of an embedding are what is asked for, so they keep their order.
@@ -209,8 +187,10 @@ class Pruning:
         smaller = Smaller.from_dict(values["smaller"], parts["smaller"], self.layers)
         return _Selected(parts["mask"], parts["token_weight"], smaller, report)
 
-    def _select(self, images: ImageSet | None, found: int | None, run_state: RunState | None) -> "_Selected":
-        """Choose the masks, permuting the model where the config says so."""
+    def _select(
+        self, images: ImageSet | None, found: int | None, run_state: RunState | None, moves: tuple[MoveName, ...]
+    ) -> "_Selected":
+        """Choose the masks and what else may leave, permuting the model where the config says so."""
         seconds: dict[str, float] = {}
         statistics, calibration = {}, None
         with undone_on_failure() as changes:
@@ -230,7 +210,7 @@ class Pruning:
                 self.config,
                 self.accelerator,
                 pixels,
-                self.moves,
+                moves,
                 state=SelectionState(run_state),
             ).select()
         seconds |= selection.seconds
@@ -368,10 +348,9 @@ class Pruning:
             self.config.block_shape,
             selection.loss_factors,
             selection.trace_seconds,
-            {name: (linear.out_features, linear.in_features) for name, linear in self.targets.items()},
+            self._shapes(),
             smaller.heads,
         )
-        add_cuts(masks, {s.layer.fc1: s.dense_units - len(s.units) for s in smaller.shapes})
         return Report(
             base_model=self.name,
             model_class=type(self.model).__name__,

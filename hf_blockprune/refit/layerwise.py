@@ -4,10 +4,10 @@ Within a layer, Linears that read the same tensor form a stage (q, k, v | proj |
 forward order. Sums over tokens are made by all processes, each on its images; candidate solutions are shared out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,6 +25,16 @@ from .surviving import SurvivingWeights, inputs_used
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
+
+
+class _Settings(NamedTuple):
+    """Arguments of `refit_layers` that hold for every layer."""
+
+    masks: dict[str, Tensor]
+    block_shape: tuple[int, int]
+    token_weights: dict[str, Tensor]
+    kept_outputs: Mapping[str, Tensor]
+    residual_targets: bool
 
 
 @dataclass(frozen=True)
@@ -59,21 +69,20 @@ def refit_layers(
 ) -> dict[str, LayerRefit]:
     """Refit every masked Linear in forward order, in place; removed blocks end as zeros.
 
-    Stages that write to the residual stream aim at the dense model's stream (unless `residual_targets` is false), which
-    cancels the error accumulated so far; the others at the dense output of their own Linear. So does the first writer
-    of a layer with windows, whose outputs lie in another order than the stream.
+    Stages that write to the residual stream aim at the dense model's stream, which cancels the error accumulated so
+    far; the others at the dense output of their own Linear. So does the first writer of a layer with windows, whose
+    outputs lie in another order than the stream.
 
     Args:
         model: the dense model; or one that is smaller than it.
         masks: bool [block_rows, block_cols] by module name.
         block_shape: (rows, cols).
-        images: calibration images.
-        processor: the model's image processor.
+        images, processor: calibration images, and the model's image processor.
         accelerator: device and processes.
         batch_size: images in one pass on each process.
         token_weights: weight of each token position by module name, [tokens]; all tokens weigh the same without.
         residual_targets: whether errors of the residual stream are made good.
-        dense: the dense model, where `model` is smaller; by default `model` as it is now.
+        dense: the dense model, where `model` is smaller.
         kept_outputs: outputs of the dense Linear that are left, int64, of each Linear that has fewer, by module name.
         run_state: keeps each layer that is done, and gives back those of an interrupted run.
 
@@ -87,29 +96,35 @@ def refit_layers(
     if (every := _restore_all(layers, run_state)) is not None:
         return every
     done: dict[str, LayerRefit] = {}
+    settings = _Settings(masks, block_shape, token_weights or {}, kept_outputs or {}, residual_targets)
     with display.stage("refit", len(layers), unit="layers") as bar, evaluating(model):
         kept = first_inputs(model, layers, images, processor, accelerator=accelerator, batch_size=batch_size)
         for index, layer in enumerate(layers):
             whole = copied(layer.module) if dense is None else dense.get_submodule(layer.name)
-            part = _part(index)
-            refits = _restore(layer.module, run_state, part)
-            resumed = refits is not None
-            here = {n.removeprefix(f"{layer.name}."): n for n in masks if n.startswith(f"{layer.name}.")}
-            stages = shared_stages(layer, list(here), kept, accelerator) if here and not resumed else []
+            resumed = (refits := _restore(layer.module, run_state, _part(index))) is not None
+            names = _inside(layer, () if resumed else masks)
+            stages = shared_stages(layer, list(names), kept, accelerator) if names else []
             outputs = DenseOutputs(layer, whole, stages, kept)
             if refits is None:
-                job = _LayerJob(
-                    layer, outputs, here, masks, block_shape, token_weights or {}, kept_outputs or {}, residual_targets
-                )
-                refits = job.run(stages, kept, accelerator)
-                if run_state is not None:
-                    named: dict[str, Tensor] = dict(layer.module.named_parameters())
-                    values = {n: asdict(r) for n, r in refits.items()}
-                    run_state.write(part, named, values, done=f"refit, layer {index + 1} of {len(layers)}")
+                refits = _LayerJob(layer, outputs, names, settings).run(stages, kept, accelerator)
+                _keep(layer.module, refits, run_state, index, len(layers))
             done |= refits
             advance(layer, outputs.ends(), kept)
             bar.advance(measured=not resumed)
     return done
+
+
+def _inside(layer: Layer, names: Iterable[str]) -> dict[str, str]:
+    """Those names of modules that lie in a layer, by the names that they have there."""
+    return {name.removeprefix(f"{layer.name}."): name for name in names if name.startswith(f"{layer.name}.")}
+
+
+def _keep(layer: nn.Module, refits: dict[str, LayerRefit], run_state: RunState | None, index: int, layers: int) -> None:
+    """Keep what `_restore` gives back of the layer of that number."""
+    if run_state is not None:
+        named: dict[str, Tensor] = dict(layer.named_parameters())
+        values = {name: asdict(refit) for name, refit in refits.items()}
+        run_state.write(_part(index), named, values, done=f"refit, layer {index + 1} of {layers}")
 
 
 def _part(index: int) -> str:
@@ -147,23 +162,19 @@ class _LayerJob:
     layer: Layer
     dense: DenseOutputs
     names: dict[str, str]
-    masks: dict[str, Tensor]
-    block_shape: tuple[int, int]
-    token_weights: dict[str, Tensor]
-    kept_outputs: Mapping[str, Tensor]
-    residual_targets: bool
+    settings: _Settings
 
     def run(self, stages: list[Stage], kept: list[BoundaryBatch], accelerator: "Accelerator") -> dict[str, LayerRefit]:
         """Refit stage by stage; how it went, by name in the model."""
         done: dict[str, LayerRefit] = {}
         for stage in stages:
             start = perf_counter()
-            if not self.residual_targets:
+            if not self.settings.residual_targets:
                 stage.after_input = stage.ends_layer = False
             linears = {name: self._linear(name) for name in stage.names}
-            weights = {name: self.token_weights.get(self.names[name]) for name in stage.names}
+            weights = {name: self.settings.token_weights.get(self.names[name]) for name in stage.names}
             inputs = {name: linear.inputs for name, linear in linears.items()}
-            outputs = {name: self.kept_outputs.get(self.names[name]) for name in stage.names}
+            outputs = {name: self.settings.kept_outputs.get(self.names[name]) for name in stage.names}
             sums = StageSums(stage, self.layer, weights, inputs, outputs)
             for number, batch in enumerate(kept):
                 sums.add(self.dense.of(stage, number), batch)
@@ -175,6 +186,6 @@ class _LayerJob:
         return done
 
     def _linear(self, name: str) -> SurvivingWeights:
-        module, mask = linear_in(self.layer.module, name), self.masks[self.names[name]]
-        inputs = inputs_used(module, mask, self.block_shape)
-        return SurvivingWeights(self.names[name], module, mask, self.block_shape, inputs)
+        module, mask = linear_in(self.layer.module, name), self.settings.masks[self.names[name]]
+        inputs = inputs_used(module, mask, self.settings.block_shape)
+        return SurvivingWeights(self.names[name], module, mask, self.settings.block_shape, inputs)

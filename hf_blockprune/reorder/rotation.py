@@ -81,14 +81,14 @@ def _heads(matrix: Tensor, heads: int) -> list[Tensor]:
 def _root(moment: Tensor) -> Tensor:
     """L with L L^T the moment, of full rank."""
     values, vectors = torch.linalg.eigh(moment)
-    return vectors * values.clamp(min=LEAST * float(values[-1].clamp(min=1e-300))).sqrt()
+    return _signed(vectors) * values.clamp(min=LEAST * float(values[-1].clamp(min=1e-300))).sqrt()
 
 
 def _for_products(query: Tensor, key: Tensor) -> Tensor:
     """A of one head, from the moments of its queries and keys."""
     root = _root(query)
     u, s, _ = torch.linalg.svd(root.t() @ _root(key))
-    return s.clamp(min=LEAST * float(s[0])).sqrt()[:, None] * torch.linalg.solve(root, u.t(), left=False)
+    return s.clamp(min=LEAST * float(s[0])).sqrt()[:, None] * torch.linalg.solve(root, _signed(u).t(), left=False)
 
 
 def _for_values(moment: Tensor, cost: Tensor) -> Tensor:
@@ -96,7 +96,12 @@ def _for_values(moment: Tensor, cost: Tensor) -> Tensor:
     root = _root(moment)
     values, vectors = torch.linalg.eigh(root.t() @ cost @ root)
     values = values.clamp(min=LEAST * float(values[-1].clamp(min=1e-300)))
-    return (values.pow(0.25)[:, None] * torch.linalg.solve(root, vectors.t(), left=False)).flip(0)
+    return (values.pow(0.25)[:, None] * torch.linalg.solve(root, _signed(vectors).t(), left=False)).flip(0)
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """Vectors [features, vectors] with their largest entry positive: else rounding would decide on signs."""
+    return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
 
 
 @torch.no_grad()

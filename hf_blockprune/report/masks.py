@@ -38,6 +38,7 @@ def describe_masks(
         heads: what is left of attentions that are smaller.
     """
     layers, kept = [], []
+    of_attentions = {name for attention in heads for name in attention.names()}
     for name, mask in masks.items():
         kept_shape = (targets[name].out_features, targets[name].in_features)
         shape = (dense_shapes or {}).get(name, kept_shape)
@@ -53,12 +54,14 @@ def describe_masks(
                 blocks=blocks,
                 density=kept_blocks / blocks,
                 kept_shape=None if kept_shape == shape else list(kept_shape),
+                cut_units=0 if name in of_attentions else shape[0] - kept_shape[0],
                 predicted_loss=losses[name],
                 loss_factor=loss_factors.get(name),
                 seconds=round(trace_seconds.get(name, 0.0), 3),
             )
         )
-    return MaskReport(**kept_shares(kept, flops, heads), layers=layers)
+    cut = sum(attention.dense_features - attention.features for attention in heads)
+    return MaskReport(**kept_shares(kept, flops, heads), cut_head_features=cut, layers=layers)
 
 
 def add_refits(masks: MaskReport, refits: dict[str, LayerRefit]) -> None:
@@ -71,6 +74,6 @@ def add_refits(masks: MaskReport, refits: dict[str, LayerRefit]) -> None:
 
 
 def add_cuts(masks: MaskReport, cuts: dict[str, int]) -> None:
-    """Write into the layers how many of an fc1's outputs were cut, with fc2's inputs, by its name."""
+    """Write into the layers how many more of an fc1's outputs were cut, with fc2's inputs, by its name."""
     for layer in masks.layers:
         layer.cut_units += cuts.get(layer.name, 0)

@@ -35,6 +35,8 @@ def summary_table(values: JsonDict) -> Table:
     cut = sum(layer.cut_units for layer in report.masks.layers)
     if cut:
         table.add_row("hidden units cut out", str(cut))
+    if report.masks.cut_head_features:
+        table.add_row("features of heads cut out", str(report.masks.cut_head_features))
     if report.size_bytes is not None:
         table.add_row("weights on disk", bytes_text(values))
     if report.residual_order:

@@ -59,6 +59,7 @@ class MaskReport(Part):
         params_ratio: kept share of the whole model's weights.
         dense_flops: FLOPs of the dense model for one image.
         density: kept share of the blocks.
+        cut_head_features: outputs of value that were cut out, of all attentions together.
         layers: the pruned ones.
     """
 
@@ -67,6 +68,7 @@ class MaskReport(Part):
     params_ratio: float | None = None
     dense_flops: float | None = None
     density: float | None = None
+    cut_head_features: int = 0
     layers: list[LayerReport]
 
 

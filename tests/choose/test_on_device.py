@@ -5,8 +5,8 @@ import torch
 import yaml
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, BudgetError, ConfigError
+from hf_blockprune.budget import Budget
 from hf_blockprune.checkpoint.simulation import predict, simulate_checkpoint
-from hf_blockprune.config import Budget
 from hf_blockprune.cost.device_cost import DeviceCost
 from hf_blockprune.cost.profiles import load_profile
 from hf_blockprune.hub.blockprune_cost import Linear, VisionTransformer, layer_cost

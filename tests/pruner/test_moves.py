@@ -28,9 +28,12 @@ def config(moves, ratio=0.7, **changes):
     return BlockPruneConfig(**{**settings, "calibration": calibration, "min_kept_per_layer": 0.0, **changes})
 
 
+def model_of(family):
+    return tiny_model(family, **({"hidden_size": 96, "intermediate_size": 192} if family == "vit" else {}))
+
+
 def pruned(images, processor, family="vit", moves=ALL, model=None, **changes):
-    model = model or tiny_model(family, **({"hidden_size": 96, "intermediate_size": 192} if family == "vit" else {}))
-    pruner = BlockPruner(model, processor, config(moves, **changes), name="tiny")
+    pruner = BlockPruner(model or model_of(family), processor, config(moves, **changes), name="tiny")
     pruner.prune(str(images))
     return pruner
 
@@ -44,6 +47,7 @@ def counted(model):
     """FLOPs of one image as torch counts them while it runs, every block-sparse layer as a Linear of its own size."""
     for name, layer in list(block_sparse_layers(model)):
         model.set_submodule(name, layer.to_dense())
+    model.set_attn_implementation("eager")  # torch does not count fused attention on a CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(pixel_values=PIXELS[:1])
     return counter.get_total_flops()
@@ -67,8 +71,8 @@ def test_every_family_shrinks_meets_its_budget_and_comes_back(family, moves, ima
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_reported_flops_are_those_of_the_smaller_model(family, images, processor):
     """Without blocks, torch counts just what the report says."""
-    pruner = pruned(images, processor, family, DENSE, ratio=0.6)
-    dense = count_flops(tiny_model(family, **({"hidden_size": 96, "intermediate_size": 192} if family == "vit" else {})))
+    pruner = pruned(images, processor, family, DENSE, ratio=0.75)
+    dense = count_flops(model_of(family))
     report = pruner.report()
     assert counted(pruner.model) / dense.total == pytest.approx(report["flops_ratio"], rel=1e-6)
     assert report["budgets"][0]["reached"] == pytest.approx(report["flops_ratio"] * dense.total, rel=1e-6)
@@ -100,7 +104,7 @@ def test_blocks_alone_leave_every_shape_that_has_blocks(images, processor):
 
 def test_position_biases_of_heads_keep_their_heads(images, processor):
     for family in ("beit", "swin"):
-        pruner = pruned(images, processor, family, DENSE, ratio=0.6)
+        pruner = pruned(images, processor, family, DENSE, ratio=0.75)
         for cut in cut_heads(pruner.model):
             assert cut.heads == cut.dense_heads
 
@@ -110,7 +114,7 @@ def test_a_dense_form_has_the_architectures_shapes(images, processor):
     wanted = logits(pruner.model)
     dense = pruner.model.dequantize()
     assert not list(block_sparse_layers(dense))
-    for name, parameter in tiny_model("vit", hidden_size=96, intermediate_size=192).named_parameters():
+    for name, parameter in model_of("vit").named_parameters():
         assert dense.get_parameter(name).shape == parameter.shape
     torch.testing.assert_close(logits(dense), wanted, rtol=1e-4, atol=1e-4)
 
@@ -137,7 +141,7 @@ def test_defaults_follow_from_the_method():
 
 def test_attention_that_cannot_be_cut_is_told_of_or_left_alone(images, processor):
     made = Data2VecVisionConfig(**tiny_settings(), use_relative_position_bias=True)
-    with pytest.raises(ConfigError, match="Data2VecVision.*leave 'heads' out"):
+    with pytest.raises(ConfigError, match=r"Data2VecVision.*leave 'heads' out"):
         pruned(images, processor, model=Data2VecVisionForImageClassification(made).eval(), moves=("heads",))
     pruner = pruned(images, processor, model=Data2VecVisionForImageClassification(made).eval(), moves=None)
     assert not cut_heads(pruner.model)
@@ -158,7 +162,7 @@ def test_a_budget_that_units_and_heads_cannot_meet(images, processor):
 
 
 def test_a_refit_that_fails_leaves_the_dense_model(images, processor, monkeypatch):
-    model = tiny_model("vit", hidden_size=96, intermediate_size=192)
+    model = model_of("vit")
     wanted = logits(model)
 
     def fails(*args, **kwargs):
@@ -173,7 +177,7 @@ def test_a_refit_that_fails_leaves_the_dense_model(images, processor, monkeypatc
 
 def test_an_interrupted_run_goes_on_to_the_same_model(images, processor, monkeypatch, tmp_path):
     def run(work_dir):
-        model = tiny_model("vit", hidden_size=96, intermediate_size=192)
+        model = model_of("vit")
         pruner = BlockPruner(model, processor, config(ALL), name="tiny")
         pruner.prune(str(images), work_dir=work_dir)
         return pruner.model
@@ -183,9 +187,10 @@ def test_an_interrupted_run_goes_on_to_the_same_model(images, processor, monkeyp
     def fails(*args, **kwargs):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(pruning, "refit_layers", fails)
-        run(tmp_path / "parts")
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
     resumed = run(tmp_path / "parts").state_dict()
     assert resumed.keys() == wanted.keys()
     for name, value in resumed.items():
@@ -194,7 +199,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(images, processor, monkeyp
 
 def test_device_budgets_know_units_and_heads(images, processor):
     pruner = BlockPruner(
-        tiny_model("vit", hidden_size=96, intermediate_size=192),
+        model_of("vit"),
         processor,
         config(ALL).replace(budget={"metric": "latency", "ratio": 0.8, "device": "systolic-32"}),
         name="tiny",
