@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..score.blocks import block_sums, grid_shape
-from ..score.statistics import LayerStatistics
+from ..score.statistics import LayerStatistics, at_least_float32
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -152,8 +152,3 @@ def _signs(index: Tensor) -> Tensor:
     mixed = (mixed ^ mixed >> 15) * 2246822519 & 0xFFFFFFFF
     bit = (mixed ^ mixed >> 13) >> 16 & 1
     return torch.where(index < FISHER_ROWS, 1, 1 - 2 * bit).float()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x, in single precision where it was in half: sums over tokens need it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

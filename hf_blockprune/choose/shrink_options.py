@@ -65,16 +65,17 @@ def unit_options(layer: TransformerLayer, trace: RemovalTrace, step: int, least:
 
     Args:
         layer: of the MLP.
-        trace: of fc2's columns, each a block by itself.
+        trace: of fc2's columns, see `score.shrink.column_trace`.
         step: what numbers of units that stay are multiples of, but for the whole.
         least: share of the units that stay at least.
     """
     units = trace.grid[1]
     least_units = max(1, int(np.ceil(least * units)))
     sizes = [units, *range((units - 1) // step * step, 0, -step)]
-    loss = trace.loss[0]
-    options = [Option((n,), {layer.fc1: float(loss[units - n])}) for n in sizes if n >= least_units]
-    return UnitOptions(layer, options, tuple(trace.order[0].tolist()))
+    loss, at_once = trace.loss[0], trace.order.shape[-1]
+    gone = {n: (units - n) // at_once for n in sizes if n >= least_units and (units - n) % at_once == 0}
+    options = [Option((n,), {layer.fc1: float(loss[steps])}) for n, steps in gone.items()]
+    return UnitOptions(layer, options, tuple(trace.order.flatten().tolist()))
 
 
 def head_step(block_shape: tuple[int, int] | None) -> int:

@@ -13,6 +13,7 @@ from ..config import BlockPruneConfig
 from ..display.stages import Stage, stage
 from ..errors import ModelError
 from ..score.methods import TraceSettings
+from ..score.shrink import column_trace
 from ..score.statistics import LayerStatistics
 from ..score.trace import RemovalTrace, gone_first
 from .state import SelectionState
@@ -68,7 +69,7 @@ class Tracer:
             statistics: of the layers, by name.
             bar: the stage that shows it.
             linears: the layers as they are now, by name; as they were by default.
-            columns: let whole columns leave instead of blocks.
+            columns: let whole columns leave instead of blocks, in steps that make up a block's rows.
 
         Raises:
             ModelError: a layer's inputs are too dependent, or memory is too little.
@@ -85,8 +86,7 @@ class Tracer:
         for name in self._mine([name for name in names if name not in kept]):
             start = perf_counter()
             weight = linears[name].weight.detach()
-            shape = (len(weight), 1) if columns else self.config.block_shape
-            trace = self._trace(name, weight, statistics.get(name), shape)
+            trace = self._trace(name, weight, statistics.get(name), columns)
             made.append((name, (trace, perf_counter() - start)))
             self.state.keep_trace(number, name, *made[-1][1])
             bar.advance(work=self._work(name))
@@ -104,13 +104,14 @@ class Tracer:
         linear = self.targets[name]
         return float(linear.out_features * linear.in_features**self.config.scoring.in_features_power)
 
-    def _trace(
-        self, name: str, weight: Tensor, statistics: LayerStatistics | None, shape: tuple[int, int]
-    ) -> RemovalTrace:
+    def _trace(self, name: str, weight: Tensor, statistics: LayerStatistics | None, columns: bool) -> RemovalTrace:
         config = self.config
         settings = TraceSettings(config.damping, config.memory_mb << 20)
         try:
-            trace = config.scoring.trace(weight, statistics, shape, settings)
+            if columns:
+                assert statistics is not None  # of a method that has some
+                return column_trace(weight, statistics, config.damping, config.block_shape[0])
+            trace = config.scoring.trace(weight, statistics, config.block_shape, settings)
             return gone_first(trace, self.gone[name]) if name in self.gone else trace
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise ModelError(

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunningMoments:
-    """Weighted sums over tokens of inputs x and targets t, float64, that grow by a batch at a time.
+    """Weighted sums over tokens of inputs x and targets t that grow by a batch at a time.
+
+    Products are taken in the values' own precision and summed up in float64. They are products of what lies beyond the
+    first batch's mean: what single precision rounds off a large mean could be more than a small variance.
 
     Args:
         inputs: number of values of x.
@@ -23,9 +26,10 @@ class RunningMoments:
 
     Attributes:
         weight: of all tokens, [].
-        x, t: weighted sums, [in] and [out].
+        x, t: weighted sums beyond the origin, [in] and [out].
         xx, tx: weighted sums of x x^T and of t x^T, [in, in] and [out, in].
         tt: weighted sums of squared targets, [out].
+        origin: of x and of t, None before the first batch.
     """
 
     inputs: int
@@ -37,6 +41,7 @@ class RunningMoments:
     xx: Tensor = field(init=False)
     tx: Tensor = field(init=False)
     tt: Tensor = field(init=False)
+    origin: tuple[Tensor, Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -50,27 +55,44 @@ class RunningMoments:
         """Add tokens.
 
         Args:
-            x: [tokens, in].
-            t: [tokens, out].
+            x: [tokens, in], of single precision at least.
+            t: [tokens, out], likewise.
             weight: [tokens].
         """
-        weighted = x * weight[:, None]
-        self.weight += weight.sum()
-        self.x += weighted.sum(0)
-        self.t += (t * weight[:, None]).sum(0)
+        column = weight[:, None]
+        if self.origin is None:
+            total = weight.sum().clamp(min=1e-30)
+            self.origin = (x * column).sum(0) / total, (t * column).sum(0) / total
+        x, t = x - self.origin[0], t - self.origin[1]
+        weighted = x * column
+        self.weight += weight.sum(dtype=torch.float64)
+        self.x += weighted.sum(0, dtype=torch.float64)
+        self.t += (t * column).sum(0, dtype=torch.float64)
         self.xx += weighted.t() @ x
         self.tx += t.t() @ weighted
-        self.tt += (t.square() * weight[:, None]).sum(0)
+        self.tt += (t.square() * column).sum(0, dtype=torch.float64)
 
     def over(self, accelerator: "Accelerator") -> "RunningMoments":
-        """The sums of all processes together."""
-        every = RunningMoments(self.inputs, self.outputs, self.device)
+        """The sums of all processes together, about zero."""
+        every, here = RunningMoments(self.inputs, self.outputs, self.device), self._about_zero()
         for name in ("weight", "x", "t", "xx", "tx", "tt"):
-            setattr(every, name, cast(Tensor, accelerator.reduce(getattr(self, name), "sum")))
+            setattr(every, name, cast(Tensor, accelerator.reduce(getattr(here, name), "sum")))
         return every
 
+    def _about_zero(self) -> "RunningMoments":
+        if self.origin is None:
+            return self
+        about = RunningMoments(self.inputs, self.outputs, self.device)
+        (x, t), weight = (origin.double() for origin in self.origin), self.weight
+        about.weight, about.x, about.t = weight, self.x + weight * x, self.t + weight * t
+        cross = torch.outer(x, self.x)
+        about.xx = self.xx + cross + cross.t() + weight * torch.outer(x, x)
+        about.tx = self.tx + torch.outer(t, self.x) + torch.outer(self.t, x) + weight * torch.outer(t, x)
+        about.tt = self.tt + 2 * t * self.t + weight * t.square()
+        return about
+
     def moments(self) -> Moments:
-        """Means and covariances; some token must have a weight."""
+        """Means and covariances of sums about zero; some token must have a weight."""
         x, t = self.x / self.weight, self.t / self.weight
         spread = (self.tt / self.weight - t.square()).sum()
         covariance = self.xx / self.weight - torch.outer(x, x)

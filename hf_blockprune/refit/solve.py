@@ -114,12 +114,17 @@ def solve(weight: Tensor, mask: Tensor, block_shape: tuple[int, int], moments: M
     cross_covariance = moments.cross_covariance * varies
     pull = torch.where(varies, ridge * diagonal, 1.0)
     entries = expand_mask(mask, (weight.shape[0], weight.shape[1]), block_shape)
-    for start in range(0, len(weight), block_shape[0]):
-        keep = entries[start].nonzero().squeeze(1)
+    if not mask.numel():
+        return after
+    # Rows that keep the same inputs are solved for together.
+    patterns, pattern = mask.unique(dim=0, return_inverse=True)
+    pattern = pattern.repeat_interleave(block_shape[0])[: len(weight)]
+    for number in range(len(patterns)):
+        rows = (pattern == number).nonzero().squeeze(1)
+        keep = entries[rows[0]].nonzero().squeeze(1)
         if not len(keep):
             continue
-        rows = slice(start, start + block_shape[0])
         gram = covariance[keep][:, keep] + torch.diag(pull[keep])
         right = cross_covariance[rows][:, keep] + before[rows][:, keep] * pull[keep]
-        after[rows, keep] = torch.cholesky_solve(right.t(), torch.linalg.cholesky(gram)).t()
+        after[rows[:, None], keep] = torch.cholesky_solve(right.t(), torch.linalg.cholesky(gram)).t()
     return after

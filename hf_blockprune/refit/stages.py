@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.layers import Layer, linear_in
+from ..score.statistics import at_least_float32
 from .boundary import BoundaryBatch, StopForward
 from .moments import RunningMoments
 from .solve import Moments
@@ -212,9 +213,7 @@ class StageSums:
 
     def _add(self, name: str, x: Tensor, target: Tensor, held_back: Tensor) -> None:
         token_weight = self.token_weights[name]
-        # Double precision: what single precision rounds off a large mean would be larger than a small variance, and
-        # the solution would depend on the order of the images.
-        x, target = x[..., self.inputs[name]].double(), target.double()
+        x, target = at_least_float32(x[..., self.inputs[name]]), at_least_float32(target)
         # Windows of an image follow each other in the first axis. A Linear that kept no block has no inputs here, so
         # that the number of tokens follows from its outputs.
         tokens = target[..., 0].numel() // len(held_back)

@@ -4,14 +4,20 @@ With H the damped covariance of the inputs, G = H^-1 and f_r the importance of o
 
     tr(diag(f) W_D (G_DD)^-1 W_D^T)        and leaves        W - W_D (G_DD)^-1 G_D:
 
-with zeros at D. These are the formulas of `score.obs` for blocks that are as high as the matrix.
+with zeros at D. These are the formulas of `score.obs` for blocks that are as high as the matrix. Then all rows share G,
+and of W nothing is needed but K = W^T diag(f) W, which the removal of D changes to
+
+    K - K_:D g - g^T K_D: + g^T K_DD g        with g = (G_DD)^-1 G_D:
 """
 
 import torch
 from torch import Tensor
 
-from .obs import damped
+from .obs import SHRINK, damped
 from .statistics import LayerStatistics
+from .trace import RemovalTrace
+
+AT_ONCE = 4  # columns that leave in one step of a trace; more are faster, and chosen less carefully
 
 
 def importance(s: LayerStatistics) -> Tensor:
@@ -53,3 +59,46 @@ class Columns:
         weight = self.weight - self.weight[:, gone] @ torch.cholesky_solve(self.inverse[gone], factor)
         weight[:, gone] = 0
         return weight, (self.weight - weight) @ self.mean
+
+
+def column_trace(weight: Tensor, s: LayerStatistics, damping: float, step: int = 1) -> RemovalTrace:
+    """How input features leave: in each step those that cost least by themselves, with the loss of all that are gone.
+
+    Args:
+        weight: [out, in].
+        s: its statistics, with Fisher parts.
+        damping: relative to each diagonal entry of the covariance.
+        step: features of a step, or a divisor of it: at most `AT_ONCE`, and so many that all steps are alike.
+
+    Returns:
+        One queue; `order` [1, steps, features of a step].
+
+    Raises:
+        torch.linalg.LinAlgError: the covariance cannot be factorised.
+    """
+    columns, features = Columns(weight, s, damping), weight.shape[1]
+    size = next(n for n in range(min(step, AT_ONCE), 0, -1) if step % n == 0 and features % n == 0)
+    inverse, cost = columns.inverse.clone(), columns.cost.clone()
+    held = torch.arange(features, device=weight.device)
+    alive, order, loss = torch.ones_like(held, dtype=torch.bool), [], [0.0]
+    for _ in range(features // size):
+        if int(alive.sum()) <= SHRINK * len(held):
+            left = alive.nonzero().squeeze(1)
+            held, inverse, cost = held[left], inverse[left][:, left], cost[left][:, left]
+            alive = torch.ones_like(held, dtype=torch.bool)
+        scores = (cost.diagonal() / inverse.diagonal().clamp(min=1e-300)).masked_fill(~alive, torch.inf)
+        gone = scores.topk(size, largest=False).indices
+        factor = torch.linalg.cholesky(inverse[gone][:, gone])
+        update = torch.cholesky_solve(inverse[gone], factor)  # g, [size, held]
+        left_over = torch.cholesky_solve(cost[gone][:, gone], factor).diagonal().sum()
+        loss.append(loss[-1] + max(float(left_over), 0.0))
+        order.append(held[gone])
+        change = update.t() @ (cost[gone] - (cost[gone][:, gone] @ update) / 2)
+        cost -= change + change.t()
+        inverse -= inverse[gone].t() @ update
+        alive[gone] = False
+        # What rounding left of the removed rows and columns must not leak back.
+        inverse[gone] = inverse[:, gone] = cost[gone] = cost[:, gone] = 0
+        inverse[gone, gone] = 1
+    losses = torch.tensor([loss], dtype=torch.float64)
+    return RemovalTrace(torch.stack(order)[None].cpu(), losses, (1, features))

@@ -9,6 +9,11 @@ from torch import Tensor
 ROUNDING = 1e-5
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in single precision where it was in half: sums over tokens need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """What is known of one Linear y = W x + b on the calibration images. Absent parts were not asked for.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_blockprune.score.obs import damped, obs_trace
-from hf_blockprune.score.shrink import Columns, importance
+from hf_blockprune.score.shrink import Columns, column_trace, importance
 from hf_blockprune.score.statistics import LayerStatistics
 
 DAMPING = 1e-2
@@ -58,6 +58,30 @@ def test_the_trace_of_columns_says_the_same():
     columns = Columns(weight, s, DAMPING)
     for count in range(1, 12):
         assert float(trace.loss[0, count]) == pytest.approx(columns.loss(trace.order[0, :count]), rel=1e-7)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_column_traces_add_up_to_the_loss_of_all_that_are_gone(step):
+    weight, s = made()
+    trace, columns = column_trace(weight, s, DAMPING, step), Columns(weight, s, DAMPING)
+    assert trace.order.shape == (1, 12 // step, step)
+    assert sorted(trace.order.flatten().tolist()) == list(range(12))
+    for count in range(1, 12 // step):
+        gone = trace.order[0, :count].flatten()
+        assert float(trace.loss[0, count]) == pytest.approx(columns.loss(gone), rel=1e-7)
+
+
+def test_one_by_one_it_is_the_greedy_order_of_blocks_as_high_as_the_matrix():
+    weight, s = made()
+    blocks = obs_trace(weight, s.safe_covariance, importance(s), (len(weight), 1), damping=DAMPING)
+    have = column_trace(weight, s, DAMPING)
+    assert torch.equal(have.order.flatten(), blocks.order.flatten())
+    torch.testing.assert_close(have.loss, blocks.loss)
+
+
+def test_steps_are_alike_where_features_do_not_divide():
+    weight, s = made(inputs=10)
+    assert column_trace(weight, s, DAMPING, 16).order.shape == (1, 5, 2)
 
 
 def test_mean_output_stays():
