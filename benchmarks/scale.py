@@ -91,6 +91,7 @@ def prune(options: argparse.Namespace, arch: str, layers: int) -> dict[str, Any]
             "block_shape": [rows, cols],
             "budget": {"metric": "density", "ratio": 0.7},
             "calibration": {"samples": options.samples},
+            "moves": ["blocks"],
         }
     )
     pruner = BlockPruner(model, AutoImageProcessor.from_pretrained(options.model), settings, name=arch)

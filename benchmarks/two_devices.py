@@ -62,7 +62,12 @@ def parse_options() -> argparse.Namespace:
 def prune(options: argparse.Namespace, device: str, accelerator: Accelerator) -> BlockPruner:
     budget = {"metric": "latency", "ratio": options.ratio, "device": device, "batch": options.batch}
     config = BlockPruneConfig.from_dict(
-        {"block_shape": [32, 32], "budget": budget, "calibration": {"samples": options.samples}}
+        {
+            "block_shape": [32, 32],
+            "budget": budget,
+            "calibration": {"samples": options.samples},
+            "moves": ["blocks"],
+        }
     )
     pruner = BlockPruner.from_pretrained(options.model, config, accelerator=accelerator)
     pruner.prune(options.calibration)
