@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.timing import load, save
 from hf_blockprune import BlockPruneConfig, BlockPruner
+from hf_blockprune.calibration.shared import SharedCalibration
 from hf_blockprune.data.batches import load_images, load_pixels
 from hf_blockprune.errors import BudgetError
 from hf_blockprune.model.tasks import SingleLabel
@@ -60,7 +61,7 @@ IMAGES_AT_ONCE = 32
 def main() -> None:
     """Measure every variant that is not in the output file yet."""
     options = parse_options()
-    results = load(options.output)
+    results, shared = load(options.output), SharedCalibration()
     accelerator = Accelerator()
     dense = BlockPruner.from_pretrained(options.model, accelerator=accelerator)
     pixels = judges(dense, options.calibration, options.samples, options.judges, options.seed)
@@ -81,7 +82,7 @@ def main() -> None:
             **changes,
         )
         try:
-            row = {**point, "changes": changes, **measure(options, config, accelerator, pixels, wanted)}
+            row = {**point, "changes": changes, **measure(options, config, shared, pixels, wanted)}
             told = f"divergence {row['divergence']:.4f}, agreement {row['agreement']:.3f}"
         except BudgetError as error:
             row, told = {**point, "changes": changes, "refused": str(error)}, str(error)
@@ -106,11 +107,12 @@ def parse_options() -> argparse.Namespace:
 
 
 def measure(
-    options: argparse.Namespace, config: BlockPruneConfig, accelerator: Accelerator, pixels: Tensor, wanted: Tensor
+    options: argparse.Namespace, config: BlockPruneConfig, shared: SharedCalibration, pixels: Tensor, wanted: Tensor
 ) -> dict[str, Any]:
+    accelerator = Accelerator()
     pruner = BlockPruner.from_pretrained(options.model, config, accelerator=accelerator)
     start = time.perf_counter()
-    pruner.prune(options.calibration)
+    pruner.prune(options.calibration, shared=shared)
     seconds = time.perf_counter() - start
     have = logits(pruner, pixels)
     each = SingleLabel(wanted.shape[-1]).divergence(wanted, have)

@@ -219,7 +219,7 @@ def fidelity_table(values: JsonDict) -> Table:
 def _heads_text(heads: list[JsonDict]) -> str:
     """A line on attentions that were cut, nothing where none was."""
     kept, dense = (sum(h[f"{of}heads"] * h[f"{of}head_size"] for h in heads) for of in ("", "dense_"))
-    return f"\nfeatures of heads: {kept} of {dense} in {len(heads)} attentions that were cut" if heads else ""
+    return f"\nfeatures of heads: {kept} of {dense} in the attentions that were cut ({len(heads)})" if heads else ""
 
 
 def inspect_table(values: JsonDict) -> Table:

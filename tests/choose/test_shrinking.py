@@ -1,5 +1,7 @@
 """How far attentions and MLPs shrink under a budget, and what their Linears are then."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hf_blockprune.budget import Budget
 from hf_blockprune.choose.budgets import model_budget
 from hf_blockprune.choose.shrink_options import can_cut_heads, head_options, head_step, unit_options
 from hf_blockprune.choose.shrinking import Shrinking, Shrunk, shrink
+from hf_blockprune.choose.true_loss import true_losses
 from hf_blockprune.config import BlockPruneConfig
 from hf_blockprune.cost.flops import count_flops
 from hf_blockprune.errors import BudgetError
@@ -175,3 +178,38 @@ def test_device_budgets_price_smaller_layers(tmp_path):
     masks = {n: torch.ones(found.budgets[0].blocks.costs[n].shape, dtype=torch.bool) for n in found.linears}
     assert device.dense == whole.budgets[0].device.dense
     assert device.of(masks) <= 0.8 * device.dense * (1 + 1e-6)
+
+
+def test_true_losses_are_those_of_the_smaller_model(accelerator):
+    """Each pair of shrunk Linears measured alone, against a model that holds the smaller Linears."""
+    shrinking, whole, model = setting(0.6)
+    found = shrinking.choose({}, None)
+    pixels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    masks = {n: torch.ones(found.budgets[0].blocks.costs[n].shape, dtype=torch.bool) for n in found.linears}
+    pairs = [pair for shape in found.shapes for pair in shape.layer.pairs()]
+    options = {"accelerator": accelerator, "damping": DAMPING, "kept": found.kept()}
+    have = true_losses(model, pairs, masks, whole.statistics, SHAPE, pixels, **options)
+    with torch.no_grad():
+        dense = model(pixel_values=pixels).logits.double().log_softmax(-1)
+    for pair, loss in zip(pairs, have, strict=True):
+        changed = copy.deepcopy(model)
+        for name in pair:
+            put(changed, name, found)
+        with torch.no_grad():
+            logits = changed(pixel_values=pixels).logits.double().log_softmax(-1)
+        wanted = float((dense.exp() * (dense - logits)).sum(-1).mean())
+        assert loss == pytest.approx(wanted, rel=1e-3, abs=1e-7), pair
+
+
+def put(model, name, found):
+    """The smaller Linear in the place of the dense one, with zeros for what left."""
+    linear, small = model.get_submodule(name), found.linears[name]
+    outputs, inputs = found.kept().get(name, (None, None))
+    outputs = torch.arange(linear.out_features) if outputs is None else outputs
+    inputs = torch.arange(linear.in_features) if inputs is None else inputs
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight[outputs[:, None], inputs] = small.weight
+        bias = linear.bias.clone().zero_()
+        bias[outputs] = small.bias
+        linear.bias.copy_(bias)

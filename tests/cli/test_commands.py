@@ -131,6 +131,22 @@ def test_recipe_describes_its_data_sets(vit_folder, images, table, tmp_path):
     assert "unknown key 'labels_column'" in refused("prune", "--config", recipe, "--overwrite", "--quiet")
 
 
+def test_moves_say_what_may_leave(vit_folder, images, tmp_path):
+    quick = ["--dataset", images, "--samples", 8, "--budget", "flops=0.8", "--block-shape", "16x16"]
+    result = run(
+        "prune", vit_folder, *quick, "--moves", "units, heads", "--output", tmp_path / "out", "--json", "--quiet"
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["config"]["moves"] == ["units", "heads"]
+    assert any(layer["kept_shape"] for layer in report["layers"])
+    for layer in report["layers"]:
+        rows, cols = layer["kept_shape"] or layer["shape"]
+        assert layer["kept_blocks"] == -(-rows // 16) * -(-cols // 16)
+    wrong = refused("prune", vit_folder, *quick, "--moves", "rows", "--output", tmp_path / "no", "--quiet")
+    assert "blocks, units, heads" in wrong
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

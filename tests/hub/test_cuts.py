@@ -170,7 +170,7 @@ def test_tensors_of_another_size_are_refused(folder):
 def test_the_command_tells_what_was_cut(folder):
     done = CliRunner().invoke(app, ["inspect", str(folder)])
     assert done.exit_code == 0, done.output
-    assert "features of heads: 6 of 16 in 1 attentions that were cut" in done.output
+    assert "features of heads: 6 of 16 in the attentions that were cut (1)" in done.output
 
 
 @pytest.mark.parametrize("family", KEPT)
