@@ -24,7 +24,8 @@ import _root  # noqa: F401
 from benchmarks.timing import load, save
 from hf_blockprune.runs.environment import environment
 
-KEYS = ("method", "block_shape", "budget", "seed", "samples", "moves")
+POINT = ("method", "block_shape", "budget", "seed", "samples")
+KEYS = (*POINT, "moves")
 BLOCKS = "blocks"  # what left in rows that do not say
 
 

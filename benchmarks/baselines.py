@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import corp, dvbp
-from benchmarks.accuracy import ACCURACY, KEYS
+from benchmarks.accuracy import ACCURACY, POINT
 from benchmarks.moments import IMAGES_AT_ONCE, collect
 from benchmarks.narrow import linear_of
 from benchmarks.timing import load, save
@@ -54,7 +54,7 @@ def main() -> None:
         return
     results = load(options.output)
     for method, budget in product(options.methods, options.budgets):
-        point = dict(zip(KEYS, (method, None, f"flops={budget}", options.seed, options.samples), strict=True))
+        point = dict(zip(POINT, (method, None, f"flops={budget}", options.seed, options.samples), strict=True))
         if any(point.items() <= row.items() for row in results["rows"]):
             continue
         row = {**point, **measured_apart(method, budget)}

@@ -167,12 +167,15 @@ class Selector:
         """The layers as they should be, and the traces of their blocks; chosen again as these become known."""
         if shrinking is None:
             return now, traces
-        for _ in range(SHRINKING_ROUNDS if self.blocks_leave else 1):
-            before, now = now, shrinking.choose(factors, traces, now)
-            if traces is None or now.shapes == before.shapes:
-                break
-            changed = {n: now.statistics[n] for n in _resized(before, now) if n in now.statistics}
-            with tracer.stage("saliency", list(changed)) as bar:
+        if traces is None:
+            return shrinking.choose(factors, None), None
+        coupled = [name for layer in self.layers for name in layer.names()]
+        with tracer.stage("shrinking", coupled, SHRINKING_ROUNDS) as bar:
+            for _ in range(SHRINKING_ROUNDS):
+                before, now = now, shrinking.choose(factors, traces, now)
+                if now.shapes == before.shapes:
+                    break
+                changed = {name: now.statistics[name] for name in _resized(before, now)}
                 traces = {**traces, **tracer.traces(changed, bar, now.linears)}
         return now, traces
 
@@ -312,11 +315,13 @@ def _all_kept(now: Shrunk, block_shape: tuple[int, int]) -> Allocation:
 
 def selection_stages(config: BlockPruneConfig) -> list[str]:
     """The stages of a selection that are shown."""
-    measured = ["true losses", "allocation"] * _true_loss_rounds(config)
+    rounds, moves = _true_loss_rounds(config), set(config.allowed_moves)
+    shrinking = ["shrinking"] if moves - {"blocks"} else []
+    if "blocks" not in moves:
+        return [*shrinking, *["true losses"] * rounds]
+    measured = ["true losses", *shrinking, "allocation"] * rounds
     spending = ["spending"] if config.scoring.fisher and _spends(config) else []
-    shrinking = ["shrinking"] if set(config.allowed_moves) - {"blocks"} else []
-    saliency = ["saliency"] if "blocks" in config.allowed_moves else []
-    return [*saliency, *shrinking, "allocation", *measured, *spending]
+    return ["saliency", *shrinking, *shrinking, "allocation", *measured, *spending]
 
 
 def _true_loss_rounds(config: BlockPruneConfig) -> int:

@@ -54,7 +54,7 @@ def choose_rotation(
     key = _outputs(linears[layer.key], statistics[layer.key], centred=True)
     weight, read = linears[layer.out].weight.detach().double(), statistics[layer.out]
     cost = (weight.t() * read.need("output_weight")) @ weight
-    heads = zip(*(_heads(matrix, layer.heads) for matrix in (query, key, read.covariance, cost)), strict=True)
+    heads = zip(*(_heads(matrix, layer.heads) for matrix in (query, key, read.safe_covariance, cost)), strict=True)
     chosen = [(_for_products(q, k), _for_values(v, c)) for q, k, v, c in heads]
     products, values = (torch.stack(side) for side in zip(*chosen, strict=True))
     return Rotation(products, values)

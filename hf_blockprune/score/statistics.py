@@ -99,7 +99,9 @@ class LayerStatistics:
         """
         moved = self
         if inputs is not None:
-            mean, second_moment = inputs @ self.need("mean"), inputs @ self.need("second_moment") @ inputs.t()
+            # What single precision rounded off is made good first: new features may be small ones alone.
+            second_moment = self.need("second_moment") + torch.diag(ROUNDING * self.need("second_moment").diagonal())
+            mean, second_moment = inputs @ self.need("mean"), inputs @ second_moment @ inputs.t()
             moved = replace(moved, mean=mean, second_moment=second_moment)
         if outputs is not None:
             moment = self.gradient_moment

@@ -107,12 +107,23 @@ def stages_of(lines):
     assert [int(match[1]) for match in found] == list(range(1, len(found) + 1))
     assert {int(match[2]) for match in found[-1:]} == {len(found)}
     for match in found:
-        if match[3] not in ("allocation", "spending"):  # those may settle early
+        if match[3] not in ("shrinking", "allocation", "spending"):  # those may settle early
             assert match[4] == match[5] or match[5] is None, match[0]
     return [match[3] for match in found]
 
 
-PRUNING = ["calibration", "permutation", "saliency", "allocation", "true losses", "allocation", "spending", "refit"]
+CHOOSING = ["shrinking", "allocation"]
+PRUNING = [
+    "calibration",
+    "permutation",
+    "saliency",
+    "shrinking",
+    *CHOOSING,
+    "true losses",
+    *CHOOSING,
+    "spending",
+    "refit",
+]
 COMPARING = ["evaluation of the other model", "evaluation"]
 RECOVERING = ["reconstruction", "distillation"]
 ALL = ["loading", *PRUNING, *COMPARING, *RECOVERING, *COMPARING, "saving"]
