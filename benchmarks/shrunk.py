@@ -16,11 +16,11 @@ from typing import Any
 
 import _root  # noqa: F401
 import torch
-from end_to_end import ARCHS, other_runtimes
 from torch import nn
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
+from benchmarks.end_to_end import ARCHS, other_runtimes
 from benchmarks.timing import load, random_mask, save
 from hf_blockprune import BlockPruneConfig, sparsify
 from hf_blockprune.cli.options import parse_block_shape
