@@ -64,6 +64,26 @@ def moves_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def shrunk_table(results: dict[str, Any]) -> str:
+    """Times as fast as the dense model at equal FLOPs, by runtime."""
+    rows = results["rows"]
+    kinds = [kind for kind in rows[0]["runtimes"]["torch"] if kind != "dense"]
+    first = rows[0]
+    lines = [
+        f"{first['arch']}, {first['ratio']:.0%} of the FLOPs, float32, {first['threads']} threads, "
+        f"{first['environment']['cpu']} ({first['environment']['cpu_capability']}); times as fast as the dense model "
+        "in the same runtime, with quartiles.",
+        "",
+        f"| runtime | batch | dense | {' | '.join(kinds)} |",
+        "|---|---|---|" + "---|" * len(kinds),
+    ]
+    for row in rows:
+        for runtime, found in row["runtimes"].items():
+            cells = [ratio_text(found[kind], "ratio_to_dense", "ratio_spread") for kind in kinds]
+            lines.append(f"| {runtime} | {row['batch']} | {found['dense']['ms']:.0f} ms | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def moves_cell(row: dict[str, Any]) -> str:
     low, high = row["interval"]
     return f"{row['top1']:.1%} ({100 * low:+.1f} to {100 * high:+.1f})"
@@ -305,6 +325,7 @@ TABLES = {
     "estimates": estimates_table,
     "accuracy": accuracy_table,
     "moves": moves_table,
+    "shrunk": shrunk_table,
     "ablation": ablation_table,
     "ablation_moves": ablation_table,
     "scale": scale_table,
