@@ -194,8 +194,8 @@ class Shrinking:
             linears = sum(budget.linear(name, size) for name, size in sizes.items())
             if len(option.size) == 1:
                 return linears
-            dense = options[0].size[1]
-            return linears + budget.products(layer, *option.size, dense)
+            (heads, head_size), (_, dense) = option.size, options[0].size
+            return linears + budget.products(layer, heads, head_size, dense)
 
         costs = np.array([[cost(o, s, b) for b in self.whole.budgets] for o, s in zip(options, shapes, strict=True)])
         loss = np.array([sum(value * factors.get(name, 1.0) for name, value in o.loss.items()) for o in options])
@@ -204,7 +204,7 @@ class Shrinking:
         return Choice(layer, options, names, loss, costs[0] - costs, weights / traced)
 
     def _check(self, choices: list[Choice], picks: list[int]) -> None:
-        saved = sum(c.saved[i] for c, i in zip(choices, picks, strict=True))
+        saved = np.sum([c.saved[i] for c, i in zip(choices, picks, strict=True)], axis=0)
         for budget, gone in zip((b.blocks for b in self.whole.budgets), saved, strict=True):
             reached = (budget.blocks + budget.fixed - float(gone)) / budget.whole
             if reached > budget.ratio * (1 + 1e-9):
