@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from benchmarks import corp, dvbp
 from benchmarks.accuracy import ACCURACY, POINT
 from benchmarks.moments import IMAGES_AT_ONCE, collect
-from benchmarks.narrow import linear_of
 from benchmarks.timing import load, save
 from hf_blockprune import BlockPruner
 from hf_blockprune.cost.flops import ModelFlops, count_flops
 from hf_blockprune.data.batches import load_images, load_pixels
 from hf_blockprune.data.model_input import find_input, picture_size
+from hf_blockprune.model.layers import linear_in
 from hf_blockprune.model.structure import TransformerLayer, find_transformer_layers
 from hf_blockprune.model.tasks import SingleLabel
 from hf_blockprune.refit.boundary import HELD_BACK_EVERY
@@ -127,8 +127,8 @@ def measure(method: str, budget: float, options: argparse.Namespace) -> dict[str
         "parameters_ratio": after.parameters / flops.parameters,
         "settings": settings,
         "tried": tried,
-        "units": [linear_of(pruned, layer.fc1).out_features for layer in layers],
-        "dimensions": [linear_of(pruned, layer.query).out_features // layer.heads for layer in layers],
+        "units": [linear_in(pruned, layer.fc1).out_features for layer in layers],
+        "dimensions": [linear_in(pruned, layer.query).out_features // layer.heads for layer in layers],
         "seconds": seconds,
         "cpu": environment()["cpu"],
         "command": command(method, budget, options),
@@ -193,7 +193,7 @@ def logits(model: nn.Module, pixels: Tensor) -> Tensor:
 
 def linear_flops(model: nn.Module, flops: ModelFlops, layers: list[TransformerLayer]) -> float:
     """FLOPs of the layers' Linears."""
-    found = ((flops.linear_tokens[name], linear_of(model, name)) for layer in layers for name in layer.names())
+    found = ((flops.linear_tokens[name], linear_in(model, name)) for layer in layers for name in layer.names())
     return sum(2 * tokens * linear.in_features * linear.out_features for tokens, linear in found)
 
 

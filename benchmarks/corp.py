@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.moments import Hidden, Moments
-from benchmarks.narrow import bias_of, cut_units, linear_of, narrow_attention, units_within
+from benchmarks.narrow import bias_of, cut_units, narrow_attention, units_within
 from hf_blockprune.cost.flops import count_flops
+from hf_blockprune.model.layers import linear_in
 from hf_blockprune.model.structure import TransformerLayer
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def prune_units(
     model: "PreTrainedModel", layer: TransformerLayer, hidden: Hidden, units: int, rank: str, ridge: float
 ) -> None:
     """Leave so many hidden units of a layer, in place."""
-    fc1, fc2 = linear_of(model, layer.fc1), linear_of(model, layer.fc2)
+    fc1, fc2 = linear_in(model, layer.fc1), linear_in(model, layer.fc2)
     score = hidden.second.diagonal() * hidden.active
     if rank == "active energy and weights":
         score = score * fc1.weight.detach().norm(dim=1) * fc2.weight.detach().norm(dim=0)
@@ -88,7 +89,7 @@ def prune_logits(
     model: "PreTrainedModel", layer: TransformerLayer, moments: Moments, share: float, ridge: float
 ) -> None:
     """Leave a share of the dimensions of each head's queries and keys of a layer, in place."""
-    query, key = linear_of(model, layer.query), linear_of(model, layer.key)
+    query, key = linear_in(model, layer.query), linear_in(model, layer.key)
     parts = [part.detach().double() for part in (query.weight, bias_of(query), key.weight, bias_of(key))]
     split = [part.unflatten(0, (layer.heads, -1)) for part in parts]
     made: list[tuple[Tensor, ...]] = []

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.moments import Moments
-from benchmarks.narrow import bias_of, cut_units, linear_of, units_within
+from benchmarks.narrow import bias_of, cut_units, units_within
 from hf_blockprune.cost.flops import count_flops
+from hf_blockprune.model.layers import linear_in
 from hf_blockprune.model.structure import TransformerLayer
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def prune(
     scores = [(1 - share) * c.diagonal() + share * d.diagonal() for c, d in zip(covariances, cleaned, strict=True)]
     used = cleaned if settings["covariance"] == "denoised" else covariances
     for layer, each, mask, covariance in zip(layers, moments, best(scores, stay), used, strict=True):
-        fc2 = linear_of(model, layer.fc2)
+        fc2 = linear_in(model, layer.fc2)
         removed, kept = (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
         weight, bias = fc2.weight.detach().double(), bias_of(fc2).detach().double()
         weight, bias = ob2c(weight, bias, each.hidden.mean, covariance, removed, settings["damping"])

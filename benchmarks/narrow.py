@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_blockprune.cost.flops import ModelFlops
+from hf_blockprune.model.layers import linear_in
 from hf_blockprune.model.structure import TransformerLayer
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def narrow_attention(
     made = NarrowAttention(
         linear(*query),
         linear(*key),
-        *(linear_of(model, name) for name in (layer.value, layer.out)),
+        *(linear_in(model, name) for name in (layer.value, layer.out)),
         heads=layer.heads,
         scaling=model.get_submodule(owner).scaling,  # type: ignore[arg-type]
     )
@@ -80,7 +81,7 @@ def cut_units(model: "PreTrainedModel", layer: TransformerLayer, kept: Tensor, w
         weight: of fc2, [width, kept].
         bias: of fc2, [width].
     """
-    fc1 = linear_of(model, layer.fc1)
+    fc1 = linear_in(model, layer.fc1)
     model.set_submodule(layer.fc1, linear(fc1.weight[kept], bias_of(fc1)[kept]))
     model.set_submodule(layer.fc2, linear(weight, bias))
 
@@ -94,13 +95,6 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return made.eval()
 
 
-def linear_of(model: nn.Module, name: str) -> nn.Linear:
-    """A model's Linear by name."""
-    found = model.get_submodule(name)
-    assert isinstance(found, nn.Linear)
-    return found
-
-
 def bias_of(module: nn.Linear) -> Tensor:
     """Its bias, zeros where it has none."""
     return module.weight.new_zeros(module.out_features) if module.bias is None else module.bias
@@ -108,7 +102,7 @@ def bias_of(module: nn.Linear) -> Tensor:
 
 def unit_flops(flops: ModelFlops, model: nn.Module, layer: TransformerLayer) -> float:
     """What one hidden unit of a layer costs an image: a row of fc1 and a column of fc2."""
-    fc1, fc2 = linear_of(model, layer.fc1), linear_of(model, layer.fc2)
+    fc1, fc2 = linear_in(model, layer.fc1), linear_in(model, layer.fc2)
     return 2 * (flops.linear_tokens[layer.fc1] * fc1.in_features + flops.linear_tokens[layer.fc2] * fc2.out_features)
 
 
@@ -128,7 +122,7 @@ def units_within(budget: float, flops: ModelFlops, model: nn.Module, layers: lis
     costs = {unit_flops(flops, model, layer) for layer in layers}
     if len(costs) > 1:
         raise SystemExit("hidden units cost more in some layers than in others; a global ranking would not be fair")
-    units = sum(linear_of(model, layer.fc2).in_features for layer in layers)
+    units = sum(linear_in(model, layer.fc2).in_features for layer in layers)
     allowed = units - max(0.0, flops.total - budget) / costs.pop()
     if allowed < len(layers):
         raise ValueError(f"no hidden units are left under {budget:.3g} FLOPs")

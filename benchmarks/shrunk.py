@@ -27,7 +27,7 @@ from hf_blockprune.cli.options import parse_block_shape
 from hf_blockprune.cost.flops import count_flops
 from hf_blockprune.hub.blockprune_layers import block_sparse_layers
 from hf_blockprune.measure.stopwatch import by_turns, median, ratio
-from hf_blockprune.model.layers import linear_in
+from hf_blockprune.model.layers import linear_from, linear_in, shape_of
 from hf_blockprune.model.shrunk import LayerShape
 from hf_blockprune.model.structure import find_transformer_layers
 from hf_blockprune.model.targets import find_targets
@@ -80,8 +80,7 @@ def block_model(arch: str, shape: tuple[int, int], share: float) -> PreTrainedMo
     removed = (1 - share) * flops.total / inside
     generator = torch.Generator().manual_seed(0)
     masks = {
-        name: random_mask(grid_shape((linear.out_features, linear.in_features), shape), removed, generator)
-        for name, linear in targets.items()
+        name: random_mask(grid_shape(shape_of(linear), shape), removed, generator) for name, linear in targets.items()
     }
     return sparsify(model, masks, shape)
 
@@ -105,22 +104,16 @@ def shrunk_model(arch: str, share: float, head_size: int) -> PreTrainedModel:
         attentions.append(shape.cut_heads())
         for name, (outputs, inputs) in shape.kept().items():
             linear = linear_in(model, name)
-            cut[name] = (linear.out_features, linear.in_features)
+            cut[name] = shape_of(linear)
             model.set_submodule(name, smaller(linear, outputs, inputs))
-    grids = {
-        n: grid_shape((linear_in(model, n).out_features, linear_in(model, n).in_features), (16, 16)) for n in targets
-    }
+    grids = {name: grid_shape(shape_of(linear_in(model, name)), (16, 16)) for name in targets}
     masks = {name: torch.ones(grid, dtype=torch.bool) for name, grid in grids.items()}
     return sparsify(model, masks, (16, 16), cut, attentions)
 
 
 def smaller(linear: nn.Linear, outputs: torch.Tensor | None, inputs: torch.Tensor | None) -> nn.Linear:
-    weight = linear.weight if outputs is None else linear.weight[outputs]
-    weight = weight if inputs is None else weight[:, inputs]
-    made = nn.Linear(weight.shape[1], weight.shape[0])
-    made.weight.copy_(weight)
-    made.bias.copy_(linear.bias if outputs is None else linear.bias[outputs])
-    return made
+    rows, cols = (slice(None) if kept is None else kept for kept in (outputs, inputs))
+    return linear_from(linear.weight[rows][:, cols], linear.bias[rows], linear)
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ import torch
 
 from benchmarks import corp, dvbp
 from benchmarks.moments import Hidden, Moments, by_head, collect
-from benchmarks.narrow import linear_of, narrow_attention, unit_flops, units_within
+from benchmarks.narrow import narrow_attention, unit_flops, units_within
 from hf_blockprune.cost.flops import count_flops
+from hf_blockprune.model.layers import linear_in
 from hf_blockprune.model.structure import find_transformer_layers
 from tests.conftest import ROOT, tiny_model, write_images
 
@@ -222,23 +223,23 @@ def test_a_pruned_model_has_the_flops_that_were_asked_for(method, dense, layers,
     most_rounding = len(layers) * unit_flops(count_flops(dense), dense, layers[0])
     assert 0.7 * total - most_rounding < have <= 0.7 * total
     assert torch.isfinite(pruned(pixels).logits).all()
-    assert linear_of(dense, layers[0].fc1).out_features == 96  # the dense model stays as it was
+    assert linear_in(dense, layers[0].fc1).out_features == 96  # the dense model stays as it was
     again = method.prune(dense, layers, moments, 0.7 * total, (32, 32), SETTINGS[method])
     assert torch.equal(again(pixels).logits, pruned(pixels).logits)
 
 
 def test_corp_leaves_as_many_dimensions_in_each_head(dense, layers, moments):
     pruned = corp.prune(dense, layers, moments, 0.8 * count_flops(dense).total, (32, 32), SETTINGS[corp])
-    assert {linear_of(pruned, layer.query).out_features for layer in layers} == {24}
+    assert {linear_in(pruned, layer.query).out_features for layer in layers} == {24}
     assert {pruned.get_submodule(layer.query.rpartition(".")[0]).head_dim for layer in layers} == {8}
-    assert {linear_of(pruned, layer.value).out_features for layer in layers} == {48}
-    assert len({linear_of(pruned, layer.fc1).out_features for layer in layers}) == 1
+    assert {linear_in(pruned, layer.value).out_features for layer in layers} == {48}
+    assert len({linear_in(pruned, layer.fc1).out_features for layer in layers}) == 1
 
 
 def test_narrow_attention_of_full_width_is_the_models_own(dense, layers, pixels):
     other = tiny_model("vit")
     for layer in layers:
-        query, key = linear_of(other, layer.query), linear_of(other, layer.key)
+        query, key = linear_in(other, layer.query), linear_in(other, layer.key)
         narrow_attention(other, layer, (query.weight, query.bias), (key.weight, key.bias))
     with torch.no_grad():
         torch.testing.assert_close(other(pixels).logits, dense(pixels).logits, rtol=1e-5, atol=1e-5)

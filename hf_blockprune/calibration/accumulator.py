@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..score.blocks import block_sums, grid_shape
-from ..score.statistics import LayerStatistics, at_least_float32
+from ..score.statistics import LayerStatistics, about_zero, at_least_float32
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,11 +118,9 @@ class Accumulator:
 
     def _take_moments_about_zero(self) -> None:
         if self.origin is not None:
-            origin, mean = self.origin.double(), self.sums["mean"]
             weight = self.sums["token_weight"].sum() if self.fisher else self.num_tokens
-            cross = torch.outer(origin, mean)
-            self.sums["second_moment"] += cross + cross.t() + weight * torch.outer(origin, origin)
-            self.sums["mean"] = mean + weight * origin
+            sums = self.sums["mean"], self.sums["second_moment"]
+            self.sums["mean"], self.sums["second_moment"] = about_zero(weight, *sums, self.origin.double())
 
     def finish(self, accelerator: "Accelerator") -> LayerStatistics:
         """Add up over processes and divide."""

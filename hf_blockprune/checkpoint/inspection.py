@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..cost.flops import ModelFlops
 from ..errors import BlockSparseFormatError, CheckpointError, ModelError
 from ..hub.blockprune_backends import LayerArguments, choose_backend
+from ..hub.blockprune_config import StoredHeads
 from ..hub.blockprune_cuts import described_heads
 from ..hub.blockprune_headers import (
     ELEMENT_BYTES,
@@ -75,15 +76,9 @@ class InspectedLayer(LayerSizes):
     module: str
 
 
-class InspectedHeads(TypedDict):
-    """An attention that lacks heads, or features of each: names of its layers in the files, and its sizes."""
+class InspectedHeads(StoredHeads):
+    """An attention that lacks heads, or features of each, as the files name it; beside the architecture's sizes."""
 
-    query: str
-    key: str
-    value: str
-    out: str
-    heads: int
-    head_size: int
     dense_heads: int
     dense_head_size: int
 

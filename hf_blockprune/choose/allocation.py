@@ -57,6 +57,10 @@ class CostBudget:
         """What has to be saved."""
         return self.blocks + self.fixed - self.ratio * self.whole
 
+    def left_without(self, saved: float) -> float:
+        """Share of the dense model's cost that remains once so much is saved."""
+        return (self.blocks + self.fixed - saved) / self.whole
+
     @property
     def block_share(self) -> float:
         """Share of the blocks' cost that may remain."""
@@ -286,7 +290,7 @@ def _check_reached(budgets: list[CostBudget], saved: np.ndarray, width: int) -> 
     spared = []
     for budget, gone in zip(budgets, saved, strict=True):
         whole = budget.whole
-        reached = (budget.blocks + budget.fixed - float(gone)) / whole
+        reached = budget.left_without(float(gone))
         if reached > budget.ratio * (1 + 1e-9):
             raise BudgetError(
                 f"{budget.name}: {budget.ratio:.4f} cannot be met, the least that can remain is {reached:.4f} "

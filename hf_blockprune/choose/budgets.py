@@ -14,6 +14,7 @@ from ..cost.flops import ModelFlops
 from ..cost.profiles import load_profile
 from ..cost.shapes import transformer_shape
 from ..hub.blockprune_cost import Linear, linear_flops, weights_energy_mj
+from ..model.layers import shape_of
 from ..model.shrunk import LayerShape
 from ..model.structure import TransformerLayer, find_transformer_layers
 from ..score.blocks import block_sizes
@@ -111,7 +112,7 @@ class ModelBudget:
             linears: the target layers by name, as small as they are.
             shapes: of the layers that may be smaller.
         """
-        sizes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+        sizes = {name: shape_of(linear) for name, linear in linears.items()}
         saved = 0.0
         for s in shapes:
             whole = self.products(s.layer, s.layer.heads, s.dense_head_size, s.dense_head_size)
@@ -175,7 +176,7 @@ def _block_costs(
 
     On a device that is what a block more costs; the dense model's cost is the whole.
     """
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in targets.items()}
+    shapes = {name: shape_of(linear) for name, linear in targets.items()}
     if device is not None:
         costs, whole = {n: _on_device_costs(n, size, device) for n, size in shapes.items()}, device.dense
     else:
@@ -212,7 +213,6 @@ def _on_device(
 def block_power(targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]) -> dict[str, Tensor]:
     """Energy in mJ of keeping each block."""
     return {
-        name: block_sizes((linear.out_features, linear.in_features), shape)
-        * weights_energy_mj(flops.linear_tokens[name], 1)
+        name: block_sizes(shape_of(linear), shape) * weights_energy_mj(flops.linear_tokens[name], 1)
         for name, linear in targets.items()
     }

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..model.layers import shape_of
 from ..model.structure import TransformerLayer
 from ..reorder.hidden import entry_saliency, output_variance
 from ..score.blocks import expand_mask
@@ -57,7 +58,7 @@ def correct(
     for layer in layers:
         for producer, consumer in ((layer.fc1, layer.fc2), (layer.value, layer.out)):
             scale(producer, _share(*saliency(consumer), dim=0))
-            alive = expand_mask(masks[producer], _shape(linears[producer]), block_shape).any(dim=1)
+            alive = expand_mask(masks[producer], shape_of(linears[producer]), block_shape).any(dim=1)
             corrected[consumer] = _without_inputs(statistics[consumer], alive)
         scale(layer.query, _share(*saliency(layer.key), dim=1))
         scale(layer.key, _share_with_mean(linears[layer.query], statistics[layer.query], *saliency(layer.query)))
@@ -96,10 +97,6 @@ def _of_features(blocks: Tensor, size: int, features: int) -> Tensor:
 def _of_blocks(features: Tensor, size: int) -> Tensor:
     """Whether any feature of each block is true."""
     return torch.nn.functional.pad(features, (0, -len(features) % size)).view(-1, size).any(dim=1)
-
-
-def _shape(linear: nn.Linear) -> tuple[int, int]:
-    return linear.out_features, linear.in_features
 
 
 def _share(every: Tensor, kept: Tensor, *, dim: int) -> Tensor:

@@ -14,6 +14,7 @@ from ..config import BlockPruneConfig, MoveName
 from ..cost.flops import ModelFlops
 from ..display.stages import stage
 from ..errors import BudgetError
+from ..model.layers import shape_of
 from ..model.structure import TransformerLayer, find_transformer_layers
 from ..runs.processes import agreed
 from ..runs.timing import timed
@@ -55,11 +56,6 @@ class Selection:
     shrunk: Shrunk
     trace_seconds: dict[str, float]
     seconds: dict[str, float]
-
-    @property
-    def shrunk_loss(self) -> dict[str, float]:
-        """What features that left are predicted to cost, by name of a Linear."""
-        return {name: loss * self.loss_factors.get(name, 1.0) for name, loss in self.shrunk.loss.items()}
 
 
 @dataclass(frozen=True)
@@ -182,13 +178,11 @@ class Selector:
     def _allocate(
         self,
         now: Shrunk,
-        traces: dict[str, RemovalTrace] | None,
+        traces: dict[str, RemovalTrace],
         factors: dict[str, float],
         budgets: list[ModelBudget] | None = None,
     ) -> Allocation:
-        """Under the budgets, or others; without traces all blocks stay."""
-        if traces is None:
-            return _all_kept(now, self.config.block_shape)
+        """Under the budgets, or others."""
         traces = {name: replace(trace, loss=trace.loss * factors.get(name, 1.0)) for name, trace in traces.items()}
         return meet_devices(partial(self._once, now), traces, now.budgets if budgets is None else budgets)
 
@@ -207,11 +201,13 @@ class Selector:
     ) -> tuple[Allocation, dict[str, RemovalTrace]]:
         """Allocate, then again with traces that know what the last allocation left of the neighbours.
 
+        Without traces all blocks stay.
+
         Returns:
             The allocation, and the traces that it was made from.
         """
         if traces is None:
-            return self._allocate(now, None, factors), {}
+            return _all_kept(now, self.config.block_shape), {}
         layers, shape = self.layers, self.config.block_shape
         rounds = self.config.coupling_rounds if layers else 0
         names = {name for layer in layers for name in layer.names()}
@@ -286,7 +282,7 @@ class Selector:
             state=self.state,
             number=number,
         )
-        shrunk = {name: loss * factors.get(name, 1.0) for name, loss in now.loss.items()}
+        shrunk = now.losses(factors)
         predicted = [sum(allocation.loss[name] + shrunk.get(name, 0.0) for name in group) for group in groups]
         corrections = loss_factors(losses, predicted)
         measured = {name: c for group, c in zip(groups, corrections, strict=True) for name in group}
@@ -307,8 +303,8 @@ def _resized(before: Shrunk, now: Shrunk) -> list[str]:
 
 
 def _all_kept(now: Shrunk, block_shape: tuple[int, int]) -> Allocation:
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in now.linears.items()}
-    masks = {name: torch.ones(grid_shape(shape, block_shape), dtype=torch.bool) for name, shape in shapes.items()}
+    grids = {name: grid_shape(shape_of(linear), block_shape) for name, linear in now.linears.items()}
+    masks = {name: torch.ones(grid, dtype=torch.bool) for name, grid in grids.items()}
     kept = tuple(b.blocks.blocks for b in now.budgets)
     return Allocation(masks, kept, dict.fromkeys(now.linears, 0.0), 0.0)
 

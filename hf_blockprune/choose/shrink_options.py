@@ -32,7 +32,7 @@ class Option:
 
     Attributes:
         size: (heads, features of each) of an attention, (hidden units,) of an MLP.
-        heads: which heads stay, of an attention.
+        heads: which heads stay, of an attention; none of an MLP.
         loss: by name of the Linear whose factor of true over predicted loss holds for it.
     """
 

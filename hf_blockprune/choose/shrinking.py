@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import BudgetError
-from ..model.shrunk import LayerShape
+from ..model.layers import linear_from, shape_of
+from ..model.shrunk import KeptFeatures, LayerShape, kept_features
 from ..model.structure import TransformerLayer
 from ..score.shrink import Columns
 from ..score.statistics import LayerStatistics
@@ -43,9 +44,13 @@ class Shrunk:
     shapes: tuple[LayerShape, ...] = ()
     loss: dict[str, float] = field(default_factory=dict)
 
-    def kept(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """(outputs, inputs) that stay, of each Linear that is smaller, by name; see `LayerShape.kept`."""
-        return {name: features for shape in self.shapes for name, features in shape.kept().items()}
+    def kept(self) -> dict[str, KeptFeatures]:
+        """What stays of each Linear that is smaller, by name."""
+        return kept_features(self.shapes)
+
+    def losses(self, factors: dict[str, float]) -> dict[str, float]:
+        """`loss` with factors of true over predicted loss by name; 1 where it is missing."""
+        return {name: loss * factors.get(name, 1.0) for name, loss in self.loss.items()}
 
 
 def shrink(whole: Shrunk, shapes: Sequence[LayerShape], loss: dict[str, float], damping: float) -> Shrunk:
@@ -72,18 +77,10 @@ def shrink(whole: Shrunk, shapes: Sequence[LayerShape], loss: dict[str, float], 
                 adapted, more = Columns(weight, s, damping).without(gone[name].to(device))
                 weight = adapted[:, inputs].to(weight.dtype)
                 bias = None if bias is None else bias + more.to(bias.dtype)
-            linears[name] = _linear(weight, bias, linear)
+            linears[name] = linear_from(weight, bias, linear)
             statistics[name] = s.permuted(inputs=inputs, outputs=outputs)
     budgets = [budget.shrunk(linears, shapes) for budget in whole.budgets]
     return Shrunk(linears, statistics, budgets, tuple(shapes), loss)
-
-
-def _linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.contiguous(), requires_grad=like.weight.requires_grad)
-    if bias is not None and like.bias is not None:
-        made.bias = nn.Parameter(bias, requires_grad=like.bias.requires_grad)
-    return made.train(like.training)
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ class Shrinking:
         if blocks is None:
             picks = _spend(choices, picks, needed)
             self._check(choices, picks)
-        return self._shrunk(choices, picks)
+        return self._shrunk(choices, picks, now)
 
     def _gain_of_others(
         self, choices: list[Choice], blocks: dict[str, RemovalTrace], now: Shrunk, factors: dict[str, float]
@@ -178,8 +175,7 @@ class Shrinking:
         return {layer.fc1: (units, self._size(layer.fc1)[1]), layer.fc2: (self._size(layer.fc2)[0], units)}
 
     def _size(self, name: str) -> tuple[int, int]:
-        linear = self.whole.linears[name]
-        return linear.out_features, linear.in_features
+        return shape_of(self.whole.linears[name])
 
     def _choice(
         self,
@@ -192,7 +188,7 @@ class Shrinking:
     ) -> Choice:
         def cost(option: Option, sizes: dict[str, tuple[int, int]], budget: ModelBudget) -> float:
             linears = sum(budget.linear(name, size) for name, size in sizes.items())
-            if len(option.size) == 1:
+            if not option.heads:
                 return linears
             (heads, head_size), (_, dense) = option.size, options[0].size
             return linears + budget.products(layer, heads, head_size, dense)
@@ -206,29 +202,31 @@ class Shrinking:
     def _check(self, choices: list[Choice], picks: list[int]) -> None:
         saved = np.sum([c.saved[i] for c, i in zip(choices, picks, strict=True)], axis=0)
         for budget, gone in zip((b.blocks for b in self.whole.budgets), saved, strict=True):
-            reached = (budget.blocks + budget.fixed - float(gone)) / budget.whole
+            reached = budget.left_without(float(gone))
             if reached > budget.ratio * (1 + 1e-9):
                 raise BudgetError(
                     f"{budget.name}: {budget.ratio:.4f} cannot be met by units and heads alone, {reached:.4f} is the "
                     "least; raise the budget, add blocks to moves, or lower min_kept_per_layer"
                 )
 
-    def _shrunk(self, choices: list[Choice], picks: list[int]) -> Shrunk:
-        chosen = {(c.layer, len(c.linears)): c.options[i] for c, i in zip(choices, picks, strict=True)}
+    def _shrunk(self, choices: list[Choice], picks: list[int], now: Shrunk) -> Shrunk:
+        """The layers with the chosen options; those of now, where that is what they are."""
         units = {mlp.layer: mlp for mlp in self.mlps}
-        shapes, loss = [], {}
-        for layer in dict.fromkeys(choice.layer for choice in choices):
-            size = self._size(layer.query)[0] // layer.heads
-            count = self._size(layer.fc1)[0]
-            shape = LayerShape(layer, tuple(range(layer.heads)), size, size, tuple(range(count)), count)
-            if (attention := chosen.get((layer, 4))) is not None:
-                shape = replace(shape, heads=attention.heads, head_size=attention.size[1])
-                loss |= attention.loss
-            if (mlp := chosen.get((layer, 2))) is not None:
-                shape = replace(shape, units=units[layer].units(mlp))
-                loss |= mlp.loss
-            shapes.append(shape)
-        return shrink(self.whole, shapes, loss, self.damping)
+        shapes, loss = {choice.layer: self._whole_shape(choice.layer) for choice in choices}, {}
+        for choice, pick in zip(choices, picks, strict=True):
+            option, shape = choice.options[pick], shapes[choice.layer]
+            if option.heads:
+                shape = replace(shape, heads=option.heads, head_size=option.size[1])
+            else:
+                shape = replace(shape, units=units[choice.layer].units(option))
+            shapes[choice.layer] = shape
+            loss |= option.loss
+        chosen = tuple(shapes.values())
+        return now if chosen == now.shapes else shrink(self.whole, chosen, loss, self.damping)
+
+    def _whole_shape(self, layer: TransformerLayer) -> LayerShape:
+        size, units = self._size(layer.query)[0] // layer.heads, self._size(layer.fc1)[0]
+        return LayerShape(layer, tuple(range(layer.heads)), size, size, tuple(range(units)), units)
 
 
 class _BlockGain:

@@ -10,7 +10,7 @@ SPDY, Frantar and Alistarh 2022, arXiv 2201.13096, which searches for such facto
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..display.stages import stage
 from ..errors import ModelError
 from ..model.layers import linear_in
 from ..model.outputs import output_of, task_for
+from ..model.shrunk import KeptFeatures
 from ..model.tasks import Regression
 from ..refit.solve import Moments, solve
 from ..refit.suffixes import Suffixes
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 IMAGES_AT_ONCE = 32
 LARGEST_FACTOR = 30.0
-KeptFeatures: TypeAlias = tuple[Tensor | None, Tensor | None]
 LEAST_LOSS = 1e-30  # nats; less is nothing, and its ratios would underflow
 
 
@@ -63,7 +63,7 @@ def true_losses(
         pixels: [images, channels, height, width], the same on every process.
         accelerator: device and processes.
         damping: of the surviving weights' solution.
-        kept: (outputs, inputs) that stay, int64, of the Linears that become smaller, by module name; None for all.
+        kept: what stays of the Linears that become smaller, by module name.
         state: keeps each group's loss, and gives back those of an interrupted run.
         number: how often losses were measured before.
 

@@ -63,11 +63,6 @@ def parse_each(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     return parse_list
 
 
-def parse_moves(text: str) -> tuple[str, ...]:
-    """Comma-separated names, which `BlockPruneConfig` checks."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def parse_flops_or_budget(text: str) -> Budget:
     """A share of the FLOPs, or METRIC=RATIO."""
     return parse_budget(text if "=" in text else f"flops={text}")
@@ -255,7 +250,7 @@ class Choosing:
         Sequence[str] | None,
         typer.Option(
             "--moves",
-            parser=parse_moves,
+            parser=parse_each(str),
             metavar="MOVE,...",
             help="What may leave: blocks, units, heads, or several of them.",
             show_default=f"all with {' and '.join(names_where(lambda method: method.fisher))}, else blocks",

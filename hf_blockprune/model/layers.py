@@ -43,6 +43,21 @@ def linear_in(module: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
+def shape_of(linear: nn.Linear) -> tuple[int, int]:
+    """(out_features, in_features)."""
+    return linear.out_features, linear.in_features
+
+
+def linear_from(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
+    """A Linear of a weight [out, in] and a bias [out], which learns, and is in the mode, as another one."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    learns = like.weight.requires_grad
+    made.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=learns)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach(), requires_grad=learns if like.bias is None else like.bias.requires_grad)
+    return made.train(like.training)
+
+
 def layer_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of each list of layers: each ModuleList, or where there is none each Sequential of alike ones."""
     # A parametrized weight holds its parametrizations in a list, which is none of layers.

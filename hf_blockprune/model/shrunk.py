@@ -1,12 +1,17 @@
 """What is left of a layer of ViT's form of which hidden units, heads, or features of heads leave."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..hub.blockprune_heads import CutHeads
 from .structure import TransformerLayer
+
+KeptFeatures: TypeAlias = tuple[Tensor | None, Tensor | None]
+"""(outputs, inputs) of a Linear that stay, int64; None for all of them."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,9 @@ class LayerShape:
         """Hidden units that leave, int64, rising."""
         return _others(torch.tensor(self.units), self.dense_units)
 
-    def kept(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """(outputs, inputs) that stay, int64, of each Linear that becomes smaller, by name; None where all do."""
-        found: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    def kept(self) -> dict[str, KeptFeatures]:
+        """What stays of each Linear that becomes smaller, by name."""
+        found: dict[str, KeptFeatures] = {}
         if self.cuts_heads:
             features = self.features()
             found |= dict.fromkeys((self.layer.query, self.layer.key, self.layer.value), (features, None))
@@ -70,6 +75,11 @@ class LayerShape:
             return None
         names = (self.layer.query, self.layer.key, self.layer.value, self.layer.out)
         return CutHeads(*names, len(self.heads), self.head_size, self.layer.heads, self.dense_head_size)
+
+
+def kept_features(shapes: Iterable[LayerShape]) -> dict[str, KeptFeatures]:
+    """What stays of each Linear that becomes smaller in any of these layers, by name."""
+    return {name: features for shape in shapes for name, features in shape.kept().items()}
 
 
 def _others(chosen: Tensor, count: int) -> Tensor:

@@ -21,6 +21,7 @@ from ..data.model_input import find_input, picture_size
 from ..display.stages import planned
 from ..errors import ConfigError, ModelError
 from ..hub.blockprune_quantizer import sparsify
+from ..model.layers import shape_of
 from ..model.modes import evaluating
 from ..model.outputs import classifies
 from ..model.structure import TransformerLayer, find_transformer_layers
@@ -130,7 +131,7 @@ class Pruning:
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of the dense model's targets, by name."""
-        return {name: (linear.out_features, linear.in_features) for name, linear in self.targets.items()}
+        return {name: shape_of(linear) for name, linear in self.targets.items()}
 
     def _prepare_encoder(self) -> None:
         """Features of an embedding are what is asked for, so they keep their order.
@@ -214,9 +215,9 @@ class Pruning:
                 state=SelectionState(run_state),
             ).select()
         seconds |= selection.seconds
-        report = self._describe(selection, permutation, calibration, seconds)
-        masks, smaller = selection.allocation.masks, Smaller.of(selection.shrunk)
-        selected = _Selected(masks, self._token_weights(statistics), smaller, report)
+        smaller = Smaller.of(selection.shrunk)
+        report = self._describe(selection, smaller, permutation, calibration, seconds)
+        selected = _Selected(selection.allocation.masks, self._token_weights(statistics), smaller, report)
         if run_state is not None:
             self._keep_selection(run_state, selected)
         return selected
@@ -334,12 +335,13 @@ class Pruning:
     def _describe(
         self,
         selection: Selection,
+        smaller: Smaller,
         permutation: JsonDict | None,
         calibration: CalibrationReport | None,
         seconds: dict[str, float],
     ) -> Report:
-        allocation, smaller = selection.allocation, Smaller.of(selection.shrunk)
-        losses = {n: loss + selection.shrunk_loss.get(n, 0.0) for n, loss in allocation.loss.items()}
+        allocation, shrunk = selection.allocation, selection.shrunk.losses(selection.loss_factors)
+        losses = {name: loss + shrunk.get(name, 0.0) for name, loss in allocation.loss.items()}
         masks = describe_masks(
             selection.shrunk.linears,
             self.flops,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..choose.shrinking import Shrunk
 from ..hub.blockprune_heads import CutHeads, restore_heads, set_heads
 from ..model.copying import copied
-from ..model.layers import linear_in
-from ..model.shrunk import LayerShape
+from ..model.layers import linear_from, linear_in
+from ..model.shrunk import KeptFeatures, LayerShape, kept_features
 from ..model.structure import TransformerLayer
 from ..types import JsonDict
 
@@ -42,9 +42,9 @@ class Smaller:
         return cls(tuple(shape for shape in shrunk.shapes if shape.kept()), tensors)
 
     @property
-    def kept(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """(outputs, inputs) that stay of each Linear that becomes smaller, by name; None for all."""
-        return {name: features for shape in self.shapes for name, features in shape.kept().items()}
+    def kept(self) -> dict[str, KeptFeatures]:
+        """What stays of each Linear that becomes smaller, by name."""
+        return kept_features(self.shapes)
 
     @property
     def heads(self) -> list[CutHeads]:
@@ -75,11 +75,7 @@ class Smaller:
 
     def _linear(self, name: str, whole: nn.Linear) -> nn.Linear:
         weight, bias = self.tensors[f"{name}.weight"].to(whole.weight), self.tensors.get(f"{name}.bias")
-        made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        made.weight = nn.Parameter(weight, requires_grad=whole.weight.requires_grad)
-        if bias is not None:
-            made.bias = nn.Parameter(bias.to(whole.weight), requires_grad=whole.weight.requires_grad)
-        return made.train(whole.training)
+        return linear_from(weight, None if bias is None else bias.to(whole.weight), whole)
 
     def to_dict(self) -> list[JsonDict]:
         """The shapes as plain values."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from ..score.statistics import about_zero
 from .solve import Moments
 
 if TYPE_CHECKING:
@@ -84,9 +85,8 @@ class RunningMoments:
             return self
         about = RunningMoments(self.inputs, self.outputs, self.device)
         (x, t), weight = (origin.double() for origin in self.origin), self.weight
-        about.weight, about.x, about.t = weight, self.x + weight * x, self.t + weight * t
-        cross = torch.outer(x, self.x)
-        about.xx = self.xx + cross + cross.t() + weight * torch.outer(x, x)
+        about.weight, about.t = weight, self.t + weight * t
+        about.x, about.xx = about_zero(weight, self.x, self.xx, x)
         about.tx = self.tx + torch.outer(t, self.x) + torch.outer(self.t, x) + weight * torch.outer(t, x)
         about.tt = self.tt + 2 * t * self.t + weight * t.square()
         return about

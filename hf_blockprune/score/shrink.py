@@ -10,6 +10,8 @@ and of W nothing is needed but K = W^T diag(f) W, which the removal of D changes
     K - K_:D g - g^T K_D: + g^T K_DD g        with g = (G_DD)^-1 G_D:
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,12 @@ class Columns:
         self.mean = s.need("mean")
         hessian = damped(s.safe_covariance, damping)
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        self.cost = (self.weight.t() * importance(s)) @ self.weight  # of errors at the inputs, [in, in]
+        self.importance = importance(s)
+
+    @cached_property
+    def cost(self) -> Tensor:
+        """Of errors at the inputs, [in, in]; losses alone ask for it."""
+        return (self.weight.t() * self.importance) @ self.weight
 
     def loss(self, gone: Tensor) -> float:
         """What it costs the loss that some inputs leave, int64 [gone]."""

@@ -14,6 +14,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def about_zero(weight: Tensor | int, first: Tensor, second: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sums of x and of x x^T, from those of what lies beyond an origin: float64 [in] and [in, in] each."""
+    cross = torch.outer(origin, first)
+    return first + weight * origin, second + (cross + cross.t() + weight * torch.outer(origin, origin))
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """What is known of one Linear y = W x + b on the calibration images. Absent parts were not asked for.
