@@ -65,6 +65,11 @@ class Budget:
             raise ConfigError(f"budget.device: {self.metric} is the same on every device; leave it out")
         _check_whole("budget.batch", self.batch, 1)
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether fewer tokens save of it."""
+        return self.metric not in ("params", "density")
+
     @classmethod
     def parse(cls, text: str) -> "Budget":
         """Read the command line's form.

@@ -118,6 +118,9 @@ class BlockPruneConfig:
         moves: what may leave: "blocks" of weights, hidden "units" of MLPs, and "heads", that is whole attention heads
             and features within all heads of a layer. One budget decides between them. By default, with "obs", all that
             the model's family supports, else "blocks"; ("blocks",) alone is the published setting.
+        tokens: how many patches leave each layer, by merging with those that are most alike: "auto" finds that, and how
+            much of the budget it should save; "keep" merges none; a list gives numbers, one for each layer. By default
+            "keep".
         coupling_rounds: how often "obs" chooses blocks anew, knowing what the last choice left of each Linear's
             neighbours; 0 leaves their dependence out of account.
         true_loss_rounds: how often "obs" measures what the chosen blocks really cost the model's predictions, layer by
@@ -157,6 +160,7 @@ class BlockPruneConfig:
     permute_stream: bool | None = None
     rotate: bool | None = None
     moves: tuple[MoveName, ...] | None = None
+    tokens: Literal["auto", "keep"] | tuple[int, ...] = "keep"
     coupling_rounds: int = 2
     true_loss_rounds: int = 1
     token_weights: float = 0.95
@@ -192,7 +196,7 @@ class BlockPruneConfig:
             if not isinstance(value, cls) and not (key in ("second_budget", "recovery") and value is None):
                 _check_keys(cls, value, key)
                 object.__setattr__(self, key, cls(**value))
-        for key in ("block_shape", "targets", "ignore", "moves"):
+        for key in ("block_shape", "targets", "ignore", "moves", "tokens"):
             value = getattr(self, key)
             if isinstance(value, list):
                 object.__setattr__(self, key, tuple(value))
@@ -208,6 +212,7 @@ class BlockPruneConfig:
             if getattr(self, key) is not None and not isinstance(getattr(self, key), bool):
                 _refuse(key, "true, false, or nothing for the method's default", getattr(self, key))
         self._check_moves()
+        self._check_tokens()
         for key in ("residual_targets", "balance"):
             if not isinstance(getattr(self, key), bool):
                 _refuse(key, "true or false", getattr(self, key))
@@ -246,6 +251,13 @@ class BlockPruneConfig:
             if not self.refits:
                 raise ConfigError(f"moves: {shrinking[0]} need refit, which is off here; leave one of them out")
 
+    def _check_tokens(self) -> None:
+        counts = self.tokens
+        if counts in ("auto", "keep"):
+            return
+        if not isinstance(counts, tuple) or not counts or any(type(c) is not int or c < 0 for c in counts):
+            _refuse("tokens", "'auto', 'keep', or a list of numbers from 0, one for each layer", counts)
+
     def _check_agreement(self) -> None:
         method = self.scoring
         if self.permute and not method.fisher:
@@ -261,6 +273,14 @@ class BlockPruneConfig:
         second = self.second_budget
         if second is not None and (second.metric, second.device) == (self.budget.metric, self.budget.device):
             raise ConfigError(f"second_budget: {self.budget.metric} has a budget already; name another metric")
+        if self.tokens == "auto":
+            budgets = [budget for budget in (self.budget, self.second_budget) if budget is not None]
+            if not any(budget.counts_tokens for budget in budgets):
+                raise ConfigError(
+                    "tokens: merging them saves no weights, so a budget of these cannot say how many leave"
+                )
+            if not self.refits:
+                raise ConfigError("tokens: 'auto' needs calibration images, and so refit, which is off here")
         if not self.targets:
             raise ConfigError("targets: an empty list prunes nothing; leave the key out to prune every layer")
         both = sorted(set(self.targets) & set(self.ignore))

@@ -41,7 +41,7 @@ def dense_architecture(folder: Path, names: Collection[str]) -> "PreTrainedModel
 
 
 def dense_flops(folder: Path, architecture: "PreTrainedModel") -> ModelFlops:
-    """FLOPs of it, for the images that the processor beside it makes.
+    """FLOPs of it, as its tokens merge, for the images that the processor beside it makes.
 
     Args:
         folder: a checkpoint.
@@ -52,7 +52,7 @@ def dense_flops(folder: Path, architecture: "PreTrainedModel") -> ModelFlops:
     """
     processing = _processing(folder)
     try:
-        flops = count_flops(architecture, image_size(architecture.config, processing))
+        flops = count_flops(architecture, image_size(architecture.config, processing), merging=True)
     except BlockPruneError:
         raise
     except Exception as error:

@@ -1,7 +1,7 @@
 """What a saved block-sparse checkpoint holds, read without running its code and without its weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -24,8 +24,15 @@ from ..hub.blockprune_headers import (
 )
 from ..hub.blockprune_heads import CutHeads
 from ..hub.blockprune_layout import PackedWeight, block_mask, check_indices, grid_shape
-from ..hub.blockprune_quantizer import QUANT_METHOD, BlockPruneQuantizationConfig, match_layers, tokens_of_layers
+from ..hub.blockprune_quantizer import (
+    QUANT_METHOD,
+    BlockPruneQuantizationConfig,
+    match_layers,
+    stored_schedule,
+    tokens_of_layers,
+)
 from ..hub.blockprune_storage import is_best_packed
+from ..hub.blockprune_tokens import TokenSchedule, set_schedule
 from ..report.shares import KeptLayer, Shares, kept_shares
 from ..score.blocks import block_sizes
 from ..types import JsonDict
@@ -120,10 +127,11 @@ class StoredModel:
 
     Attributes:
         architecture: the dense model, without weights.
-        flops: of the dense model.
+        flops: of the dense model, as its tokens merge.
         layers: the block-sparse ones in forward order.
         size_bytes: of all weight files.
         heads: the attentions that lack heads, or features of heads.
+        schedule: by which tokens merge, None where they do not.
     """
 
     architecture: "PreTrainedModel"
@@ -131,6 +139,7 @@ class StoredModel:
     layers: list[StoredLayer]
     size_bytes: int
     heads: tuple[CutHeads, ...] = ()
+    schedule: TokenSchedule | None = None
 
 
 def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> JsonDict:
@@ -145,7 +154,8 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> Js
         (weights of the whole model), `density`, `size_bytes` and `dense_size_bytes` (weights on disk, and what they
         would be dense), `stream_reordered` (whether features of hidden states, and so of embeddings, come in another
         order than the dense model's, None where no sound report lies beside the weights), `heads`, a list of {query,
-        key, value, out, heads, head_size, dense_heads, dense_head_size} of attentions that were cut, and `layers`, a
+        key, value, out, heads, head_size, dense_heads, dense_head_size} of attentions that were cut, `tokens` (None, or
+        {leave, patches}: how many of so many patches leave at each layer), and `layers`, a
         list of {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes,
         cpu_backend}, the last being what would multiply with it on this machine's CPU ("unpacked" where torch's own
         product with the whole matrix is expected to be faster).
@@ -162,6 +172,7 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> Js
         **_sizes(stored),
         "stream_reordered": _stream_reordered(folder),
         "heads": _inspected_heads(stored),
+        "tokens": None if stored.schedule is None else asdict(stored.schedule),
         "layers": _inspected_layers(stored),
     }
 
@@ -184,9 +195,10 @@ def _shares(stored: StoredModel) -> Shares:
     kept = []
     for layer in stored.layers:
         values, tokens = layer.values, stored.flops.linear_tokens[layer.module]
+        dense_tokens = stored.flops.dense.linear_tokens[layer.module]
         sizes = block_sizes(_pair(values["stored_shape"]), _pair(values["block_shape"]))
         weights, kept_weights = math.prod(values["shape"]), int(sizes[layer.mask].sum())
-        kept.append(KeptLayer(tokens, weights, kept_weights, values["blocks"], values["kept_blocks"]))
+        kept.append(KeptLayer(tokens, dense_tokens, weights, kept_weights, values["blocks"], values["kept_blocks"]))
     return kept_shares(kept, stored.flops, stored.heads)
 
 
@@ -242,6 +254,8 @@ def open_checkpoint(directory: str | Path, architecture: "PreTrainedModel | None
     architecture = dense_architecture(folder, headers) if architecture is None else architecture
     modules, found = match_layers(architecture, config, headers)
     _check_dense(architecture, found, set(modules.values()))
+    if (schedule := stored_schedule(config)) is not None:
+        set_schedule(architecture, schedule, modules.values())
     flops = dense_flops(folder, architecture)
     stored_names = {module: name for name, module in modules.items()}
     layers, indices = [], _read_indices(config, headers)
@@ -253,7 +267,8 @@ def open_checkpoint(directory: str | Path, architecture: "PreTrainedModel | None
             values, mask = _inspect_layer(name, linear, config, headers, indices, tokens[module])
             layers.append(StoredLayer(name, module, values, mask))
     heads = tuple(described_heads(architecture, config, modules))
-    return StoredModel(architecture, flops, layers, sum(file.stat().st_size for file in files), heads)
+    size_bytes = sum(file.stat().st_size for file in files)
+    return StoredModel(architecture, flops, layers, size_bytes, heads, schedule)
 
 
 def weight_files(folder: Path) -> list[Path]:

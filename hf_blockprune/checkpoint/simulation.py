@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..cost.device_cost import usual_dtype
+from ..cost.flops import ModelFlops
 from ..cost.profiles import load_profile
 from ..cost.shapes import transformer_shape
 from ..cost.systolic import Array, analyse, dense_cycles
@@ -51,7 +52,7 @@ class LayerSimulation:
 
     Attributes:
         name: as stored.
-        tokens: rows that it multiplies, of all images.
+        tokens, dense_tokens: rows that it multiplies, of all images, and those where no tokens merge.
         density: kept share of its blocks.
         pruned, dense: its cost, and that of the dense layer.
         cycles: None on a device that is no systolic array.
@@ -59,6 +60,7 @@ class LayerSimulation:
 
     name: str
     tokens: int
+    dense_tokens: int
     density: float
     pruned: Cost
     dense: Cost
@@ -66,7 +68,9 @@ class LayerSimulation:
 
     def to_dict(self) -> JsonDict:
         """JSON-ready values, those of the dense layer under keys that begin with `dense_`."""
-        values = {"name": self.name, "tokens": self.tokens, "density": self.density}
+        values: JsonDict = {"name": self.name, "tokens": self.tokens, "density": self.density}
+        if self.dense_tokens != self.tokens:
+            values["dense_tokens"] = self.dense_tokens
         dense = {f"dense_{key}": value for key, value in self.dense._asdict().items()}
         cycles = {} if self.cycles is None else asdict(self.cycles)
         return {**values, **self.pruned._asdict(), **dense, **cycles}
@@ -188,22 +192,25 @@ def simulate_stored(stored: StoredModel, profile: Profile, batch: int = 1, dtype
     Raises:
         ModelError: a model that is no plain vision transformer.
     """
-    dtype, tokens = dtype or usual_dtype(profile), stored.flops.linear_tokens
-    first = stored.layers[0].module if stored.layers else next(iter(tokens))
-    layers = [_layer(profile, layer, batch * round(tokens[layer.module]), dtype) for layer in stored.layers]
-    pruned = {layer.module for layer in stored.layers}
-    works = linear_works(stored.architecture, tokens)
-    kept = [
-        works[name]._replace(tokens=batch * works[name].tokens, dtype=dtype) for name in works if name not in pruned
-    ]
-    rests = []
-    for heads in (stored.heads, ()):
-        shape = transformer_shape(stored.architecture.config, stored.flops.image_size, tokens[first], heads)
-        rest = other_cost(profile, shape, batch=batch, dtype=dtype)
-        for work in kept:
-            rest = rest.plus(layer_cost(profile, work))
-        rests.append(rest)
+    dtype = dtype or usual_dtype(profile)
+    layers = [_layer(profile, layer, stored.flops, batch, dtype) for layer in stored.layers]
+    rests = [_rest(stored, profile, batch, dtype, dense=dense) for dense in (False, True)]
     return Simulation(profile, batch, dtype, layers, *rests)
+
+
+def _rest(stored: StoredModel, profile: Profile, batch: int, dtype: str, *, dense: bool) -> Cost:
+    """Of all that is no pruned Linear: in the checkpoint, or in the dense model."""
+    flops = stored.flops.dense if dense else stored.flops
+    heads, model = ((), None) if dense else (stored.heads, stored.architecture)
+    first = stored.layers[0].module if stored.layers else next(iter(flops.linear_tokens))
+    tokens = stored.flops.dense.linear_tokens[first]
+    shape = transformer_shape(stored.architecture.config, flops.image_size, tokens, heads, model)
+    rest = other_cost(profile, shape, batch=batch, dtype=dtype)
+    pruned = {layer.module for layer in stored.layers}
+    for name, work in linear_works(stored.architecture, flops.linear_tokens).items():
+        if name not in pruned:
+            rest = rest.plus(layer_cost(profile, work._replace(tokens=batch * work.tokens, dtype=dtype)))
+    return rest
 
 
 def load_devices(devices: Mapping[str, int] | Mapping[str | Path, int]) -> list[tuple[Profile, int]]:
@@ -294,17 +301,20 @@ def _array(profile: Profile) -> ArraySettings | None:
     return profile.array if isinstance(profile, SystolicProfile) else None
 
 
-def _layer(profile: Profile, layer: StoredLayer, tokens: int, dtype: str) -> LayerSimulation:
-    """A layer pruned and dense; cut rows and columns make the pruned one smaller."""
+def _layer(profile: Profile, layer: StoredLayer, flops: ModelFlops, batch: int, dtype: str) -> LayerSimulation:
+    """A layer pruned and dense; cut rows and columns make the pruned one smaller, and merged tokens its inputs."""
+    tokens, dense_tokens = (batch * round(f.linear_tokens[layer.module]) for f in (flops, flops.dense))
     outputs, inputs = layer.values["stored_shape"]
     rows, cols = layer.values["block_shape"]
     mask = layer.mask.numpy()
     work = Linear(tokens, outputs, inputs, dtype, mask, (rows, cols))
-    dense = Linear(tokens, layer.values["shape"][0], layer.values["shape"][1], dtype)
+    dense = Linear(dense_tokens, layer.values["shape"][0], layer.values["shape"][1], dtype)
     cycles = None
     if isinstance(profile, SystolicProfile):
         run = analyse(tokens, weights_kept(mask, work.block_shape, (outputs, inputs)), Array(**profile.array))
-        whole = dense_cycles(tokens, dense.in_features, dense.out_features, **profile.array)
+        whole = dense_cycles(dense_tokens, dense.in_features, dense.out_features, **profile.array)
         cycles = Cycles(run.cycles, run.utilisation, run.macs, whole)
     density = layer.values["density"]
-    return LayerSimulation(layer.name, tokens, density, layer_cost(profile, work), profile.dense(dense), cycles)
+    return LayerSimulation(
+        layer.name, tokens, dense_tokens, density, layer_cost(profile, work), profile.dense(dense), cycles
+    )

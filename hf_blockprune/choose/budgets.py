@@ -14,6 +14,7 @@ from ..cost.flops import ModelFlops
 from ..cost.profiles import load_profile
 from ..cost.shapes import transformer_shape
 from ..hub.blockprune_cost import Linear, linear_flops, weights_energy_mj
+from ..hub.blockprune_heads import layer_number
 from ..model.layers import shape_of
 from ..model.shrunk import LayerShape
 from ..model.structure import TransformerLayer, find_transformer_layers
@@ -102,7 +103,7 @@ class ModelBudget:
     def products(self, layer: TransformerLayer, heads: int, head_size: int, dense_head_size: int) -> float:
         """Cost of what an attention with so many heads computes between its Linears."""
         if self.device is not None:
-            return self.device.products(heads, head_size)
+            return self.device.products(layer.query, heads, head_size)
         return self.costs.products.get(layer.query, 0.0) * heads * head_size / (layer.heads * dense_head_size)
 
     def shrunk(self, linears: Mapping[str, nn.Linear], shapes: Sequence[LayerShape]) -> "ModelBudget":
@@ -119,7 +120,8 @@ class ModelBudget:
             saved += whole - self.products(s.layer, len(s.heads), s.head_size, s.dense_head_size)
         device = None
         if self.device is not None:
-            device = self.device.shrunk(sizes, [(len(s.heads), s.head_size) for s in shapes])
+            heads = {layer_number(s.layer.query): (len(s.heads), s.head_size) for s in shapes}
+            device = self.device.shrunk(sizes, heads)
             costs = {name: _on_device_costs(name, size, device) for name, size in sizes.items()}
         else:
             costs = {name: self.costs.blocks(name, size) for name, size in sizes.items()}
@@ -183,11 +185,12 @@ def _block_costs(
         costs = {name: added.blocks(name, size) for name, size in shapes.items()}
         if budget.metric == "density":
             return CostBudget(costs, budget.ratio or 1.0, name=budget.metric)
-        whole = float(flops.parameters) if budget.metric == "params" else flops.total
-    fixed = whole - sum(float(c.sum()) for c in costs.values())
+        whole = float(flops.parameters) if budget.metric == "params" else flops.dense.total
+    now = flops.total if budget.metric == "flops" else whole if device is None else device.unpruned
+    fixed = now - sum(float(c.sum()) for c in costs.values())
     ratio = budget.ratio if budget.value is None else budget.value / whole
     assert ratio is not None
-    return CostBudget(costs, min(ratio, 1.0), fixed, f"{budget.metric} budget")
+    return CostBudget(costs, min(ratio, 1.0), fixed, f"{budget.metric} budget", whole)
 
 
 def _on_device_costs(name: str, shape: tuple[int, int], device: DeviceCost) -> Tensor:
@@ -206,8 +209,14 @@ def _on_device(
         for name, linear in targets.items()
     }
     mlps = tuple((layer.fc1, layer.fc2) for layer in find_transformer_layers(model, targets))
-    whole = transformer_shape(model.config, flops.image_size, max(tokens.values()))
-    return DeviceCost(profile, budget.metric, whole, linears, shape, budget.batch, mlps)
+    of_model = transformer_shape(model.config, flops.image_size, max(tokens.values()), model=model)
+    cost = DeviceCost(profile, budget.metric, of_model, linears, shape, budget.batch, mlps)
+    if flops.unmerged is None:
+        return cost
+    read = {name: round(budget.batch * flops.unmerged.linear_tokens[name]) for name in linears}
+    unmerged = {name: work._replace(tokens=read[name]) for name, work in linears.items()}
+    whole = replace(cost, linears=unmerged, model=replace(of_model, passing=None), _seen={})
+    return replace(cost, whole=whole.dense, _seen={})
 
 
 def block_power(targets: dict[str, nn.Linear], flops: ModelFlops, shape: tuple[int, int]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class DeviceCost:
         block_shape: of the masks.
         batch: images.
         mlps: (fc1, fc2) of each MLP whose hidden units are cut where they have no blocks.
-        whole: cost of the dense model, where these layers are smaller than its.
+        whole: cost of the dense model, where these layers are smaller than its, or read fewer tokens.
     """
 
     profile: Profile
@@ -49,8 +49,11 @@ class DeviceCost:
     @cached_property
     def dense(self) -> float:
         """Of the dense model."""
-        if self.whole is not None:
-            return self.whole
+        return self.unpruned if self.whole is None else self.whole
+
+    @property
+    def unpruned(self) -> float:
+        """Of the model with all blocks of these layers."""
         return self.rest + sum(self._quantity(self.profile.dense(work)) for work in self.linears.values())
 
     def linear(self, name: str, shape: tuple[int, int]) -> float:
@@ -58,27 +61,27 @@ class DeviceCost:
         work = self.linears[name]._replace(out_features=shape[0], in_features=shape[1])
         return self._quantity(self.profile.dense(work))
 
-    def products(self, heads: int, head_size: int) -> float:
-        """Of what an attention computes between its Linears."""
-        dtype = next(iter(self.linears.values())).dtype
+    def products(self, query: str, heads: int, head_size: int) -> float:
+        """Of what an attention, of which a Linear is named, computes between its Linears."""
+        work = self.linears[query]
+        tokens = work.tokens // self.batch
         return self._quantity(
-            attention_cost(self.profile, self.model.tokens, heads, head_size, batch=self.batch, dtype=dtype)
+            attention_cost(self.profile, tokens, heads, head_size, batch=self.batch, dtype=work.dtype)
         )
 
-    def shrunk(self, shapes: dict[str, tuple[int, int]], attentions: list[tuple[int, int]]) -> "DeviceCost":
+    def shrunk(self, shapes: dict[str, tuple[int, int]], attentions: dict[int, tuple[int, int]]) -> "DeviceCost":
         """The same where layers are smaller.
 
         Args:
             shapes: (out_features, in_features) of the target layers.
-            attentions: (heads, features of each) of some layers; the others' are the dense model's.
+            attentions: (heads, features of each) of some layers by number; the others' are the dense model's.
         """
         linears = {
             name: work._replace(out_features=shapes[name][0], in_features=shapes[name][1])
             for name, work in self.linears.items()
         }
         dense = (self.model.heads, self.model.width // self.model.heads)
-        others = [dense] * (self.model.layers - len(attentions))
-        model = replace(self.model, attentions=tuple(attentions + others))
+        model = replace(self.model, attentions=tuple(attentions.get(i, dense) for i in range(self.model.layers)))
         return replace(self, linears=linears, model=model, whole=self.dense, _seen={})
 
     def of(self, masks: dict[str, Tensor]) -> float:

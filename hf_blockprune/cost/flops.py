@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..hub import blockprune_flops as counting
-from ..hub.blockprune_flops import ModelFlops, UncountableError, dtype_of
+from ..hub.blockprune_flops import ModelFlops, UncountableError, dtype_of, merged_flops
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..types import JsonDict
 
-__all__ = ["ModelFlops", "count_flops", "dry_run", "dtype_of", "image_size"]
+__all__ = ["ModelFlops", "count_flops", "dry_run", "dtype_of", "image_size", "merged_flops"]
 
 NO_SIZE = "only vision models can be pruned"
 NO_ANSWER = (
@@ -42,19 +42,20 @@ def image_size(config: "PreTrainedConfig", processing: "JsonDict | None" = None)
         raise ModelError(f"{error}; {NO_SIZE}") from None
 
 
-def count_flops(model: "PreTrainedModel", size: tuple[int, int] | None = None) -> ModelFlops:
+def count_flops(model: "PreTrainedModel", size: tuple[int, int] | None = None, *, merging: bool = False) -> ModelFlops:
     """Count the FLOPs of one image through the dense form of a model.
 
     Args:
         model: a transformers vision model, dense or block-sparse, on any device; it does not run itself.
         size: (height, width) of the image, see `data.model_input.picture_size`; the config's by default.
+        merging: whether tokens merge in that form as they do in the model, or not at all.
 
     Raises:
         ModelError: the model does not answer images alone, or takes no images of this size.
     """
     size = size or image_size(model.config)
     try:
-        return counting.count_flops(model, size)
+        return counting.count_flops(model, size, merging=merging)
     except UncountableError as error:
         raise ModelError(f"{error}; {NO_ANSWER}") from error.__cause__
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from ..errors import ModelError
 from ..hub import blockprune_model_cost
 from ..hub.blockprune_cost import VisionTransformer
@@ -14,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def transformer_shape(
-    config: "PreTrainedConfig", size: tuple[int, int], tokens: float, heads: Sequence[CutHeads] = ()
+    config: "PreTrainedConfig",
+    size: tuple[int, int],
+    tokens: float,
+    heads: Sequence[CutHeads] = (),
+    model: nn.Module | None = None,
 ) -> VisionTransformer:
     """See `hub.blockprune_model_cost.transformer_shape`.
 
@@ -22,6 +28,6 @@ def transformer_shape(
         ModelError: a config of another kind of model.
     """
     try:
-        return blockprune_model_cost.transformer_shape(config, size, tokens, heads)
+        return blockprune_model_cost.transformer_shape(config, size, tokens, heads, model)
     except UncountableError as error:
         raise ModelError(str(error)) from None

@@ -154,7 +154,7 @@ class GradualPruning:
     @cached_property
     def flops(self) -> ModelFlops:
         """FLOPs of the dense architecture, for one image."""
-        return count_flops(self.model, picture_size(self.model, self.processor))
+        return count_flops(self.model, picture_size(self.model, self.processor), merging=True)
 
     def begin_and_goal(self) -> tuple[float, float]:
         """Shares of the dense model's cost: what is kept now, and what the budget allows.

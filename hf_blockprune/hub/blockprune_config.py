@@ -12,7 +12,7 @@ from .blockprune_heads import PARTS
 from .blockprune_layout import BlockSparseFormatError
 
 QUANT_METHOD = "blockprune"
-FORMAT_VERSION = 4  # the newest that this code reads, and the one that it writes
+FORMAT_VERSION = 5  # the newest that this code reads, and the one that it writes
 
 JsonDict: TypeAlias = dict[str, Any]
 """An object as `json` reads and writes it; who reads one checks what is in it."""
@@ -29,6 +29,13 @@ class StoredHeads(TypedDict):
     head_size: int
 
 
+class StoredTokens(TypedDict):
+    """How tokens merge: patches that leave at each layer, of an image of so many."""
+
+    leave: list[int]
+    patches: int
+
+
 class BlockPruneQuantizationConfig(QuantizationConfigMixin):
     """What a checkpoint stores: the block shape, and for each block-sparse layer its number of kept blocks.
 
@@ -39,6 +46,8 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
         cut: (out_features, in_features) of each layer that is smaller than the architecture's; from format 2.
         heads: {"query", "key", "value", "out", "heads", "head_size"} of each attention that lacks heads or features of
             them; its four layers are named as in `layers`, and are in `cut`; from format 4.
+        tokens: {"leave", "patches"}: how many patches leave at each of the layers that hold those of `layers`, of an
+            image of so many patches; from format 5.
 
     Raises:
         BlockSparseFormatError: a value is impossible, a key unknown, or the format newer than this code.
@@ -53,6 +62,7 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         cut: dict[str, list[int]] | None = None,
         heads: list[StoredHeads] | None = None,
+        tokens: StoredTokens | None = None,
         **unknown: object,
     ) -> None:
         if format_version is None:
@@ -70,6 +80,8 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
             unknown["cut"] = cut
         if heads is not None and format_version < 4:
             unknown["heads"] = heads
+        if tokens is not None and format_version < 5:
+            unknown["tokens"] = tokens
         if unknown:
             raise BlockSparseFormatError(
                 f"quantization_config: unknown keys {reprlib.repr(sorted(unknown))} in format {format_version}"
@@ -88,6 +100,8 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
             )
         if heads is not None:
             _check_heads(heads, cut or {})
+        if tokens is not None:
+            _check_tokens(tokens)
         # transformers declares its own enum, and takes names too
         self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
@@ -97,6 +111,8 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
             self.cut = {name: [int(size) for size in shape] for name, shape in cut.items()}
         if heads:
             self.heads = copy.deepcopy(heads)
+        if tokens:
+            self.tokens = copy.deepcopy(tokens)
         # Refitting gives a bias to a Linear that had none. A file tells by itself; tensors in memory do not.
         self._biased: frozenset[str] = frozenset()
 
@@ -185,6 +201,24 @@ def _check_heads(heads: object, cut: dict[str, list[int]]) -> None:
         features = entry["heads"] * entry["head_size"]
         if any(cut[name][name == entry["out"]] != features for name in names):
             raise BlockSparseFormatError(f"{place}[{number}]: {names[0]} and its partners are not cut to such heads")
+
+
+def _check_tokens(tokens: object) -> None:
+    """Refuse what is no schedule; whether it is one of this model is seen with the model.
+
+    Raises:
+        BlockSparseFormatError: naming the key.
+    """
+    place = "quantization_config.tokens"
+    if not isinstance(tokens, dict) or set(tokens) != set(StoredTokens.__annotations__):
+        raise BlockSparseFormatError(f"{place}: must give leave and patches, and nothing else")
+    leave, patches = tokens["leave"], tokens["patches"]
+    if not isinstance(leave, list) or not all(map(is_count, leave)):
+        raise BlockSparseFormatError(f"{place}.leave: a list of whole numbers from 0, got {reprlib.repr(leave)}")
+    if not _is_size(patches) or sum(leave) >= patches:
+        raise BlockSparseFormatError(
+            f"{place}.patches: a whole number, larger than those of leave together, got {reprlib.repr(patches)}"
+        )
 
 
 def describes(config: PreTrainedConfig) -> bool:

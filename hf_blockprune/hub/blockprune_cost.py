@@ -174,6 +174,7 @@ class VisionTransformer:
         tokens: of an image in the layers.
         width, heads, layers, classes: of the model.
         attentions: (heads, features of each) by layer, where they are not all `heads` that share `width`.
+        passing: tokens in the attention and in the MLP of each layer, where they are not all `tokens`.
     """
 
     image_tokens: int
@@ -184,13 +185,13 @@ class VisionTransformer:
     layers: int
     classes: int
     attentions: tuple[tuple[int, int], ...] | None = None
+    passing: tuple[tuple[int, int], ...] | None = None
 
     @property
-    def attention_counts(self) -> dict[tuple[int, int], int]:
-        """How many layers have so many (heads, features of each)."""
-        if self.attentions is None:
-            return {(self.heads, self.width // self.heads): self.layers}
-        return dict(Counter(self.attentions))
+    def layer_counts(self) -> dict[tuple[tuple[int, int], tuple[int, int]], int]:
+        """How many layers have so many (heads, features of each), (tokens in the attention, tokens in the MLP)."""
+        heads = self.attentions or ((self.heads, self.width // self.heads),) * self.layers
+        return dict(Counter(zip(heads, self.passing or ((self.tokens, self.tokens),) * self.layers, strict=True)))
 
 
 def model_cost(
@@ -213,17 +214,25 @@ def model_cost(
 
 def other_cost(profile: Profile, model: VisionTransformer, *, batch: int = 1, dtype: str = "float32") -> Cost:
     """What is no Linear of a layer: patch embedding, attention products, norms, softmax, residuals, head."""
-    element, tokens = ELEMENT_BYTES[dtype], batch * model.tokens
     total = profile.dense(Linear(batch * model.image_tokens, model.width, model.patch_inputs, dtype))
     total = total.plus(profile.dense(Linear(batch, model.classes, model.width, dtype)))
-    for (heads, head_size), layers in model.attention_counts.items():
-        for part in _attention_parts(profile, model.tokens, heads, head_size, batch, dtype):
+    for ((heads, head_size), (before, after)), layers in model.layer_counts.items():
+        parts = list(_attention_parts(profile, before, heads, head_size, batch, dtype))
+        for tokens in (before, after):
+            states = ELEMENT_BYTES[dtype] * batch * tokens * model.width
+            parts += [profile.elementwise(states * 2), profile.elementwise(states * 3)]  # a norm, and what is added
+        if after < before:
+            parts += _merging_parts(profile, before, after, model.width, batch, dtype)
+        for part in parts:
             total = total.plus(part.times(layers))
-    norms = profile.elementwise(element * tokens * model.width * 2)
-    residuals = profile.elementwise(element * tokens * model.width * 3)
-    for part in (norms, norms, residuals, residuals):
-        total = total.plus(part.times(model.layers))
     return total
+
+
+def _merging_parts(profile: Profile, before: int, after: int, width: int, batch: int, dtype: str) -> list[Cost]:
+    """What it takes to find alike tokens and to merge them: every second one is compared with the others."""
+    compared = profile.batched(Linear(before // 2, before - before // 2, width, dtype), batch)
+    read_and_written = (2 * before + after) * width + before**2 // 4
+    return [compared, profile.elementwise(ELEMENT_BYTES[dtype] * batch * read_and_written)]
 
 
 def attention_cost(

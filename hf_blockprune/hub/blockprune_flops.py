@@ -1,7 +1,7 @@
 """FLOPs of a whole model, counted by torch on a copy without weights: nothing is allocated, nothing computed."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .blockprune_heads import CutHeads, is_attention
 from .blockprune_skeleton import channels_of, skeleton
+from .blockprune_tokens import schedule_of
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -34,6 +35,7 @@ class ModelFlops:
         image_size: (height, width) of the image.
         attention: of the products of queries with keys and of probabilities with values, by the name of the module that
             computes them; a part of the total.
+        unmerged: the same where tokens do not merge, None where these numbers are that.
     """
 
     total: float
@@ -41,6 +43,12 @@ class ModelFlops:
     linear_tokens: dict[str, float]
     image_size: tuple[int, int]
     attention: dict[str, float] = field(default_factory=dict)
+    unmerged: "ModelFlops | None" = None
+
+    @property
+    def dense(self) -> "ModelFlops":
+        """Of the dense model, in which no tokens merge."""
+        return self.unmerged or self
 
     def without_heads(self, cuts: Iterable[CutHeads]) -> float:
         """FLOPs of products of attentions that are saved where heads, or features of them, were cut."""
@@ -82,17 +90,30 @@ def _sizes(config: "PreTrainedConfig", processing: "JsonDict") -> Iterator[tuple
             yield height, width
 
 
-def count_flops(model: "PreTrainedModel", size: tuple[int, int] | None = None) -> ModelFlops:
+def count_flops(model: "PreTrainedModel", size: tuple[int, int] | None = None, *, merging: bool = False) -> ModelFlops:
     """Count the FLOPs of one image through the dense form of a model.
 
     Args:
         model: a transformers vision model, dense or block-sparse, on any device; it does not run itself.
         size: (height, width) of the image; the config's by default.
+        merging: whether tokens merge in that form as they do in the model, or not at all.
 
     Raises:
         UncountableError: the model does not answer images alone, or takes no images of this size.
     """
-    dense = skeleton(model)
+    flops = _counted(skeleton(model), size)
+    return merged_flops(model, flops) if merging else flops
+
+
+def merged_flops(model: "PreTrainedModel", flops: ModelFlops) -> ModelFlops:
+    """FLOPs of the dense form of a model as its tokens merge, from those where none do."""
+    if schedule_of(model) is None:
+        return flops
+    return replace(_counted(skeleton(model, merging=True), flops.image_size), unmerged=flops)
+
+
+def _counted(dense: "PreTrainedModel", size: tuple[int, int] | None) -> ModelFlops:
+    """What a skeleton multiplies."""
     _, pixels = dry_run(dense, size or image_size(dense.config))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         dense(pixel_values=pixels)

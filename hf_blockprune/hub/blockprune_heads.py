@@ -81,6 +81,11 @@ class _Memory(TypedDict):
     sizes: list[int]
 
 
+def layer_number(name: str) -> int:
+    """Number of the layer that a module of a list of layers lies in."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
 def set_heads(model: nn.Module, cut: CutHeads) -> None:
     """Tell an attention how many heads it has and how large they are, in place; its Linears are as small already.
 

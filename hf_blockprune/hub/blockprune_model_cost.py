@@ -14,10 +14,11 @@ from torch import nn
 
 from .blockprune_cost import ELEMENT_BYTES, Cost, Linear, Profile, VisionTransformer, model_cost
 from .blockprune_flops import ModelFlops, UncountableError, count_flops
-from .blockprune_heads import CutHeads, cut_heads
+from .blockprune_heads import CutHeads, cut_heads, layer_number
 from .blockprune_layers import is_block_sparse
 from .blockprune_profiles import KINDS, DeviceError, named_profile, profile_from_dict, usual_dtype
 from .blockprune_skeleton import COMPILED
+from .blockprune_tokens import passing_tokens
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -68,7 +69,7 @@ def hardware_cost(
         raise DeviceError(f"batch: expected a whole number from 1, got {batch!r}")
     flops = _counted(self, image_size)
     works = list(linear_works(self, flops.linear_tokens).values())
-    shape = transformer_shape(self.config, flops.image_size, works[0].tokens if works else 0, cut_heads(self))
+    shape = transformer_shape(self.config, flops.image_size, works[0].tokens if works else 0, cut_heads(self), self)
     return model_cost(profile, shape, works, batch=batch, dtype=dtype)
 
 
@@ -103,7 +104,7 @@ def _counted(model: "PreTrainedModel", image_size: int | tuple[int, int] | None)
     if size is not None and not (len(size) == 2 and all(map(_is_count, size))):
         raise UncountableError(f"image_size: expected a whole number from 1 or (height, width), got {image_size!r}")
     try:
-        flops = count_flops(model, size and (size[0], size[1]))
+        flops = count_flops(model, size and (size[0], size[1]), merging=True)
     except UncountableError as error:
         raise UncountableError(f"{error}; costs are known of vision models that take pixel_values alone") from None
     if size is not None and flops.image_size != tuple(size):
@@ -152,7 +153,11 @@ def linear_works(model: nn.Module, tokens: Mapping[str, float]) -> dict[str, Lin
 
 
 def transformer_shape(
-    config: "PreTrainedConfig", size: tuple[int, int], tokens: float, heads: Sequence[CutHeads] = ()
+    config: "PreTrainedConfig",
+    size: tuple[int, int],
+    tokens: float,
+    heads: Sequence[CutHeads] = (),
+    model: nn.Module | None = None,
 ) -> VisionTransformer:
     """A transformers config as the cost model's shape.
 
@@ -161,6 +166,7 @@ def transformer_shape(
         size: (height, width) of an image.
         tokens: of an image in the layers, class tokens included.
         heads: the attentions that are smaller than the config's.
+        model: in which tokens may merge.
 
     Raises:
         UncountableError: a config of another kind of model.
@@ -172,7 +178,7 @@ def transformer_shape(
             raise TypeError("its stages differ in width")
         patch = _pair(config.patch_size)
         whole = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        cut = tuple((attention.heads, attention.head_size) for attention in heads)
+        cut = {layer_number(attention.query): (attention.heads, attention.head_size) for attention in heads}
         return VisionTransformer(
             image_tokens=(size[0] // patch[0]) * (size[1] // patch[1]),
             patch_inputs=config.num_channels * patch[0] * patch[1],
@@ -181,7 +187,8 @@ def transformer_shape(
             heads=config.num_attention_heads,
             layers=config.num_hidden_layers,
             classes=classes,
-            attentions=cut + (whole,) * (config.num_hidden_layers - len(cut)) if cut else None,
+            attentions=tuple(cut.get(i, whole) for i in range(config.num_hidden_layers)) if cut else None,
+            passing=None if model is None else passing_tokens(model, tokens),
         )
     except (AttributeError, TypeError) as error:
         raise UncountableError(

@@ -40,6 +40,7 @@ from .blockprune_linear import BlockSparseLinear
 from .blockprune_names import by_module, find_linears
 from .blockprune_saving import forget, install, native_class, stored_config
 from .blockprune_storage import DEFAULT_TOKENS, PIECE, least_tokens
+from .blockprune_tokens import TokenSchedule, forget_schedule, set_schedule, tokens_read
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -74,6 +75,8 @@ class BlockPruneHfQuantizer(HfQuantizer):
             model.set_submodule(name, _empty_layer(config, stored_name, linears[name], headers))
         for cut in cuts:
             set_heads(model, cut)
+        if (schedule := stored_schedule(config)) is not None:
+            set_schedule(model, schedule, modules.values())
         self._expected = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> PreTrainedModel:
@@ -100,7 +103,10 @@ class BlockPruneHfQuantizer(HfQuantizer):
                 parameter.data = _converted(parameter.data, dtype)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Make every layer a Linear again, in its own dtype unless one is named, and the model a native one."""
+        """Make every layer a Linear again, in its own dtype unless one is named, and the model a native one.
+
+        Tokens merge no more: no native model can be saved with that.
+        """
         unfuse(model)
         cuts = cut_heads(model)
         rows = {name: {"rows": cut.places()} for cut in cuts for name in (cut.query, cut.key, cut.value)}
@@ -110,6 +116,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
             linear = module.to_dense(module.dense_shape, **places.get(name, {}))
             model.set_submodule(name, linear.to(dtype or module.weight.dtype))
         restore_heads(model)
+        forget_schedule(model)
         self.remove_quantization_config(model)
         forget(model.config)
         model.__class__ = native_class(model)
@@ -129,6 +136,12 @@ class BlockPruneHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self):
         return True
+
+
+def stored_schedule(config: BlockPruneQuantizationConfig) -> TokenSchedule | None:
+    """By which tokens merge in a model that was saved with a config, None where they do not."""
+    stored = getattr(config, "tokens", None)
+    return None if stored is None else TokenSchedule(tuple(stored["leave"]), stored["patches"])
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -233,11 +246,11 @@ def tokens_of_layers(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     parts = {f"{name}." if name else "": part for name, part in model.named_modules()}
     tokens = {start: least_tokens(part.config) for start, part in parts.items() if isinstance(part, PreTrainedModel)}
     innermost_first = sorted(tokens, key=len, reverse=True)
-    return {
-        name: next((tokens[start] for start in innermost_first if tokens[start] and name.startswith(start)), None)
-        or DEFAULT_TOKENS
-        for name in names
-    }
+    found = {}
+    for name in names:
+        of_image = next((tokens[start] for start in innermost_first if tokens[start] and name.startswith(start)), None)
+        found[name] = DEFAULT_TOKENS if of_image is None else max(1, round(tokens_read(model, name, of_image)))
+    return found
 
 
 def pack_weights(model: nn.Module) -> None:

@@ -28,6 +28,7 @@ from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
 from .blockprune_model_cost import hardware_cost
 from .blockprune_names import stored_layer_names, unconverted
+from .blockprune_tokens import schedule_of
 
 CODE_MODULE = "modeling_blockprune"  # the file that `auto_map` names
 CLASS_PREFIX = "BlockPrune"  # of its classes' names
@@ -72,11 +73,13 @@ def stored_config(model: PreTrainedModel, *, original_names: bool = True) -> Blo
         raise BlockSparseFormatError(
             f"block_shape: the format stores one for all layers, the model has {sorted(shapes)}"
         )
+    schedule = schedule_of(model)
     return BlockPruneQuantizationConfig(
         block_shape=shapes.pop(),
         layers={name: module.nnz_blocks for name, module in layers.items()},
         cut={n: [m.out_features, m.in_features] for n, m in layers.items() if m.dense_shape is not None} or None,
         heads=[_stored_heads(cut, names) for cut in cut_heads(model)] or None,
+        tokens=None if schedule is None else {"leave": list(schedule.leave), "patches": schedule.patches},
     ).with_biases(name for name, module in layers.items() if module.bias is not None)
 
 

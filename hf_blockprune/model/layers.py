@@ -2,12 +2,18 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..errors import ModelError
+from ..hub.blockprune_merging import Groups, restore
+from ..hub.blockprune_tokens import is_merging
+
+MergedStates: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""What layers in which tokens merge hand on: hidden states [images, tokens, width], and the parts of their `Groups`."""
+States: TypeAlias = Tensor | MergedStates
 
 
 @dataclass
@@ -25,15 +31,28 @@ class Layer:
     args: tuple[object, ...] = ()
     kwargs: dict[str, object] = field(default_factory=dict)
 
-    def run(self, states: Tensor, module: nn.Module | None = None) -> Tensor:
+    def run(self, states: States, module: nn.Module | None = None) -> States:
         """The hidden states after the layer, or after another module in its place."""
-        return hidden_states((module or self.module)(states, *self.args, **self.kwargs))
+        module = module or self.module
+        output = module(states, *self.args, **self.kwargs)
+        return cast(MergedStates, output) if isinstance(output, tuple) and is_merging(module) else hidden_states(output)
 
 
 def hidden_states(output: object) -> Tensor:
     """A layer's output without what some give beside it, such as attention's probabilities."""
     # Whatever else a layer gives is no input of the next one, and told of by `learn_calls`.
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def groups_of(states: States) -> Groups | None:
+    """Which patches the tokens of hidden states stand for, None where each stands for itself."""
+    return Groups(*states[1:]) if isinstance(states, tuple) else None
+
+
+def full_states(states: States) -> Tensor:
+    """Hidden states of all tokens, [images, all tokens, width]: of those that merged, that of what they merged into."""
+    groups = groups_of(states)
+    return hidden_states(states) if groups is None else restore(hidden_states(states), groups)
 
 
 def linear_in(module: nn.Module, name: str) -> nn.Linear:

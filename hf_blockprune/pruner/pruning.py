@@ -15,12 +15,14 @@ from ..choose.budgets import ModelBudget, model_budgets
 from ..choose.selection import Selection, Selector, selection_stages
 from ..choose.state import SELECTION, UNTIL_SELECTED, SelectionState
 from ..config import BlockPruneConfig, MoveName
-from ..cost.flops import ModelFlops, count_flops
+from ..cost.flops import ModelFlops, count_flops, merged_flops
 from ..data.batches import ImageSet, load_images, load_pixels
 from ..data.model_input import find_input, picture_size
 from ..display.stages import planned
-from ..errors import ConfigError, ModelError
+from ..errors import BudgetError, ConfigError, ModelError
 from ..hub.blockprune_quantizer import sparsify
+from ..hub.blockprune_tokens import TokenSchedule, forget_schedule
+from ..model.copying import copied
 from ..model.layers import shape_of
 from ..model.modes import evaluating
 from ..model.outputs import classifies
@@ -35,7 +37,7 @@ from ..reorder.folding import fold_scales
 from ..reorder.reordering import Reordering
 from ..reorder.state import ReorderingState
 from ..report.masks import add_cuts, add_refits, describe_masks
-from ..report.values import BudgetReport, CalibrationReport, PermutationReport, Report
+from ..report.values import BudgetReport, CalibrationReport, PermutationReport, Report, TokensReport
 from ..runs.environment import environment
 from ..runs.resume import RunState, weights_fingerprint
 from ..runs.timing import timed
@@ -46,23 +48,38 @@ from ..types import ImageProcessor, JsonDict
 from ..version import __version__
 from .moves import supported_moves
 from .smaller import Smaller
+from .tokens import Merging, TokenChoice
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
-TRUE_LOSS_IMAGES = 64
+# Of the calibration images, (one in so many, at most): what judges, what tokens are looked for on, and what trials fit.
+JUDGED, SEARCHED, TRIED = (HELD_BACK_EVERY, 64), (5, 64), (3, 96)
 
 
 def pruning_stages(config: BlockPruneConfig) -> list[str]:
     """The stages of a pruning run that are shown."""
     return [
+        *(["tokens"] if config.tokens == "auto" else []),
         *(["calibration"] if config.needs_images else []),
         *(["permutation"] if config.permutes else []),
         *selection_stages(config),
         *(["refit"] if config.refits else []),
     ]
+
+
+def _rough(config: BlockPruneConfig, moves: tuple[MoveName, ...], schedule: TokenSchedule) -> BlockPruneConfig:
+    """A config that prunes by a schedule of tokens in a fraction of the time, to compare it with others."""
+    return config.replace(
+        tokens=schedule.leave,
+        moves=tuple(move for move in moves if move != "blocks") or moves,
+        permute_stream=False if config.permutes else None,
+        coupling_rounds=0,
+        true_loss_rounds=0,
+        recovery=None,
+    )
 
 
 @dataclass
@@ -186,6 +203,8 @@ class Pruning:
         self.model.to(self.accelerator.device)
         report = Report.from_dict(values["report"], "the run's state")
         smaller = Smaller.from_dict(values["smaller"], parts["smaller"], self.layers)
+        if report.tokens is not None:
+            Merging.of(self.model, self.targets, self.flops).set(report.tokens.leave)
         return _Selected(parts["mask"], parts["token_weight"], smaller, report)
 
     def _select(
@@ -196,17 +215,19 @@ class Pruning:
         statistics, calibration = {}, None
         with undone_on_failure() as changes:
             fold_scales(self.model, changes)
+            tokens = self._merge_tokens(images, changes, moves, seconds)
+            flops = merged_flops(self.model, self.flops)
             if images is not None:
                 with timed(seconds, "calibration"):
                     statistics, calibration = self._calibrate(images, found, run_state)
             pixels = self._judging_pixels(images)
-            budgets = model_budgets(self.config, self.model, self.targets, self.flops)
+            budgets = model_budgets(self.config, self.model, self.targets, flops)
             statistics, permutation = self._reordered(statistics, budgets, run_state, changes, seconds)
             selection = Selector(
                 self.model,
                 self.targets,
                 statistics,
-                self.flops,
+                flops,
                 budgets,
                 self.config,
                 self.accelerator,
@@ -216,11 +237,53 @@ class Pruning:
             ).select()
         seconds |= selection.seconds
         smaller = Smaller.of(selection.shrunk)
-        report = self._describe(selection, smaller, permutation, calibration, seconds)
+        report = self._describe(selection, smaller, tokens, flops, permutation, calibration, seconds)
         selected = _Selected(selection.allocation.masks, self._token_weights(statistics), smaller, report)
         if run_state is not None:
             self._keep_selection(run_state, selected)
         return selected
+
+    def _merge_tokens(
+        self, images: ImageSet | None, changes: Changes, moves: tuple[MoveName, ...], seconds: dict[str, float]
+    ) -> TokensReport | None:
+        """Let tokens merge as the config says; None where none do.
+
+        Raises:
+            ModelError: the model is of a kind whose tokens cannot merge, or has another number of layers.
+            BudgetError: however many merge, the other moves cannot save the rest.
+        """
+        if self.config.tokens == "keep":
+            return None
+        merging = Merging.of(self.model, self.targets, self.flops)
+        if self.config.tokens == "auto":
+            assert images is not None  # the config was checked
+            with timed(seconds, "tokens"):
+                found = self._chosen_tokens(merging, images, moves)
+        else:
+            found = TokensReport(leave=list(self.config.tokens), patches=merging.patches)
+        changes.then(lambda: forget_schedule(self.model))
+        merging.set(found.leave)
+        return found
+
+    def _chosen_tokens(self, merging: Merging, images: ImageSet, moves: tuple[MoveName, ...]) -> TokensReport:
+        searched, judged = (self._pixels(images.every(step, most)) for step, most in (SEARCHED, JUDGED))
+
+        def trial(schedule: TokenSchedule) -> "PreTrainedModel | None":
+            model, config = copied(self.model), _rough(self.config, moves, schedule)
+            try:
+                pruning = Pruning(model, self.processor, config, self.name, self.accelerator)
+                pruning.run(images.every(*TRIED), None, None)
+            except BudgetError:
+                return None
+            return model
+
+        choice = TokenChoice(merging, self.targets, self.flops, self.config, self.accelerator, searched, judged, trial)
+        return choice.choose()
+
+    def _pixels(self, images: ImageSet) -> Tensor:
+        config = self.model.config
+        pixels, _ = load_pixels(images, self.processor, accelerator=self.accelerator, model_config=config)
+        return pixels.to(self.accelerator.device)
 
     def _keep_selection(self, run_state: RunState, selected: "_Selected") -> None:
         """Keep what `_restore_selection` gives back."""
@@ -309,9 +372,7 @@ class Pruning:
         """Some held-back calibration images, to measure true losses on."""
         if images is None or not self.config.scoring.fisher or not self.config.true_loss_rounds:
             return None
-        few = images.every(HELD_BACK_EVERY, TRUE_LOSS_IMAGES)
-        pixels, _ = load_pixels(few, self.processor, accelerator=self.accelerator, model_config=self.model.config)
-        return pixels.to(self.accelerator.device)
+        return self._pixels(images.every(*JUDGED))
 
     def _refit(
         self, selected: "_Selected", images: ImageSet, run_state: RunState | None, dense: "PreTrainedModel | None"
@@ -336,6 +397,8 @@ class Pruning:
         self,
         selection: Selection,
         smaller: Smaller,
+        tokens: TokensReport | None,
+        flops: ModelFlops,
         permutation: JsonDict | None,
         calibration: CalibrationReport | None,
         seconds: dict[str, float],
@@ -344,7 +407,7 @@ class Pruning:
         losses = {name: loss + shrunk.get(name, 0.0) for name, loss in allocation.loss.items()}
         masks = describe_masks(
             selection.shrunk.linears,
-            self.flops,
+            flops,
             allocation.masks,
             losses,
             self.config.block_shape,
@@ -359,6 +422,7 @@ class Pruning:
             config=self.config.to_dict(),
             masks=masks,
             permutation=None if permutation is None else PermutationReport.from_dict(permutation),
+            tokens=tokens,
             power_weight=allocation.power_weight,
             budgets=[BudgetReport.from_dict(budget.account(allocation.masks)) for budget in selection.shrunk.budgets],
             calibration=calibration,

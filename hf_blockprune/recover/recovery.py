@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -26,7 +27,8 @@ from ..data.batches import ImageSet, load_pixels
 from ..display.stages import Stage, stage
 from ..errors import ModelError
 from ..hub.blockprune_layers import block_sparse_layers, is_pruned
-from ..model.layers import Layer, hidden_states, layer_chain
+from ..hub.blockprune_tokens import is_merging
+from ..model.layers import Layer, MergedStates, States, full_states, hidden_states, layer_chain
 from ..model.outputs import answers, output_of, task_for
 from ..model.tasks import Regression, SingleLabel, Task
 from ..refit.boundary import at_boundary, held_back, learn_calls
@@ -145,7 +147,8 @@ def _call(model: "PreTrainedModel", layers: list[Layer], pixels: Tensor) -> _Cal
     hidden: list[Tensor] = []
 
     def record(module: nn.Module, inputs: object, output: object) -> None:
-        hidden.append(hidden_states(output))
+        merged = is_merging(module) and isinstance(output, tuple)
+        hidden.append(full_states(cast(States, output)) if merged else hidden_states(output))
 
     handles = [layer.module.register_forward_hook(record) for layer in layers]
     try:
@@ -251,12 +254,14 @@ class _Run:
         """Let each layer learn the dense layer's output from the inputs that the pruned model sees."""
         pairs = list(zip(self.layers, self.teacher_layers, self.token_weights, strict=True))
         with stage("reconstruction", len(pairs) * self._num_steps(epochs)) as bar:
-            inputs = self._boundary(self.student, self.layers[0])
+            inputs: States = self._boundary(self.student, self.layers[0])
             targets = self._boundary(self.teacher, self.teacher_layers[0])
             for number, (layer, dense, token_weight) in enumerate(pairs):
-                targets = _advanced(layer, targets, dense.module)
+                targets = hidden_states(_advanced(layer, targets, dense.module))
                 learn = self._layer_loss(layer, inputs, targets, token_weight)
-                order = list(self._order(len(inputs), epochs))  # also of a layer that is done: later draws follow these
+                order = list(
+                    self._order(len(targets), epochs)
+                )  # also of a layer that is done: later draws follow these
                 if self.state.passed(place := Place("reconstruction", number)):
                     bar.advance(len(order), measured=False)
                 else:
@@ -264,13 +269,14 @@ class _Run:
                 inputs = _advanced(layer, inputs)
 
     def _layer_loss(
-        self, layer: Layer, inputs: Tensor, targets: Tensor, token_weight: Tensor
+        self, layer: Layer, inputs: States, targets: Tensor, token_weight: Tensor
     ) -> Callable[[Tensor, slice], Tensor]:
         """Weighted mean squared error of a layer's outputs, over their variance."""
         spread = targets.var()
 
         def loss(chosen: Tensor, share: slice) -> Tensor:
-            error = layer.run(inputs[chosen[share]]) - targets[chosen[share]]
+            mine = chosen[share]
+            error = full_states(layer.run(_of_images(inputs, mine))) - targets[mine]
             return (error.square().mean((0, 2)) * token_weight).mean() / spread
 
         return loss
@@ -378,12 +384,35 @@ def _schedule(optimizer: Optimizer, steps: int, done: int) -> LambdaLR:
 
 
 @torch.no_grad()
-def _advanced(layer: Layer, states: Tensor, module: nn.Module | None = None) -> Tensor:
+def _advanced(layer: Layer, states: States, module: nn.Module | None = None) -> States:
     """States after a layer, or after another in its place; written over those before it where they fit."""
-    ends = None
-    for chosen in torch.arange(len(states)).split(IMAGES_AT_ONCE):
-        part = layer.run(states[chosen], module)
-        if ends is None:
-            ends = states if part.shape[1:] == states.shape[1:] else part.new_empty(len(states), *part.shape[1:])
-        ends[chosen] = part
-    return states if ends is None else ends
+    count = len(hidden_states(states))
+    ends: list[Tensor] = []
+    for chosen in torch.arange(count).split(IMAGES_AT_ONCE):
+        parts = _tensors(layer.run(_of_images(states, chosen), module))
+        if not ends:
+            ends = [_room(before, part, count) for before, part in zip_longest(_tensors(states), parts)][: len(parts)]
+        for end, part in zip(ends, parts, strict=True):
+            end[chosen] = part
+    if len(ends) > 1:
+        return cast(MergedStates, tuple(ends))
+    return ends[0] if ends else states
+
+
+def _room(before: Tensor | None, part: Tensor | None, count: int) -> Tensor:
+    """Where what some images give is put for all of them: in place of what was before where that has the same form."""
+    if part is None or (before is not None and before.shape[1:] == part.shape[1:]):
+        assert before is not None
+        return before
+    return part.new_empty(count, *part.shape[1:])
+
+
+def _tensors(states: States) -> tuple[Tensor, ...]:
+    return states if isinstance(states, tuple) else (states,)
+
+
+def _of_images(states: States, chosen: Tensor) -> States:
+    """The states of some images."""
+    if isinstance(states, tuple):
+        return states[0][chosen], states[1][chosen], states[2][chosen]
+    return states[chosen]

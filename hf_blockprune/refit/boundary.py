@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..data.batches import ImageSet, batches
 from ..errors import ModelError
-from ..model.layers import Layer, hidden_states
+from ..hub.blockprune_tokens import OF_TOKENS
+from ..model.layers import Layer, States, hidden_states
 from ..types import ImageProcessor
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ class BoundaryBatch:
     """One batch of images at the boundary of a layer.
 
     Attributes:
-        dense: the dense model's hidden states, [images, tokens, width].
-        pruned: the pruned model's.
+        dense: the dense model's hidden states, [images, all tokens, width].
+        pruned: the pruned model's, in which tokens may have merged.
         held_back: bool [images], the images that choose settings.
     """
 
     dense: Tensor
-    pruned: Tensor
+    pruned: States
     held_back: Tensor
 
 
@@ -59,7 +60,8 @@ def learn_calls(model: "PreTrainedModel", layers: list[Layer], pixels: Tensor) -
     def before(layer: Layer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not args or (last and args[0] is not last[-1][1]):
             broken.append(layer.name)
-        layer.args, layer.kwargs = args[1:], kwargs
+        layer.args = args[1:]
+        layer.kwargs = {name: value for name, value in kwargs.items() if name not in OF_TOKENS}
 
     def after(layer: Layer, output: object) -> None:
         last.append((layer.name, hidden_states(output)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data.batches import ImageSet
 from ..display import stages as display
+from ..hub.blockprune_tokens import forget_schedule
 from ..model.copying import copied
 from ..model.layers import Layer, layer_chain, linear_in
 from ..model.modes import evaluating
@@ -74,7 +75,8 @@ def refit_layers(
     outputs lie in another order than the stream.
 
     Args:
-        model: the dense model; or one that is smaller than it.
+        model: the dense model; or one that is smaller than it, or one in which tokens merge. Such tokens aim at the
+            mean of what they stand for in the dense model.
         masks: bool [block_rows, block_cols] by module name.
         block_shape: (rows, cols).
         images, processor: calibration images, and the model's image processor.
@@ -101,9 +103,10 @@ def refit_layers(
         kept = first_inputs(model, layers, images, processor, accelerator=accelerator, batch_size=batch_size)
         for index, layer in enumerate(layers):
             whole = copied(layer.module) if dense is None else dense.get_submodule(layer.name)
+            forget_schedule(whole)
             resumed = (refits := _restore(layer.module, run_state, _part(index))) is not None
             names = _inside(layer, () if resumed else masks)
-            stages = shared_stages(layer, list(names), kept, accelerator) if names else []
+            stages = shared_stages(layer, whole, list(names), kept, accelerator) if names else []
             outputs = DenseOutputs(layer, whole, stages, kept)
             if refits is None:
                 refits = _LayerJob(layer, outputs, names, settings).run(stages, kept, accelerator)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..model.layers import Layer, linear_in
+from ..hub.blockprune_merging import Groups, averaged
+from ..hub.blockprune_tokens import is_merging
+from ..model.layers import Layer, States, groups_of, hidden_states, linear_in
 from ..score.statistics import at_least_float32
 from .boundary import BoundaryBatch, StopForward
 from .moments import RunningMoments
@@ -33,11 +35,21 @@ class Stage:
 
 @dataclass
 class Seen:
-    """Inputs and outputs of a layer's Linears in one forward pass, by name, and the layer's own output."""
+    """Inputs and outputs of a layer's Linears in one forward pass, by name, and the layer's own output.
+
+    Attributes:
+        groups: of the tokens before the layer and after it, of those that stand for more than themselves.
+    """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     end: Tensor | None = None
+    groups: list[Groups] = field(default_factory=list)
+
+    def aligned(self, full: Tensor, tokens: int) -> Tensor:
+        """States of all tokens, as means over what each of so many tokens stands for at that place of the layer."""
+        groups = next((groups for groups in self.groups if groups.sizes.shape[1] == tokens), None)
+        return full if groups is None else averaged(full, groups)
 
 
 @contextmanager
@@ -68,22 +80,24 @@ def _watching(layer: nn.Module, names: list[str], seen: Seen, *, stop: bool, kee
             handle.remove()
 
 
-def shared_stages(layer: Layer, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator") -> list[Stage]:
-    """The stages as the first process sees them: another may have been left without images."""
+def shared_stages(
+    layer: Layer, whole: nn.Module, names: list[str], kept: list[BoundaryBatch], accelerator: "Accelerator"
+) -> list[Stage]:
+    """The stages of a dense layer as the first process sees them: another may have been left without images."""
     from accelerate.utils import broadcast_object_list
 
-    shared: list[list[Stage]] = [_stages(layer, names, kept[0].dense) if accelerator.is_main_process else []]
+    shared: list[list[Stage]] = [_stages(layer, whole, names, kept[0].dense) if accelerator.is_main_process else []]
     if accelerator.num_processes > 1:
         broadcast_object_list(shared)
     return shared[0]
 
 
 @torch.no_grad()
-def _stages(layer: Layer, names: list[str], states: Tensor) -> list[Stage]:
+def _stages(layer: Layer, whole: nn.Module, names: list[str], states: Tensor) -> list[Stage]:
     """Linears of a dense layer by the tensor that they read, in forward order; finds those that write to the stream."""
     seen = Seen()
-    with _watching(layer.module, names, seen, stop=False):
-        out = layer.run(states)
+    with _watching(whole, names, seen, stop=False):
+        out = hidden_states(layer.run(states, whole))
     stages: list[Stage] = []
     for name, tensor in seen.inputs.items():
         if stages and seen.inputs[stages[-1].names[0]] is tensor:
@@ -94,20 +108,20 @@ def _stages(layer: Layer, names: list[str], states: Tensor) -> list[Stage]:
     if len(writers) == 2 and _close(sum((seen.outputs[s.names[0]] for s in writers), states), out):
         writers[0].after_input = writers[1].ends_layer = True
     elif writers:
-        writers[-1].ends_layer = _is_added_last(layer, writers[-1].names[0], states, out)
+        writers[-1].ends_layer = _is_added_last(layer, whole, writers[-1].names[0], states, out)
     return stages
 
 
-def _is_added_last(layer: Layer, name: str, states: Tensor, out: Tensor) -> bool:
+def _is_added_last(layer: Layer, whole: nn.Module, name: str, states: Tensor, out: Tensor) -> bool:
     """Whether what is added to a Linear's output is added to the layer's output, no more and no less."""
     more = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device) * out.std()
 
     def add(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return output + more
 
-    handle = layer.module.get_submodule(name).register_forward_hook(add)
+    handle = whole.get_submodule(name).register_forward_hook(add)
     try:
-        return _close(layer.run(states), out + more)
+        return _close(hidden_states(layer.run(states, whole)), out + more)
     finally:
         handle.remove()
 
@@ -117,12 +131,30 @@ def _close(have: Tensor, want: Tensor) -> bool:
     return torch.allclose(have, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
 
 
-def _run(layer: Layer, module: nn.Module, stage: Stage, states: Tensor) -> Seen:
-    """What a layer's Linears see and give as far as a stage."""
-    seen = Seen()
-    with _watching(module, stage.names, seen, stop=not stage.ends_layer):
-        seen.end = layer.run(states, module)
+def _run(layer: Layer, module: nn.Module, stage: Stage, states: States) -> Seen:
+    """What a layer's Linears see and give as far as a stage; to its end, where tokens merge within the layer."""
+    seen, merging = Seen(), is_merging(module)
+    with _watching(module, stage.names, seen, stop=not stage.ends_layer and not merging), _watching_end(module, seen):
+        layer.run(states, module)
+    if (before := groups_of(states)) is not None:
+        seen.groups.append(before)
     return seen
+
+
+@contextmanager
+def _watching_end(module: nn.Module, seen: Seen) -> Iterator[None]:
+    """Record what a layer gives, before the last one gives every patch a state again."""
+
+    def record(module: nn.Module, inputs: object, output: object) -> None:
+        seen.end = hidden_states(output)
+        if is_merging(module) and isinstance(output, tuple):
+            seen.groups.append(Groups(*output[1:]))
+
+    handle = module.register_forward_hook(record)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class DenseOutputs:
@@ -147,7 +179,7 @@ class DenseOutputs:
     def _whole(self, names: list[str], states: Tensor) -> Seen:
         seen = Seen()
         with _watching(self.module, names, seen, stop=False, keep=True):
-            seen.end = self.layer.run(states, self.module)
+            seen.end = hidden_states(self.layer.run(states, self.module))
         return seen
 
     @torch.no_grad()
@@ -166,7 +198,7 @@ class DenseOutputs:
         """The layer's own output for each batch."""
         for index, batch in enumerate(self.kept):
             end = self._seen[index].end if self.once else None
-            yield self.layer.run(batch.dense, self.module) if end is None else end
+            yield hidden_states(self.layer.run(batch.dense, self.module)) if end is None else end
 
 
 class StageSums:
@@ -201,14 +233,15 @@ class StageSums:
         """Run one batch through the pruned layer as far as the stage; `wanted` is what the dense one gives."""
         have = _run(self.layer, self.layer.module, self.stage, batch.pruned)
         for name in self.stage.names:
-            target, chosen = wanted.outputs[name], self.outputs[name]
+            tokens, chosen = have.inputs[name].shape[1], self.outputs[name]
+            target = have.aligned(wanted.outputs[name], tokens)
             target = target if chosen is None else target[..., chosen.to(target.device)]
             if self.stage.after_input:
-                target = target + batch.dense - batch.pruned
+                target = target + have.aligned(batch.dense, tokens) - hidden_states(batch.pruned)
             elif self.stage.ends_layer:
                 assert wanted.end is not None
                 assert have.end is not None
-                target = wanted.end - (have.end - have.outputs[name])
+                target = have.aligned(wanted.end, tokens) - (have.end - have.outputs[name])
             self._add(name, have.inputs[name], target, batch.held_back)
 
     def _add(self, name: str, x: Tensor, target: Tensor, held_back: Tensor) -> None:

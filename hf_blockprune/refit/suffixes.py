@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..hub.blockprune_tokens import OF_TOKENS, is_merging
 from ..model.layers import Layer, layer_chain
 
 if TYPE_CHECKING:
@@ -36,31 +37,32 @@ class Suffixes:
             self.layers = layer_chain(model, list(names))
         except ModelError:
             self.layers: list[Layer] = []
-        self._states: list[list[Tensor]] = []  # before each layer, by batch
+        # Before each layer, by batch: hidden states, and what else travels with them.
+        self._states: list[list[tuple[Tensor, dict[str, object]]]] = []
         self.outputs = [self._learn(pixels) for pixels in batches]
 
     @torch.no_grad()
     def _learn(self, pixels: Tensor) -> object:
         """The model's output; its states before each layer are held."""
-        states: list[Tensor] = []
+        states: list[tuple[Tensor, dict[str, object]]] = []
 
-        def before(module: nn.Module, args: tuple[object, ...]) -> None:
+        def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if args and isinstance(args[0], Tensor):
-                states.append(args[0])
+                states.append((args[0], {name: kwargs[name] for name in OF_TOKENS if name in kwargs}))
 
         def after(module: nn.Module, args: object, output: object) -> None:
-            if not isinstance(output, Tensor):
+            if not isinstance(output, Tensor) and not is_merging(module):
                 states.clear()
                 self.layers = []  # what else it gives cannot be made up
 
-        handles = [layer.module.register_forward_pre_hook(before) for layer in self.layers]
+        handles = [layer.module.register_forward_pre_hook(before, with_kwargs=True) for layer in self.layers]
         handles += [layer.module.register_forward_hook(after) for layer in self.layers]
         try:
             output = self.model(pixel_values=pixels)
         finally:
             for handle in handles:
                 handle.remove()
-        held = sum(s.numel() * s.element_size() for s in states) * len(self.batches)
+        held = sum(s.numel() * s.element_size() for s, _ in states) * len(self.batches)
         if len(states) != len(self.layers) or held > STATES_BYTES:
             self.layers = []
         self._states.append(states if self.layers else [])
@@ -76,7 +78,7 @@ class Suffixes:
         first = self._first(list(changed))
         for pixels, states in zip(self.batches, self._states, strict=True):
             if first:
-                with self._from(first, states[first]):
+                with self._from(first, *states[first]):
                     yield self.model(pixel_values=pixels)
             else:
                 yield self.model(pixel_values=pixels)
@@ -89,18 +91,20 @@ class Suffixes:
         return min(places, default=0)
 
     @contextmanager
-    def _from(self, first: int, states: Tensor) -> Iterator[None]:
+    def _from(self, first: int, states: Tensor, of_tokens: dict[str, object]) -> Iterator[None]:
         """While it lasts, layers before one do nothing, and that one gets the states that it had."""
 
         def pass_on(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
             return hidden
 
-        def replace(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-            return (states, *args[1:])
+        def replace(
+            module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+        ) -> tuple[tuple[object, ...], dict[str, object]]:
+            return (states, *args[1:]), kwargs | of_tokens
 
         # A module may have a forward of its own, such as one that moves its weights first.
         skipped = [(layer.module, vars(layer.module).get("forward")) for layer in self.layers[:first]]
-        handle = self.layers[first].module.register_forward_pre_hook(replace)
+        handle = self.layers[first].module.register_forward_pre_hook(replace, with_kwargs=True)
         try:
             for module, _ in skipped:
                 vars(module)["forward"] = pass_on

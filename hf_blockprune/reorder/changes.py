@@ -1,6 +1,6 @@
 """Changes of a model's parameters in place, each of which can be undone to the last bit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -36,6 +36,11 @@ class Changes:
     """
 
     _made: list[_Change] = field(default_factory=list, init=False)
+    _others: list[Callable[[], None]] = field(default_factory=list, init=False)
+
+    def then(self, undo: Callable[[], None]) -> None:
+        """Another change is about to be made; this undoes it, and does nothing where it was not made."""
+        self._others.append(undo)
 
     @torch.no_grad()
     def permute(self, parameter: Tensor, axis: int, order: Tensor) -> None:
@@ -60,7 +65,10 @@ class Changes:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Undo all changes, the last one first."""
+        """Undo all changes, the last one first; those of parameters after the others."""
+        while self._others:
+            self._others[-1]()
+            self._others.pop()
         while self._made:
             change = self._made[-1]
             if change.before is None:

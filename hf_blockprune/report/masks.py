@@ -28,7 +28,7 @@ def describe_masks(
 
     Args:
         targets: the Linears by name, as the masks find them: some may be smaller than the dense model's.
-        flops: FLOPs of the dense model.
+        flops: of the model before anything left it but tokens.
         masks: bool [block_rows, block_cols] by name.
         losses: what they are predicted to cost, by name.
         block_shape: (rows, cols).
@@ -44,7 +44,8 @@ def describe_masks(
         shape = (dense_shapes or {}).get(name, kept_shape)
         weights = int(block_sizes(kept_shape, block_shape)[mask].sum())
         blocks, kept_blocks = math.prod(grid_shape(shape, block_shape)), int(mask.sum())
-        kept.append(KeptLayer(flops.linear_tokens[name], shape[0] * shape[1], weights, blocks, kept_blocks))
+        tokens, dense_tokens = flops.linear_tokens[name], flops.dense.linear_tokens[name]
+        kept.append(KeptLayer(tokens, dense_tokens, shape[0] * shape[1], weights, blocks, kept_blocks))
         layers.append(
             LayerReport(
                 name=name,

@@ -97,6 +97,38 @@ class PermutationReport(Part):
 
 
 @dataclass(kw_only=True)
+class TokenTrial(Part):
+    """A schedule of tokens that was tried.
+
+    Attributes:
+        leave: patches that leave each layer.
+        share: of the dense model's cost that this leaves, in the budget's unit.
+        divergence: KL(dense || tried) of the predictions in nats, the mean over images that nothing was fitted to.
+    """
+
+    leave: list[int]
+    share: float
+    divergence: float
+
+
+@dataclass(kw_only=True)
+class TokensReport(Part):
+    """How tokens merge.
+
+    Attributes:
+        leave: patches that leave each layer.
+        patches: of the image that these numbers are of.
+        frontier: schedules that were found, from none to one that saves all that the budget asks for; tokens alone.
+        trials: those that were tried together with the other moves, which saved the rest; the best one was taken.
+    """
+
+    leave: list[int]
+    patches: int
+    frontier: list[TokenTrial] = field(default_factory=list)
+    trials: list[TokenTrial] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class BudgetReport(Part):
     """What one budget asked for and what was reached, in `unit`, beside the dense model's cost."""
 
@@ -184,6 +216,7 @@ class Report(Part):
         config: see `BlockPruneConfig.to_dict`.
         masks: what is kept.
         permutation: None where nothing changed places.
+        tokens: None where none merge.
         power_weight: that met a budget of energy beside another.
         budgets: what each asked for.
         calibration: None without images.
@@ -205,6 +238,7 @@ class Report(Part):
     config: JsonDict
     masks: MaskReport = field(metadata=FLAT)
     permutation: PermutationReport | None = None
+    tokens: TokensReport | None = None
     power_weight: float | None = None
     budgets: list[BudgetReport] = field(default_factory=list)
     calibration: CalibrationReport | None = None

@@ -1,0 +1,154 @@
+"""How many patches should leave each layer: schedules of tokens, each a little cheaper than the one before.
+
+Patches leave in steps, each at the layer where it costs the least divergence of the predictions for what it saves. A
+step's divergence is measured, on images, with all steps before it taken. It grows as more patches leave, so a layer
+whose measurement is out of date is measured again only when even that makes it the best one (lazy greedy, Minoux 1978).
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..cost.flops import dtype_of
+from ..display.stages import stage
+from ..hub.blockprune_tokens import TokenSchedule, forget_schedule, set_schedule
+from ..model.outputs import output_of, task_for
+from ..model.tasks import Regression
+from ..refit.suffixes import Suffixes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STEPS = 24  # in how many steps all patches leave
+IMAGES_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Costed:
+    """A schedule, and what it comes to.
+
+    Attributes:
+        schedule: of tokens.
+        share: of the dense model's cost that it leaves.
+        divergence: KL(dense || merged) of the predictions in nats, the mean over images.
+    """
+
+    schedule: TokenSchedule
+    share: float
+    divergence: float
+
+
+class TokenSearch:
+    """Finds schedules of tokens for one dense model.
+
+    Args:
+        model: of transformers, in evaluation mode; it is left without merging.
+        layers: names of Linears of each layer, in order.
+        pixels: images to measure on, [images, channels, height, width].
+        patches: of an image.
+        least: patches that stay.
+        cost: share of the dense model's cost that the model has with the schedule that is set in it.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        layers: Sequence[Sequence[str]],
+        pixels: Tensor,
+        patches: int,
+        least: int,
+        cost: Callable[[], float],
+    ) -> None:
+        self.model, self.layers, self.patches, self.least, self.cost = model, layers, patches, least, cost
+        self.names = [name for names in layers for name in names]
+        self.batches = [part.to(dtype_of(model)) for part in pixels.split(IMAGES_AT_ONCE)]
+        self._leave = [0] * len(layers)
+        self._suffixes = Suffixes(model, self.names, self.batches)
+        self._wanted = torch.cat([output_of(model, output) for output in self._suffixes.outputs])
+        task = task_for(model, self._suffixes.outputs[0])
+        self._task = task.scaled(self._wanted) if isinstance(task, Regression) else task
+
+    @torch.no_grad()
+    def run(self, until: float) -> list[Costed]:
+        """Schedules of less and less cost, from that of the dense model to one of at most this share.
+
+        The last one costs no less than asked for, as far as whole patches allow; or what is least, where that is more.
+        """
+        found = [self._costed(self._leave, 0.0)]
+        with stage("tokens", 1 - until, unit="of the cost") as bar:
+            try:
+                queue = [(-float("inf"), layer, -1) for layer in range(len(self.layers))]
+                while queue and found[-1].share > until:
+                    step = self._best(queue, found[-1], len(found))
+                    if step is None:
+                        break
+                    found.append(step)
+                    self._accept(step)
+                    bar.reach(min(1 - step.share, 1 - until))
+                if found[-1].share < until:
+                    found[-1] = self._trimmed(found[-2], found[-1], until)
+            finally:
+                forget_schedule(self.model)
+        return found
+
+    def _best(self, queue: list[tuple[float, int, int]], now: Costed, number: int) -> Costed | None:
+        """The step to take; what is known of each layer, (price, layer, when measured), waits in a heap."""
+        measured: dict[int, Costed] = {}
+        while queue:
+            _, layer, when = heapq.heappop(queue)
+            if when == number:
+                heapq.heappush(queue, (-float("inf"), layer, -1))
+                return measured[layer]
+            leave = self._after_step(layer)
+            if leave is None:
+                continue
+            step = measured[layer] = self._costed(leave, self._divergence(leave, layer))
+            saved = now.share - step.share
+            if saved > 0:
+                heapq.heappush(queue, ((step.divergence - now.divergence) / saved, layer, number))
+        return None
+
+    def _after_step(self, layer: int) -> list[int] | None:
+        """Patches that leave if some more do at a layer, None where no more are left; later ones may have to stay."""
+        leave = list(self._leave)
+        before = self.patches - sum(leave[:layer])
+        more = min(max(1, self.patches // STEPS), before - self.least - leave[layer])
+        if more <= 0:
+            return None
+        leave[layer] += more
+        for later in range(layer + 1, len(leave)):
+            leave[later] = min(leave[later], self.patches - sum(leave[:later]) - self.least)
+        return leave
+
+    def _accept(self, step: Costed) -> None:
+        self._leave = list(step.schedule.leave)
+        set_schedule(self.model, step.schedule, self.names)
+        self._suffixes = Suffixes(self.model, self.names, self.batches)
+
+    def _divergence(self, leave: Sequence[int], layer: int) -> float:
+        """Of a schedule that differs from what is set at a layer, and perhaps after it."""
+        set_schedule(self.model, TokenSchedule(tuple(leave), self.patches), self.names)
+        have = torch.cat([output_of(self.model, output) for output in self._suffixes.run(self.layers[layer])])
+        return float(self._task.divergence(self._wanted, have).mean())
+
+    def _costed(self, leave: Sequence[int], divergence: float) -> Costed:
+        schedule = TokenSchedule(tuple(leave), self.patches)
+        set_schedule(self.model, schedule, self.names)
+        return Costed(schedule, self.cost(), divergence)
+
+    def _trimmed(self, before: Costed, after: Costed, until: float) -> Costed:
+        """The least part of a step that is cheap enough."""
+        leave = list(after.schedule.leave)
+        layer = next(i for i, (a, b) in enumerate(zip(before.schedule.leave, leave, strict=True)) if a != b)
+        few, many = before.schedule.leave[layer], leave[layer]
+        while many - few > 1:
+            leave[layer] = (few + many) // 2
+            few, many = (few, leave[layer]) if self._costed(leave, 0.0).share <= until else (leave[layer], many)
+        leave[layer] = many
+        set_schedule(self.model, before.schedule, self.names)
+        self._suffixes = Suffixes(self.model, self.names, self.batches)
+        return self._costed(leave, self._divergence(leave, layer))

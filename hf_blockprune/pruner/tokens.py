@@ -1,0 +1,185 @@
+"""How many patches leave each layer of a model that is about to be pruned."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..budget import Budget
+from ..choose.allocation import CostBudget
+from ..choose.budgets import model_budget
+from ..choose.token_search import IMAGES_AT_ONCE, Costed, TokenSearch
+from ..config import BlockPruneConfig
+from ..cost.flops import ModelFlops, dtype_of, merged_flops
+from ..errors import BlockSparseFormatError, BudgetError, ModelError
+from ..hub.blockprune_tokens import LEAST_TOKENS, TokenSchedule, forget_schedule, mergeable_layers, set_schedule
+from ..model.layers import layer_chain
+from ..model.outputs import answers, task_for
+from ..model.tasks import Regression
+from ..report.values import TokensReport, TokenTrial
+from ..runs.processes import agreed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+# How much of what a budget has to save is tried to be saved by tokens alone, as a power of the budget's ratio.
+POWERS = (0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """The tokens of a model, before any schedule.
+
+    Attributes:
+        model: of transformers.
+        names: of the Linears to prune of each of its layers.
+        patches: of an image.
+        prefix: tokens before them.
+    """
+
+    model: "PreTrainedModel"
+    names: list[list[str]]
+    patches: int
+    prefix: int
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel", targets: dict[str, nn.Linear], flops: ModelFlops) -> "Merging":
+        """Of a dense model.
+
+        Raises:
+            ModelError: it is of a kind whose tokens cannot merge, saying why.
+        """
+        try:
+            _, prefix = mergeable_layers(model, targets)
+        except BlockSparseFormatError as error:
+            raise ModelError(f"{error}; leave tokens out") from None
+        chain = layer_chain(model, targets)
+        names = [[name for name in targets if name.startswith(f"{layer.name}.")] for layer in chain]
+        return cls(model, names, round(max(flops.linear_tokens[name] for name in targets)) - prefix, prefix)
+
+    def set(self, leave: Sequence[int]) -> TokenSchedule:
+        """Let so many patches leave each layer.
+
+        Raises:
+            ModelError: these are numbers for another model, or leave too few tokens.
+        """
+        schedule = TokenSchedule(tuple(leave), self.patches)
+        try:
+            set_schedule(self.model, schedule, [name for names in self.names for name in names])
+        except BlockSparseFormatError as error:
+            raise ModelError(str(error)) from None
+        return schedule
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """Chooses a schedule, and with it how much of the budget tokens pay.
+
+    Args:
+        merging: of the dense model.
+        targets: the Linears to prune.
+        flops: of the dense model.
+        config: how to prune.
+        accelerator: the processes.
+        searched: images to look for schedules on, [images, channels, height, width].
+        judged: others, to judge trials on.
+        trial: prunes a copy of the model by a schedule, roughly, and gives it; None where the budget cannot be met so.
+    """
+
+    merging: Merging
+    targets: dict[str, nn.Linear]
+    flops: ModelFlops
+    config: BlockPruneConfig
+    accelerator: "Accelerator"
+    searched: Tensor
+    judged: Tensor
+    trial: Callable[[TokenSchedule], "PreTrainedModel | None"]
+
+    def choose(self) -> TokensReport:
+        """The schedule, and what else was tried; none is set in the model.
+
+        Raises:
+            BudgetError: no share of the budget that tokens could pay leaves one that can be met.
+        """
+        asked = self._asked()
+        frontier = self._frontier(asked)
+        judge = _Judge(self.merging.model, self.judged)
+        tried = [self._tried(_cheapest(frontier, asked**power), judge) for power in POWERS]
+        if frontier[-1].share <= asked:
+            tried.append(self._alone(frontier[-1], judge))
+        trials = [trial for trial in tried if trial is not None]
+        if not trials:
+            raise BudgetError("budget: cannot be met, however many tokens merge; raise it")
+        best = agreed(min(trials, key=lambda trial: trial.divergence), self.accelerator)
+        return TokensReport(
+            leave=best.leave, patches=self.merging.patches, frontier=[_reported(c) for c in frontier], trials=trials
+        )
+
+    @property
+    def _wanted(self) -> Budget:
+        """The budget that tokens are reckoned by."""
+        budgets = (self.config.budget, self.config.second_budget)
+        return next(budget for budget in budgets if budget is not None and budget.counts_tokens)
+
+    def _cost(self, flops: ModelFlops) -> CostBudget:
+        model, shape = self.merging.model, self.config.block_shape
+        return model_budget(self._wanted, model, self.targets, flops, shape).blocks
+
+    def _asked(self) -> float:
+        """Share of the dense model's cost that may remain."""
+        return self._cost(self.flops).ratio
+
+    def _frontier(self, until: float) -> list[Costed]:
+        """Schedules from none to one that saves all that is asked for, the same on every process."""
+
+        def cost() -> float:
+            return self._cost(merged_flops(self.merging.model, self.flops)).left_without(0.0)
+
+        least = max(1, LEAST_TOKENS - self.merging.prefix)
+        search = TokenSearch(self.merging.model, self.merging.names, self.searched, self.merging.patches, least, cost)
+        return agreed(search.run(until), self.accelerator)
+
+    def _tried(self, costed: Costed, judge: "_Judge") -> TokenTrial | None:
+        """What a schedule comes to with the other moves, which pay the rest."""
+        pruned = self.trial(costed.schedule)
+        return None if pruned is None else _reported(costed, judge.divergence(pruned))
+
+    def _alone(self, costed: Costed, judge: "_Judge") -> TokenTrial:
+        """What a schedule that pays all comes to; that is known without a prune."""
+        self.merging.set(costed.schedule.leave)
+        try:
+            return _reported(costed, judge.divergence(self.merging.model))
+        finally:
+            forget_schedule(self.merging.model)
+
+
+class _Judge:
+    """Tells how far models are from a dense one on some images."""
+
+    @torch.no_grad()
+    def __init__(self, dense: "PreTrainedModel", pixels: Tensor) -> None:
+        self.batches = pixels.split(IMAGES_AT_ONCE)
+        self.wanted = self._answers(dense)
+        task = task_for(dense, dense(pixel_values=self.batches[0][:1].to(dtype_of(dense))))
+        self.task = task.scaled(self.wanted) if isinstance(task, Regression) else task
+
+    @torch.no_grad()
+    def divergence(self, model: "PreTrainedModel") -> float:
+        """KL(dense || model) of the predictions in nats, the mean over images."""
+        return float(self.task.divergence(self.wanted, self._answers(model)).mean())
+
+    def _answers(self, model: "PreTrainedModel") -> Tensor:
+        return torch.cat([answers(model, batch) for batch in self.batches])
+
+
+def _cheapest(frontier: Sequence[Costed], share: float) -> Costed:
+    """The first schedule of at most that share of the cost, or the one of the least."""
+    return next((costed for costed in frontier if costed.share <= share), frontier[-1])
+
+
+def _reported(costed: Costed, divergence: float | None = None) -> TokenTrial:
+    value = costed.divergence if divergence is None else divergence
+    return TokenTrial(leave=list(costed.schedule.leave), share=costed.share, divergence=value)
