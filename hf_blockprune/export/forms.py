@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..checkpoint.folder import check_output, check_output_file, staged_directory
 from ..data.model_input import picture_size
@@ -17,9 +18,10 @@ from ..display.stages import planned, stage
 from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import partial_file
 from ..hub.blockprune_fusion import unfuse
-from ..hub.blockprune_layers import is_pruned
+from ..hub.blockprune_layers import block_sparse_layers, is_pruned
 from ..hub.blockprune_quantizer import pack_weights
 from ..hub.blockprune_skeleton import channels_of
+from ..hub.blockprune_tokens import forget_schedule, schedule_of, set_schedule
 from ..model.loading import load_model, model_class_of
 from ..model.outputs import answers, classifies
 from ..types import ImageProcessor, JsonDict
@@ -29,6 +31,7 @@ from .inner_width import cut_head_features, cut_units, leave_cuts_out, narrow
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.get_logger(__name__)
 FORMATS = ("dense", "onnx", "torch-export")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUT = "pixel_values"
@@ -47,11 +50,13 @@ def export_checkpoint(directory: str | Path, output: str | Path, form: str, *, o
         form: "dense", a stock transformers folder with zeros where blocks were removed; "onnx", the dense form for
             other runtimes; "torch-export", a program of `torch.export` that keeps its block-sparse kernels, so that
             whoever loads it has this package imported. The last two take any batch size, and leave out hidden units
-            that were cut; a stock folder has one width for all MLPs, that of the widest. All are float32.
+            that were cut; a stock folder has one width for all MLPs, that of the widest, and its tokens do not merge.
+            All are float32.
         overwrite: replace what is there.
 
     Returns:
-        JSON-ready `output`, `format`, `size_bytes`, `max_difference`, the largest of the logits, `cut_units`, hidden
+        JSON-ready `output`, `format`, `size_bytes`, `max_difference`, the largest of the logits (of a stock folder from
+        the checkpoint without merging), `merges_tokens`, whether tokens merge in what was written, `cut_units`, hidden
         units that the checkpoint lacks, `cut_units_kept_as_zeros`, those of them that came back as zeros, and
         `cut_head_features` and `cut_head_features_kept_as_zeros`, the same of features of attentions' heads.
 
@@ -75,6 +80,10 @@ def _export(directory: str | Path, output: str | Path, form: str, overwrite: boo
     target = Path(output).expanduser()
     size = picture_size(model, processor)
     pixels = _pixels(channels_of(model.config, model), size)
+    merged = schedule_of(model) is not None
+    if merged and form == "dense":
+        logger.warning("A stock folder cannot merge tokens: its model does more work, and answers as one without does.")
+        forget_schedule(model)
     expected = {batch: _answers(model, pixels(batch)) for batch in BATCHES}
     lost = cut_units(model), cut_head_features(model)
     (narrow if form == "dense" else leave_cuts_out)(model)
@@ -92,6 +101,7 @@ def _export(directory: str | Path, output: str | Path, form: str, overwrite: boo
                 f"kept; {_advice(model, form)}"
             )
     values = {"output": str(output), "format": form, "size_bytes": _size(target), "max_difference": difference}
+    values |= {"merges_tokens": merged and form != "dense"}
     values |= {"cut_units": lost[0], "cut_units_kept_as_zeros": zeros[0]}
     return {**values, "cut_head_features": lost[1], "cut_head_features_kept_as_zeros": zeros[1]}
 
@@ -143,7 +153,10 @@ def _write_onnx(
 ) -> Run:
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
+    schedule, names = schedule_of(model), [name for name, _ in block_sparse_layers(model)]
     model.dequantize()
+    if schedule is not None:
+        set_schedule(model, schedule, names)
     # Of fused attention with a mask, as BeiT's and Swin's, torch 2.13's exporter gets the memory layout wrong.
     model.set_attn_implementation("eager")
     size = sum(p.numel() * p.element_size() for p in model.parameters())

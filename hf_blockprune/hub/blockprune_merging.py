@@ -72,7 +72,7 @@ def merge(states: Tensor, alike: Tensor, groups: Groups, leave: int, prefix: int
     kept = candidates.gather(1, _wide(stays, merged))
     new_sizes = torch.cat([groups.sizes[:, :prefix], source_sizes.gather(1, stays), sums], 1)
     moved = _moved(stays, gone, into, sums.shape[1])[:, back] + prefix
-    first = torch.arange(prefix, device=states.device).expand(len(states), -1)
+    first = torch.arange(prefix, device=states.device).expand(states.shape[0], -1)
     places = torch.cat([first, moved], 1).gather(1, groups.places)
     return torch.cat([states[:, :prefix], kept, merged], 1), Groups(new_sizes, places)
 
@@ -115,5 +115,5 @@ def restore(states: Tensor, groups: Groups) -> Tensor:
 
 def averaged(states: Tensor, groups: Groups) -> Tensor:
     """Mean over what each token stands for, [images, tokens, width], of states [images, all tokens, width]."""
-    sums = states.new_zeros(len(states), groups.sizes.shape[1], states.shape[-1])
+    sums = states.new_zeros(states.shape[0], groups.sizes.shape[1], states.shape[-1])
     return sums.scatter_add(1, _wide(groups.places, states), states) / groups.sizes[..., None].to(states.dtype)

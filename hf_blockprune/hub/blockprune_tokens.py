@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from .blockprune_halves import ATTENTION, attend, attention_of, has_halves, think
@@ -23,6 +24,7 @@ from .blockprune_merging import Groups, attention_bias, merge, restore, whole
 PREFIXES = ("class_embedding", "cls_token", "distillation_token", "register_tokens")
 ADDING = ("eager", "sdpa")  # attentions that add what they are given as a mask
 LEAST_TOKENS = 2
+_EXPORTING = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 knows the latter alone
 MEMORY = "_merging"  # of a layer's module
 _MERGING = "_whole_class"  # of a class in which tokens merge: the one that it was made of
 OF_TOKENS = SIZES, PLACES = "token_sizes", "token_places"  # arguments that a layer gets of the one before it
@@ -301,13 +303,14 @@ def _step(
         UnmergeableError: it is called with what merged tokens have no meaning for.
     """
     prefix = memory["prefix"]
-    groups = None if token_sizes is None or token_places is None else Groups(token_sizes, token_places)
+    # Reentrant checkpoints take all that a layer gives for differentiable, and would follow it back without end.
+    groups = None if token_sizes is None or token_places is None else Groups(token_sizes.detach(), token_places)
     patches = (states.shape[1] if groups is None else groups.places.shape[1]) - prefix
     left = _schedule(memory).remaining(patches)
     leave = states.shape[1] - prefix - left[memory["number"]]
     if groups is None and not leave:
         return plain(states, mask, **kwargs)
-    if mask is not None:
+    if mask is not None and not _EXPORTING():  # there transformers makes one of nothing but True
         raise UnmergeableError("attention_mask: has no meaning where tokens merge; leave it out")
     bias = None
     if groups is not None:

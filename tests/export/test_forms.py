@@ -18,6 +18,7 @@ from hf_blockprune.export.forms import export_checkpoint
 from hf_blockprune.hub.blockprune_heads import CutHeads, set_heads
 from hf_blockprune.hub.blockprune_layers import is_block_sparse
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
+from hf_blockprune.hub.blockprune_tokens import TokenSchedule, forget_schedule, set_schedule
 from hf_blockprune.model.structure import find_transformer_layers
 from hf_blockprune.model.targets import find_targets
 from hf_blockprune.reorder.cutting import cut_hidden_units
@@ -25,6 +26,7 @@ from hf_blockprune.score.blocks import grid_shape
 from tests.conftest import ROOT, WITHOUT_THE_PACKAGE, tiny_model
 from tests.cutting import KEPT, cut_model
 from tests.forking import plain_forks
+from tests.hub.saved_models import sparse_model
 
 LOAD_DENSE = """
 import torch
@@ -329,3 +331,31 @@ def test_missing_packages_are_named(forks, pruned, tmp_path):
     assert done.returncode == 1
     assert "onnxruntime" in done.stderr
     assert "pip install 'hf_blockprune[onnx]'" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+@pytest.mark.parametrize("form", ["onnx", "torch-export", "dense"])
+def test_tokens_that_merge(processor, tmp_path, family, form, caplog):
+    """They do in programs, of any number of images; a stock folder's do not, which is said."""
+    model = tiny_model(family)
+    set_schedule(model, TokenSchedule((5, 3), 16), find_targets(model, BlockPruneConfig(block_shape=(8, 8))))
+    sparse = sparse_model(model)
+    sparse.save_pretrained(tmp_path / "pruned")
+    processor.save_pretrained(tmp_path / "pruned")
+    with caplog.at_level("WARNING"):
+        values = export_checkpoint(tmp_path / "pruned", tmp_path / "out", form)
+    assert values["merges_tokens"] is (form != "dense")
+    assert ("cannot merge tokens" in caplog.text) is (form == "dense")
+    for count in (1, 3, 7):
+        expected = logits_of(sparse, pixels(count))
+        if form == "onnx":
+            session = onnxruntime.InferenceSession(str(tmp_path / "out"), providers=["CPUExecutionProvider"])
+            found = torch.from_numpy(session.run(["logits"], {"pixel_values": pixels(count).numpy()})[0])
+        elif form == "torch-export":
+            with (tmp_path / "out").open("rb") as file:
+                found = torch.export.load(file).module()(pixels(count)).detach()
+        else:
+            forget_schedule(sparse)
+            expected = logits_of(sparse, pixels(count))
+            found = logits_of(AutoModelForImageClassification.from_pretrained(tmp_path / "out"), pixels(count))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
