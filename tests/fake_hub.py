@@ -3,11 +3,14 @@
 import base64
 import hashlib
 import json
+import os
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from tests.forking import Forks
 
 
 class FakeHub:
@@ -63,6 +66,29 @@ class FakeHub:
     def files(self, repo, revision="main"):
         folder = self.repos[repo][revision]
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+class Client:
+    """Runs Python against a Hub, while its `with` block runs."""
+
+    def __init__(self, folder, endpoint):
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_test"}
+        self.forks = Forks(env={**kept, **own, "NO_PROXY": "127.0.0.1"})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.forks.close()
+
+    def start(self, script, *arguments):
+        return self.forks.run("-c", script, *arguments)
+
+    def run(self, script, *arguments):
+        done = self.start(script, *arguments)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -30,10 +30,9 @@ from hf_blockprune.hub.blockprune_flops import UncountableError
 from hf_blockprune.hub.blockprune_profiles import CpuProfile, DeviceError, named_profile
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, pack_weights
 from hf_blockprune.hub.blockprune_saving import install
-from tests.checkpoint.test_publish import Client
 from tests.conftest import WITHOUT_THE_PACKAGE, tiny_config, tiny_model
 from tests.cutting import KEPT, cut_model
-from tests.fake_hub import FakeHub
+from tests.fake_hub import Client, FakeHub
 from tests.hub.saved_models import run, sparse_model
 
 REPO = "someone/tiny-pruned"

@@ -14,9 +14,8 @@ from transformers import AutoModel, AutoModelForImageClassification, QuantoConfi
 from hf_blockprune import BlockSparseFormatError
 from hf_blockprune.hub import modeling_blockprune
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from tests.checkpoint.test_publish import Client
 from tests.conftest import tiny_model, tiny_settings
-from tests.fake_hub import FakeHub
+from tests.fake_hub import Client, FakeHub
 from tests.hub.saved_models import (
     HUB_FILES,
     OWN_KEYS,

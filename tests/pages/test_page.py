@@ -22,9 +22,8 @@ from hf_blockprune.pages.drawings import Bar, bar_chart, mask_picture, ticks
 from hf_blockprune.pages.page import report_page
 from hf_blockprune.stored_values import MAX_ROWS, StoredValues, flat
 from tests.browser import needs_browser
-from tests.checkpoint.test_publish import Client
 from tests.conftest import ROOT, tiny_model
-from tests.fake_hub import FakeHub
+from tests.fake_hub import Client, FakeHub
 from tests.page_reader import Page
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}"
