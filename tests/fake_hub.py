@@ -26,7 +26,9 @@ class FakeHub:
 
     def __init__(self, repos, uploads=None, refuse=None):
         self.uploads, self.refuse = uploads, refuse
-        self.repos = {name: {"main": Path(folder)} for name, folder in repos.items()}
+        self.repos = {}
+        for repo, folder in repos.items():
+            self.add(repo, folder)
         self.private = []
         self.requests = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -42,6 +44,10 @@ class FakeHub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def add(self, repo, folder):
+        """A repository that holds a folder."""
+        self.repos[repo] = {"main": Path(folder)}
 
     def commit(self, repo, revision="main"):
         """The commit that a branch stands at: 40 digits that change with the files' content."""
@@ -73,7 +79,8 @@ class Client:
 
     def __init__(self, folder, endpoint):
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_test"}
+        self.home = folder / "home"
+        own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(self.home), "HF_TOKEN": "hf_test"}
         self.forks = Forks(env={**kept, **own, "NO_PROXY": "127.0.0.1"})
 
     def __enter__(self):

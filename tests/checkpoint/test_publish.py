@@ -21,7 +21,7 @@ PUSH = """
 import json, sys
 from hf_blockprune import BlockPruneConfig, BlockPruner, Budget
 
-config = BlockPruneConfig(block_shape=(16, 16), method="magnitude", budget=Budget("flops", 0.75))
+config = BlockPruneConfig(block_shape=(8, 8), method="magnitude", budget=Budget("flops", 0.75))
 pruner = BlockPruner.from_pretrained(sys.argv[1], config)
 pruner.prune()
 for repo, options in json.loads(sys.argv[2]):
@@ -62,19 +62,19 @@ CLI = "import sys; from hf_blockprune.cli import app; app(sys.argv[1:])"
 
 
 @pytest.fixture(scope="module")
-def pushed(vit_folder, tmp_path_factory):
+def pushed(online, small_folder, tmp_path_factory):
     """(Hub, client, folder of the same model) after pushes to main, to a branch and to a pull request."""
     folder = tmp_path_factory.mktemp("push")
-    with FakeHub({}, uploads=folder / "hub") as hub, Client(folder, hub.endpoint) as client:
-        pushes = [
-            ("pruned", {}),
-            (REPO, {"revision": "fewer-flops", "commit_message": "On a branch"}),
-            (REPO, {"create_pr": True}),
-            ("someone/hidden", {"private": True}),
-        ]
-        printed = client.run(PUSH, vit_folder, json.dumps(pushes), folder / "saved").split()
-        assert printed == ["None", "None", f"{hub.endpoint}/{REPO}/discussions/1", "None"]
-        yield hub, client, folder / "saved"
+    hub, client = online
+    pushes = [
+        ("pruned", {}),
+        (REPO, {"revision": "fewer-flops", "commit_message": "On a branch"}),
+        (REPO, {"create_pr": True}),
+        ("someone/hidden", {"private": True}),
+    ]
+    printed = client.run(PUSH, small_folder, json.dumps(pushes), folder / "saved").split()
+    assert printed == ["None", "None", f"{hub.endpoint}/{REPO}/discussions/1", "None"]
+    return hub, client, folder / "saved"
 
 
 def test_pushed_models_load_with_the_package(pushed, images):

@@ -14,7 +14,6 @@ import torch
 
 from hf_blockprune import BlockPruneConfig, BlockPruner
 from tests.conftest import WITHOUT_THE_PACKAGE, tiny_model
-from tests.fake_hub import Client, FakeHub
 from tests.hub.saved_models import run
 
 pytestmark = pytest.mark.slow
@@ -114,24 +113,15 @@ def test_without_the_package_a_folder_loads_by_its_own_code(loader, saved, pixel
 
 
 @pytest.fixture(scope="module")
-def hub(saved):
-    """A Hub with both models."""
-    with FakeHub({f"someone/{family}": folder for family, (folder, _) in saved.items()}) as hub:
-        yield hub
+def client(online, saved):
+    """Of a Hub with both models."""
+    for family, (folder, _) in saved.items():
+        online[0].add(f"someone/{family}", folder)
+    return online[1]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("client")
-
-
-@pytest.fixture(scope="module")
-def client(hub, home):
-    with Client(home, hub.endpoint) as client:
-        yield client
-
-
-def test_without_the_package_a_repository_loads_by_its_own_code(loader, hub, client, saved, pixels):
+def test_without_the_package_a_repository_loads_by_its_own_code(loader, online, client, saved, pixels):
+    hub = online[0]
     arguments = loader.arguments("someone/deit-distilled", trust_remote_code=True)
     result = loader.result(client.start(WITHOUT_THE_PACKAGE + CHILD, arguments))
     assert_same_answers(result, saved["deit-distilled"][1], pixels)
@@ -152,11 +142,11 @@ def test_without_the_package_and_without_trust_there_is_an_error_and_no_model(lo
     assert_refused_with_a_remedy(loader, loader.run(saved["vit"][0]))
 
 
-def test_a_repository_gives_no_random_weights_either(loader, client, home):
+def test_a_repository_gives_no_random_weights_either(loader, client):
     another_head = {"num_labels": 3, "ignore_mismatched_sizes": True}
     refused = client.start(WITHOUT_THE_PACKAGE + CHILD, loader.arguments("someone/vit", **another_head))
     assert_refused_with_a_remedy(loader, refused)
     arguments = loader.arguments("someone/vit", trust_remote_code=True)
     loader.result(client.start(WITHOUT_THE_PACKAGE + CHILD, arguments))
     (loader.folder / "result.pt").unlink()
-    assert_refused_with_a_remedy(loader, loader.run_offline("someone/vit", home / "home", **another_head))
+    assert_refused_with_a_remedy(loader, loader.run_offline("someone/vit", client.home, **another_head))

@@ -254,15 +254,6 @@ class Runs:
         return load_file(self.folder / output / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def small_folder(tmp_path_factory, processor):
-    """A dense ViT classifier, as small as may be."""
-    folder = tmp_path_factory.mktemp("dense") / "small-vit"
-    for saved in (tiny_model(), processor):
-        saved.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def runs(small_folder, images, tmp_path, forks):
     return Runs(tmp_path, {**SETTINGS, "model": str(small_folder), "dataset": str(images)}, forks)
