@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/blockprune demo --quiet
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Builds a wheel, installs it in an empty environment, and runs the kernels' tests against it.
 test-wheel:

@@ -42,7 +42,19 @@ PROCESSORS: dict[str, tuple[dict[str, str], list[str]]] = {
 def run(name: str, arguments: list[str]) -> tuple[int, int, list[str]]:
     """(tests passed, tests failed, names of those)."""
     environment, options = PROCESSORS[name]
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "auto",
+        "--maxprocesses",
+        "4",
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+    ]
     done = subprocess.run(
         [*command, *options, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
     )

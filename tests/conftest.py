@@ -53,6 +53,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from hf_blockprune.data.batches import load_images
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
 from hf_blockprune.score.blocks import grid_shape
+from tests.fake_hub import Client, FakeHub
 from tests.forking import plain_forks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +77,29 @@ else:
     raise AssertionError("hf_blockprune can be imported; this process was to be without it")
 """
 NUM_LABELS = 7
+# First, longest first, so that none of them is left to run alone in the end.
+LONGEST = (
+    "test_docs_code.py",
+    "test_demo.py",
+    "test_interruption.py",
+    "test_benchmarks.py",
+    "test_families.py",
+    "test_layerwise.py",
+    "test_training.py",
+    "test_forms.py",
+    "test_moves.py",
+    "test_unwrapping.py",
+    "test_encoders.py",
+    "test_stages.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files before those with slow tests, before all others; order within a file is left as it is."""
+    files = {item.path for item in items}
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    rank = {path: LONGEST.index(path.name) if path.name in LONGEST else len(LONGEST) for path in files}
+    items.sort(key=lambda item: (rank[item.path], item.path not in slow))
 
 
 def tiny_settings(**changes):
@@ -158,6 +182,15 @@ def vit_folder(tmp_path_factory, processor):
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory, processor):
+    """A dense ViT classifier saved with its processor, as small as may be; blocks of 8x8 are fine there."""
+    folder = tmp_path_factory.mktemp("dense") / "small-vit"
+    tiny_model("vit").save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 def write_images(folder, count, *, labels=True, size=40, seed=0):
     """An imagefolder of random pictures, with a metadata.csv where labels are wanted."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,6 +233,14 @@ def _forks_end():
 def forks():
     """Starts processes in which libraries are imported already."""
     return plain_forks()
+
+
+@pytest.fixture(scope="session")
+def online(tmp_path_factory):
+    """(a Hub, a client of it) for all tests, each of which takes repositories of other names."""
+    folder = tmp_path_factory.mktemp("online")
+    with FakeHub({}, uploads=folder / "hub") as hub, Client(folder, hub.endpoint) as client:
+        yield hub, client
 
 
 def free_port():

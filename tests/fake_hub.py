@@ -3,11 +3,14 @@
 import base64
 import hashlib
 import json
+import os
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from tests.forking import Forks
 
 
 class FakeHub:
@@ -23,7 +26,9 @@ class FakeHub:
 
     def __init__(self, repos, uploads=None, refuse=None):
         self.uploads, self.refuse = uploads, refuse
-        self.repos = {name: {"main": Path(folder)} for name, folder in repos.items()}
+        self.repos = {}
+        for repo, folder in repos.items():
+            self.add(repo, folder)
         self.private = []
         self.requests = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -39,6 +44,10 @@ class FakeHub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def add(self, repo, folder):
+        """A repository that holds a folder."""
+        self.repos[repo] = {"main": Path(folder)}
 
     def commit(self, repo, revision="main"):
         """The commit that a branch stands at: 40 digits that change with the files' content."""
@@ -63,6 +72,30 @@ class FakeHub:
     def files(self, repo, revision="main"):
         folder = self.repos[repo][revision]
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+class Client:
+    """Runs Python against a Hub, while its `with` block runs."""
+
+    def __init__(self, folder, endpoint):
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        self.home = folder / "home"
+        own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(self.home), "HF_TOKEN": "hf_test"}
+        self.forks = Forks(env={**kept, **own, "NO_PROXY": "127.0.0.1"})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.forks.close()
+
+    def start(self, script, *arguments):
+        return self.forks.run("-c", script, *arguments)
+
+    def run(self, script, *arguments):
+        done = self.start(script, *arguments)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = """
-import accelerate, datasets, torch, transformers
+import accelerate, datasets, evaluate, rich.live, rich.progress, rich.table, torch, transformers, typer
 from transformers import AutoModelForImageClassification, Trainer, ViTForImageClassification, pipeline
 from transformers.models.vit import image_processing_vit
 """

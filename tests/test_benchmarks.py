@@ -1,20 +1,18 @@
 """Benchmarks that cannot run here for real: every step of them, at sizes that mean nothing."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import ROOT
 
 pytest.importorskip("triton")
-SUITE = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--dry-run"]
+SUITE = ROOT / "benchmarks" / "gpu_suite.py"
 
 
 @pytest.mark.slow
-def test_gpu_suite_walks_through_every_step(tmp_path):
-    run = subprocess.run([*SUITE, "--output", str(tmp_path)], capture_output=True, text=True, check=False)
+def test_gpu_suite_walks_through_every_step(forks, tmp_path):
+    run = forks.run(SUITE, "--dry-run", "--output", tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     results = json.loads((tmp_path / "dry-run.json").read_text())
     assert {"environment", "correctness", "kernels", "end_to_end", "fit"} <= set(results)
@@ -30,7 +28,7 @@ def test_gpu_suite_walks_through_every_step(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"), [(["--dry-run"], "--output"), (["--sections", "poetry"], "invalid choice")]
 )
-def test_gpu_suite_refuses_what_makes_no_sense(arguments, message):
-    run = subprocess.run([SUITE[0], SUITE[1], *arguments], capture_output=True, text=True, check=False)
+def test_gpu_suite_refuses_what_makes_no_sense(forks, arguments, message):
+    run = forks.run(SUITE, *arguments)
     assert run.returncode == 2
     assert message in run.stderr

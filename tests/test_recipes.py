@@ -47,10 +47,10 @@ def test_settings_for_accelerate_are_ones_that_it_reads(name, processes):
 
 
 @pytest.mark.slow
-def test_two_processes_choose_the_masks_of_one(launch, vit_folder, images, tmp_path):
+def test_two_processes_choose_the_masks_of_one(launch, small_folder, images, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {vit_folder}\ndataset: {images}\noutput: out\nblock_shape: [8, 8]\nmethod: taylor\n"
+        f"model: {small_folder}\ndataset: {images}\noutput: out\nblock_shape: [8, 8]\nmethod: taylor\n"
         "budget: {metric: flops, ratio: 0.6}\ncalibration: {samples: 21, batch_size: 4}\n"
     )
     for processes in (1, 2):

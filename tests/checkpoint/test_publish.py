@@ -1,7 +1,6 @@
 """Push to a Hub and load from it, in processes of their own."""
 
 import json
-import os
 import subprocess
 
 import pytest
@@ -11,9 +10,9 @@ from transformers import AutoModelForImageClassification
 from hf_blockprune import BlockPruner
 from hf_blockprune.checkpoint.inspection import inspect_checkpoint
 from hf_blockprune.checkpoint.simulation import simulate_checkpoint
-from tests.fake_hub import FakeHub
-from tests.forking import Forks
-from tests.hub.test_loading import Loader
+from tests.conftest import WITHOUT_THE_PACKAGE
+from tests.fake_hub import Client, FakeHub
+from tests.hub.test_loading import CHILD
 
 pytestmark = pytest.mark.slow
 REPO = "someone/pruned"
@@ -22,7 +21,7 @@ PUSH = """
 import json, sys
 from hf_blockprune import BlockPruneConfig, BlockPruner, Budget
 
-config = BlockPruneConfig(block_shape=(16, 16), method="magnitude", budget=Budget("flops", 0.75))
+config = BlockPruneConfig(block_shape=(8, 8), method="magnitude", budget=Budget("flops", 0.75))
 pruner = BlockPruner.from_pretrained(sys.argv[1], config)
 pruner.prune()
 for repo, options in json.loads(sys.argv[2]):
@@ -62,43 +61,20 @@ print(json.dumps([*found, refused]))
 CLI = "import sys; from hf_blockprune.cli import app; app(sys.argv[1:])"
 
 
-class Client:
-    """Runs Python against a Hub, while its `with` block runs."""
-
-    def __init__(self, folder, endpoint):
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_test"}
-        self.forks = Forks(env={**kept, **own, "NO_PROXY": "127.0.0.1"})
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.forks.close()
-
-    def start(self, script, *arguments):
-        return self.forks.run("-c", script, *arguments)
-
-    def run(self, script, *arguments):
-        done = self.start(script, *arguments)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-
 @pytest.fixture(scope="module")
-def pushed(vit_folder, tmp_path_factory):
+def pushed(online, small_folder, tmp_path_factory):
     """(Hub, client, folder of the same model) after pushes to main, to a branch and to a pull request."""
     folder = tmp_path_factory.mktemp("push")
-    with FakeHub({}, uploads=folder / "hub") as hub, Client(folder, hub.endpoint) as client:
-        pushes = [
-            ("pruned", {}),
-            (REPO, {"revision": "fewer-flops", "commit_message": "On a branch"}),
-            (REPO, {"create_pr": True}),
-            ("someone/hidden", {"private": True}),
-        ]
-        printed = client.run(PUSH, vit_folder, json.dumps(pushes), folder / "saved").split()
-        assert printed == ["None", "None", f"{hub.endpoint}/{REPO}/discussions/1", "None"]
-        yield hub, client, folder / "saved"
+    hub, client = online
+    pushes = [
+        ("pruned", {}),
+        (REPO, {"revision": "fewer-flops", "commit_message": "On a branch"}),
+        (REPO, {"create_pr": True}),
+        ("someone/hidden", {"private": True}),
+    ]
+    printed = client.run(PUSH, small_folder, json.dumps(pushes), folder / "saved").split()
+    assert printed == ["None", "None", f"{hub.endpoint}/{REPO}/discussions/1", "None"]
+    return hub, client, folder / "saved"
 
 
 def test_pushed_models_load_with_the_package(pushed, images):
@@ -111,10 +87,12 @@ def test_pushed_models_load_with_the_package(pushed, images):
 
 @pytest.mark.parametrize("revision", ["main", "fewer-flops", "refs/pr/1"])
 def test_pushed_models_load_without_the_package(pushed, tmp_path, revision):
-    hub, _, saved = pushed
+    hub, client, saved = pushed
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    loader = Loader(tmp_path, pixels)
-    result = loader.load(REPO, endpoint=hub.endpoint, trust_remote_code=True, revision=revision)
+    torch.save(pixels, tmp_path / "pixels.pt")
+    options = {"trust_remote_code": True, "revision": revision}
+    client.run(WITHOUT_THE_PACKAGE + CHILD, json.dumps([REPO, str(tmp_path), options]))
+    result = torch.load(tmp_path / "result.pt")
     with torch.no_grad():
         expected = AutoModelForImageClassification.from_pretrained(saved)(pixels).logits
     torch.testing.assert_close(result["logits"], expected, rtol=1e-5, atol=1e-5)
@@ -136,8 +114,8 @@ def test_pushed_models_are_inspected_and_simulated_by_name(pushed):
 
 
 def test_pushed_models_do_not_load_with_neither(pushed, tmp_path):
-    loader = Loader(tmp_path, torch.zeros(1, 3, 32, 32))
-    done = loader.run(REPO, endpoint=pushed[0].endpoint)
+    torch.save(torch.zeros(1, 3, 32, 32), tmp_path / "pixels.pt")
+    done = pushed[1].start(WITHOUT_THE_PACKAGE + CHILD, json.dumps([REPO, str(tmp_path), {}]))
     assert done.returncode != 0
     assert "pass trust_remote_code=True" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "result.pt").exists()

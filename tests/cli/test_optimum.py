@@ -16,6 +16,7 @@ BIN = Path(sys.executable).parent
 
 
 def run(*command, **environment):
+    """A program as it is installed."""
     arguments = [BIN / command[0], *map(str, command[1:])]
     env = {**os.environ, **environment}
     return subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=env)
@@ -35,8 +36,9 @@ COMMANDS = (["blockprune"], ["optimum-cli", "blockprune"])
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["inspect", "/no/such/folder"], 1), (["prune", "--no-such"], 2)])
-def test_errors_end_it_alike(arguments, code):
-    ours, theirs = (run(*command, *arguments) for command in COMMANDS)
+def test_errors_end_it_alike(forks, arguments, code):
+    ours = forks.run("-m", "hf_blockprune.cli", *arguments)
+    theirs = run("optimum-cli", "blockprune", *arguments)
     assert ours.returncode == theirs.returncode == code
     assert theirs.stderr.splitlines()[-1] == ours.stderr.splitlines()[-1]
 

@@ -23,7 +23,7 @@ from tests.forking import Forks
 from tests.terminals import terminal
 
 PRUNE = ("-m", "hf_blockprune.cli", "prune")
-QUICK = ("--block-shape", "16x16", "--samples", "8", "--budget", "flops=0.75")
+QUICK = ("--block-shape", "8x8", "--samples", "8", "--budget", "flops=0.75")
 SWITCHES = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 ALONE = {**{k: v for k, v in os.environ.items() if k not in SWITCHES}, "OMP_NUM_THREADS": "1"}  # models are tiny
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
@@ -130,11 +130,11 @@ ALL = ["loading", *PRUNING, *COMPARING, *RECOVERING, *COMPARING, "saving"]
 
 
 @pytest.fixture(scope="module")
-def job(vit_folder, images, tmp_path_factory):
+def job(small_folder, images, tmp_path_factory):
     """Arguments of a run with every stage, but for the output."""
     recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     recipe.write_text(
-        f"model: {vit_folder}\ndataset: {images}\nevaluation: {images}\nblock_shape: [16, 16]\n"
+        f"model: {small_folder}\ndataset: {images}\nevaluation: {images}\nblock_shape: [8, 8]\n"
         "budget: {metric: flops, ratio: 0.75}\ncalibration: {samples: 16, batch_size: 4}\n"
         "recovery: {samples: 16, epochs: 2, batch_size: 4}\n"
     )
@@ -188,8 +188,8 @@ def test_what_is_learned_is_shown_with_loss_and_learning_rate(in_both):
 
 
 @pytest.mark.slow
-def test_quiet_shows_nothing(forks, vit_folder, images, tmp_path):
-    arguments = [*PRUNE, vit_folder, "--dataset", images, "--quiet", "--json", *QUICK]
+def test_quiet_shows_nothing(forks, small_folder, images, tmp_path):
+    arguments = [*PRUNE, small_folder, "--dataset", images, "--quiet", "--json", *QUICK]
     status, output, written = in_terminal(forks, *arguments, "--output", tmp_path / "terminal")
     assert (status, written) == (0, "")
     assert json.loads(output)["seconds"]
@@ -512,12 +512,12 @@ def test_clock(seconds, text):
 
 
 @pytest.fixture(scope="module")
-def pruned(forks, vit_folder, images, tmp_path_factory):
+def pruned(forks, small_folder, images, tmp_path_factory):
     output = tmp_path_factory.mktemp("pruned") / "pruned"
     piped(
         forks,
         *PRUNE,
-        vit_folder,
+        small_folder,
         "--dataset",
         images,
         "--output",
@@ -547,7 +547,7 @@ def test_benchmark_calibrate_and_export_have_stages(forks, pruned, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_numbers_its_points(forks, vit_folder, tmp_path):
+def test_a_sweep_numbers_its_points(forks, small_folder, tmp_path):
     images = write_images(tmp_path / "images", 12)
     arguments = ["--budgets", "0.8,0.9", "--methods", "magnitude", "--dataset", images, "--evaluate", images]
     done = piped(
@@ -555,17 +555,17 @@ def test_a_sweep_numbers_its_points(forks, vit_folder, tmp_path):
         "-m",
         "hf_blockprune.cli",
         "sweep",
-        vit_folder,
+        small_folder,
         *arguments,
         "--output",
         tmp_path / "out",
         "--no-refit",
         "--block-shapes",
-        "16x16",
+        "8x8",
     )
     lines = [line for line in done.stderr.splitlines() if "stage " in line]
     assert stages_of(lines[:2]) == ["loading", "evaluation"]
     for number, ratio in enumerate(("0.8", "0.9"), start=1):
-        prefix = f"magnitude-16x16-flops-{ratio} ({number} of 2), "
+        prefix = f"magnitude-8x8-flops-{ratio} ({number} of 2), "
         points = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
         assert stages_of(points) == ["loading", "saliency", "allocation", "evaluation", "saving"]

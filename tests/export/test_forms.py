@@ -213,37 +213,49 @@ def test_a_stock_folder_has_the_width_of_the_widest_mlp(
     torch.testing.assert_close(logits_of(dense, pixels(3)), logits_of(model, pixels(3)), rtol=1e-5, atol=1e-5)
 
 
-def test_an_onnx_export_takes_any_batch(pruned, tmp_path):
-    folder, model = pruned
-    file = tmp_path / "model.onnx"
+@pytest.fixture(scope="module")
+def onnx_file(pruned, tmp_path_factory):
+    """What the command makes of it."""
+    folder, _ = pruned
+    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
     done = RUNNER.invoke(app, ["export", str(folder), "--onnx", "-o", str(file), "--json", "--quiet"])
     assert done.exit_code == 0, done.output
     values = json.loads(done.stdout)
     assert values["format"] == "onnx"
     assert values["size_bytes"] == file.stat().st_size
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return file
+
+
+def test_an_onnx_export_takes_any_batch(pruned, onnx_file):
+    _, model = pruned
+    session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
     for batch in (1, 2, 5):
         (found,) = session.run(["logits"], {"pixel_values": pixels(batch).numpy()})
         np.testing.assert_allclose(found, logits_of(model, pixels(batch)).numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def program_file(pruned, tmp_path_factory):
+    file = tmp_path_factory.mktemp("program") / "model.pt2"
+    export_checkpoint(pruned[0], file, "torch-export")
+    return file
+
+
 @pytest.mark.slow
-def test_a_program_keeps_its_kernels_and_runs_in_another_process(pruned, tmp_path):
-    folder, model = pruned
-    export_checkpoint(folder, tmp_path / "model.pt2", "torch-export")
-    with (tmp_path / "model.pt2").open("rb") as file:
+def test_a_program_keeps_its_kernels_and_runs_in_another_process(pruned, program_file, tmp_path):
+    _, model = pruned
+    with program_file.open("rb") as file:
         graph = torch.export.load(file).graph
     assert any("blockprune" in str(node.target) for node in graph.nodes)
-    logits = run(LOAD_PROGRAM, tmp_path, tmp_path / "model.pt2")
+    logits = run(LOAD_PROGRAM, tmp_path, program_file)
     torch.testing.assert_close(logits, logits_of(model, pixels(5)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("form", "name"), [("onnx", "model.onnx"), ("torch-export", "model.pt2")])
-def test_a_file_for_others_names_no_folder_of_this_machine(pruned, tmp_path, form, name):
-    export_checkpoint(pruned[0], tmp_path / name, form)
-    content = (tmp_path / name).read_bytes()
-    for folder in (ROOT, Path(torch.__file__).parents[1]):
-        assert str(folder).encode() not in content
+def test_files_for_others_name_no_folder_of_this_machine(onnx_file, program_file):
+    for file in (onnx_file, program_file):
+        content = file.read_bytes()
+        for folder in (ROOT, Path(torch.__file__).parents[1]):
+            assert str(folder).encode() not in content
 
 
 def test_a_bias_that_refitting_gave_stays(processor, tmp_path):

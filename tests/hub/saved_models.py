@@ -33,12 +33,13 @@ torch.save(answers, f"{work}/answers.pt")
 """
 
 
-def run(script, work, *arguments, package):
+def run(script, work, *arguments, package, **environment):
     """Run a script in a process of its own that has, or has not, the package."""
     first = "import hf_blockprune\n" if package else WITHOUT_THE_PACKAGE
     # As HF_HOME says to a process that has yet to import it: no code of other tests' models is at hand.
     first += f"import transformers.dynamic_module_utils as code; code.HF_MODULES_CACHE = {str(work / 'home')!r}\n"
-    return plain_forks().run("-c", first + script, *arguments, cwd=work)
+    forks = plain_forks()
+    return forks.run("-c", first + script, *arguments, cwd=work, env={**forks.env, **environment})
 
 
 def answers_of(folders, work, *, package, **kwargs):

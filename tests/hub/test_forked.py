@@ -1,15 +1,15 @@
-"""Servers that load a model and fork workers before any inference: each in a process of its own."""
+"""Servers that load a model and fork workers before any inference: each in a process that has computed nothing yet."""
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from hf_blockprune import BlockPruneConfig, BlockPruner
-from tests.conftest import ROOT, tiny_model
+from tests.conftest import tiny_model
+from tests.hub.saved_models import run
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,13 +20,10 @@ SERVER = """
 import json, multiprocessing, sys, warnings
 
 warnings.simplefilter("ignore")
-source, threads, package, auto_class, kwargs, way = json.loads(sys.argv[1])
+source, threads, auto_class, kwargs, way = json.loads(sys.argv[1])
 import torch, transformers
 
 torch.set_num_threads(threads)
-if package:
-    sys.path.insert(0, package)
-    import hf_blockprune
 model = getattr(transformers, auto_class).from_pretrained(source, **kwargs).eval()
 
 
@@ -85,42 +82,46 @@ def checkpoints(tmp_path_factory, processor):
     return folders
 
 
-def serve(source, *, threads=2, package=True, auto_class="AutoModelForImageClassification", way="process", **kwargs):
-    arguments = json.dumps([str(source), threads, str(ROOT) if package else None, auto_class, kwargs, way])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", SERVER, arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=source)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
+@pytest.fixture
+def serve(tmp_path):
+    """What a server says of the answer of its worker."""
+
+    def run_server(source, *, threads=2, auto_class="AutoModelForImageClassification", way="process", **options):
+        environment = {"BLOCKPRUNE_STORAGE": options.pop("storage", "packed")}
+        package = options.pop("package", True)
+        arguments = json.dumps([str(source), threads, auto_class, options, way])
+        done = run(SERVER, tmp_path, arguments, package=package, **environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.strip()
+
+    return run_server
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("name", ["blocks", "long indices"])
-def test_a_worker_answers(checkpoints, name, threads):
+def test_a_worker_answers(serve, checkpoints, name, threads):
     assert serve(checkpoints[name], threads=threads) == "True"
 
 
 @pytest.mark.parametrize("name", ["blocks", "long indices"])
-def test_a_worker_answers_where_weights_are_unpacked(checkpoints, name, monkeypatch):
-    monkeypatch.setenv("BLOCKPRUNE_STORAGE", "unpacked")
-    assert serve(checkpoints[name]) == "True"
+def test_a_worker_answers_where_weights_are_unpacked(serve, checkpoints, name):
+    assert serve(checkpoints[name], storage="unpacked") == "True"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-def test_a_worker_answers_in_another_dtype(checkpoints, dtype):
+def test_a_worker_answers_in_another_dtype(serve, checkpoints, dtype):
     assert serve(checkpoints["long indices"], dtype=dtype) == "True"
 
 
-def test_a_worker_answers_where_the_checkpoint_brings_the_code(checkpoints):
+def test_a_worker_answers_where_the_checkpoint_brings_the_code(serve, checkpoints):
     assert serve(checkpoints["blocks"], package=False, trust_remote_code=True) == "True"
 
 
-def test_a_worker_answers_with_a_model_without_a_head(checkpoints):
+def test_a_worker_answers_with_a_model_without_a_head(serve, checkpoints):
     assert serve(checkpoints["blocks"], auto_class="AutoModel") == "True"
 
 
-def test_data_loaders_run_a_model_in_their_workers(checkpoints):
+def test_data_loaders_run_a_model_in_their_workers(serve, checkpoints):
     assert serve(checkpoints["blocks"], way="loader") == "True"
 
 

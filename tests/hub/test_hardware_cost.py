@@ -30,13 +30,11 @@ from hf_blockprune.hub.blockprune_flops import UncountableError
 from hf_blockprune.hub.blockprune_profiles import CpuProfile, DeviceError, named_profile
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, pack_weights
 from hf_blockprune.hub.blockprune_saving import install
-from tests.checkpoint.test_publish import Client
 from tests.conftest import WITHOUT_THE_PACKAGE, tiny_config, tiny_model
 from tests.cutting import KEPT, cut_model
-from tests.fake_hub import FakeHub
 from tests.hub.saved_models import run, sparse_model
 
-REPO = "someone/tiny-pruned"
+REPO = "someone/of-known-cost"
 # Calls cost little there, so that even the tiny models of the tests are faster with fewer blocks.
 QUICK = {
     "kind": "cpu",
@@ -339,10 +337,11 @@ def test_ways_of_loading_from_a_folder(first, way, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_the_package_from_a_repository(first, tmp_path):
-    with FakeHub({REPO: first[0]}) as hub, Client(tmp_path, hub.endpoint) as client:
-        arguments = json.dumps([REPO, QUICK, {"trust_remote_code": True}])
-        output = client.run(WITHOUT_THE_PACKAGE + CHILD, arguments)
+def test_without_the_package_from_a_repository(online, first, tmp_path):
+    hub, client = online
+    hub.add(REPO, first[0])
+    arguments = json.dumps([REPO, QUICK, {"trust_remote_code": True}])
+    output = client.run(WITHOUT_THE_PACKAGE + CHILD, arguments)
     assert_those_of_the_checkpoint(costs_of(output), first[0], tmp_path)
-    fetched = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
+    fetched = {request.rpartition("/")[2] for request in hub.requests if f"/{REPO}/resolve/" in request}
     assert {"blockprune_model_cost.py", "blockprune_devices.py"} <= fetched

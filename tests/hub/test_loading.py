@@ -13,19 +13,15 @@ import pytest
 import torch
 
 from hf_blockprune import BlockPruneConfig, BlockPruner
-from tests.conftest import ROOT, WITHOUT_THE_PACKAGE, tiny_model
-from tests.fake_hub import FakeHub
+from tests.conftest import WITHOUT_THE_PACKAGE, tiny_model
+from tests.hub.saved_models import run
 
-REPO = "someone/tiny-pruned"
 pytestmark = pytest.mark.slow
 
 CHILD = """
-import importlib, json, sys
+import json, sys
 
-source, folder, package, kwargs = json.loads(sys.argv[1])
-if package:
-    sys.path.insert(0, package)
-    importlib.import_module("hf_blockprune")
+source, folder, kwargs = json.loads(sys.argv[1])
 
 import torch
 from transformers import AutoModelForImageClassification
@@ -39,23 +35,26 @@ torch.save({"logits": logits, "class": type(model).__name__, "sparse": sorted(sp
 
 
 class Loader:
-    """Loads a source in a fresh process and hands back what the model there answered."""
+    """Loads a source in a process of its own and hands back what the model there answered."""
 
     def __init__(self, folder, pixels):
         self.folder = folder
         torch.save(pixels, folder / "pixels.pt")
 
-    def run(self, source, *, package=False, endpoint=None, **kwargs):
+    def arguments(self, source, **kwargs):
+        return json.dumps([str(source), str(self.folder), kwargs])
+
+    def run(self, source, *, package=False, **kwargs):
+        return run(CHILD, self.folder, self.arguments(source, **kwargs), package=package)
+
+    def run_offline(self, source, home, **kwargs):
+        """Where everything is imported anew, and no Hub may be asked: HF_HOME is all there is."""
         env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-        env |= {"HF_HOME": str(self.folder / "hf-home"), "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-        # Whoever names no Hub must not need one.
-        env |= {"HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1"} if endpoint else {"HF_HUB_OFFLINE": "1"}
-        arguments = json.dumps([str(source), str(self.folder), str(ROOT) if package else None, kwargs])
-        command = [sys.executable, "-I", "-c", CHILD if package else WITHOUT_THE_PACKAGE + CHILD, arguments]
+        env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE + CHILD, self.arguments(source, **kwargs)]
         return subprocess.run(command, env=env, cwd=self.folder, capture_output=True, text=True, timeout=120)
 
-    def load(self, source, **options):
-        done = self.run(source, **options)
+    def result(self, done):
         assert done.returncode == 0, done.stderr
         return torch.load(self.folder / "result.pt")
 
@@ -92,7 +91,7 @@ def assert_same_answers(result, model, pixels):
 
 def test_with_the_package_imported_no_flag_is_needed(loader, saved, pixels):
     folder, model = saved["vit"]
-    result = loader.load(folder, package=True)
+    result = loader.result(loader.run(folder, package=True))
     assert_same_answers(result, model, pixels)
     assert result["class"] == "ViTForImageClassification"
     assert result["sparse"] == ["hf_blockprune.hub.blockprune_linear"]
@@ -100,28 +99,36 @@ def test_with_the_package_imported_no_flag_is_needed(loader, saved, pixels):
 
 def test_with_the_package_and_the_checkpoints_own_code_both_present(loader, saved, pixels):
     folder, model = saved["vit"]
-    result = loader.load(folder, package=True, trust_remote_code=True)
+    result = loader.result(loader.run(folder, package=True, trust_remote_code=True))
     assert_same_answers(result, model, pixels)
     assert result["class"] == "BlockPruneViTForImageClassification"
 
 
 def test_without_the_package_a_folder_loads_by_its_own_code(loader, saved, pixels):
     folder, model = saved["vit"]
-    result = loader.load(folder, trust_remote_code=True)
+    result = loader.result(loader.run_offline(folder, loader.folder / "home", trust_remote_code=True))
     assert_same_answers(result, model, pixels)
     assert result["class"] == "BlockPruneViTForImageClassification"
     assert [name.partition(".")[0] for name in result["sparse"]] == ["transformers_modules"]
 
 
-def test_without_the_package_a_repository_loads_by_its_own_code(loader, saved, pixels):
-    folder, model = saved["deit-distilled"]
-    with FakeHub({REPO: folder}) as hub:
-        result = loader.load(REPO, endpoint=hub.endpoint, trust_remote_code=True)
-        commit = hub.commit(REPO)
-    assert_same_answers(result, model, pixels)
+@pytest.fixture(scope="module")
+def client(online, saved):
+    """Of a Hub with both models."""
+    for family, (folder, _) in saved.items():
+        online[0].add(f"someone/{family}", folder)
+    return online[1]
+
+
+def test_without_the_package_a_repository_loads_by_its_own_code(loader, online, client, saved, pixels):
+    hub = online[0]
+    arguments = loader.arguments("someone/deit-distilled", trust_remote_code=True)
+    result = loader.result(client.start(WITHOUT_THE_PACKAGE + CHILD, arguments))
+    assert_same_answers(result, saved["deit-distilled"][1], pixels)
     assert result["class"] == "BlockPruneDeiTForImageClassificationWithTeacher"
-    assert [commit in name for name in result["sparse"]] == [True]
-    fetched = {Path(request).name for request in hub.requests if request.startswith("GET") and "/resolve/" in request}
+    assert [hub.commit("someone/deit-distilled") in name for name in result["sparse"]] == [True]
+    asked = [request for request in hub.requests if request.startswith("GET") and "/deit-distilled/resolve/" in request]
+    fetched = {Path(request).name for request in asked}
     assert {"config.json", "model.safetensors", "modeling_blockprune.py", "blockprune_quantizer.py"} <= fetched
 
 
@@ -135,10 +142,11 @@ def test_without_the_package_and_without_trust_there_is_an_error_and_no_model(lo
     assert_refused_with_a_remedy(loader, loader.run(saved["vit"][0]))
 
 
-def test_a_repository_gives_no_random_weights_either(loader, saved):
+def test_a_repository_gives_no_random_weights_either(loader, client):
     another_head = {"num_labels": 3, "ignore_mismatched_sizes": True}
-    with FakeHub({REPO: saved["vit"][0]}) as hub:
-        assert_refused_with_a_remedy(loader, loader.run(REPO, endpoint=hub.endpoint, **another_head))
-        loader.load(REPO, endpoint=hub.endpoint, trust_remote_code=True)
+    refused = client.start(WITHOUT_THE_PACKAGE + CHILD, loader.arguments("someone/vit", **another_head))
+    assert_refused_with_a_remedy(loader, refused)
+    arguments = loader.arguments("someone/vit", trust_remote_code=True)
+    loader.result(client.start(WITHOUT_THE_PACKAGE + CHILD, arguments))
     (loader.folder / "result.pt").unlink()
-    assert_refused_with_a_remedy(loader, loader.run(REPO, **another_head))  # from the cache, offline
+    assert_refused_with_a_remedy(loader, loader.run_offline("someone/vit", client.home, **another_head))

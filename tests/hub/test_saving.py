@@ -14,9 +14,7 @@ from transformers import AutoModel, AutoModelForImageClassification, QuantoConfi
 from hf_blockprune import BlockSparseFormatError
 from hf_blockprune.hub import modeling_blockprune
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from tests.checkpoint.test_publish import Client
 from tests.conftest import tiny_model, tiny_settings
-from tests.fake_hub import FakeHub
 from tests.hub.saved_models import (
     HUB_FILES,
     OWN_KEYS,
@@ -169,11 +167,11 @@ model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="someone/saved")
 
 
 @pytest.mark.slow
-def test_the_models_own_ways_to_the_hub_upload_the_code(first, tmp_path):
-    with FakeHub({}, uploads=tmp_path / "hub") as hub, Client(tmp_path, hub.endpoint) as client:
-        client.run(PUSH, first[0], tmp_path / "local")
-        for repo in ("someone/pushed", "someone/saved"):
-            assert {"config.json", "model.safetensors", *HUB_FILES} <= set(hub.files(repo))
+def test_the_models_own_ways_to_the_hub_upload_the_code(online, first, tmp_path):
+    hub, client = online
+    client.run(PUSH, first[0], tmp_path / "local")
+    for repo in ("someone/pushed", "someone/saved"):
+        assert {"config.json", "model.safetensors", *HUB_FILES} <= set(hub.files(repo))
 
 
 @pytest.mark.slow

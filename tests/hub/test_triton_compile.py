@@ -1,15 +1,13 @@
 """The GPU kernel compiled for GPUs that need not be there: what reaches tensor cores, and how memory is read."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("triton")
 
 from hf_blockprune.hub.blockprune_tuning import Problem, candidates
+from tests.forking import ENVIRONMENT, Forks
 
 # Compiles one variant to PTX and machine code and prints what is in it. In a process of its own, since the interpreter,
 # once asked for, stays for a process's life.
@@ -20,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hf_blockprune.hub.blockprune_triton import block_sparse_linear_kernel as kernel
 
-for line in sys.stdin:
+for line in open(sys.argv[1]):
     case = json.loads(line)
     constants = case["constants"]
     dtype = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[case["dtype"]]
@@ -87,6 +85,16 @@ def variants(capability, dtype, rows, cols, tokens):
         )
 
 
+@pytest.fixture(scope="module")
+def compiling(tmp_path_factory):
+    """Starts processes that compile; whether Triton interprets is settled when it is imported."""
+    cache = tmp_path_factory.mktemp("cache")
+    with Forks(
+        "import torch, triton", {**ENVIRONMENT, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    ) as forks:
+        yield forks
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dtype", "rows", "cols", "tokens"),
@@ -98,17 +106,12 @@ def variants(capability, dtype, rows, cols, tokens):
         (90, "float16", 64, 1, 197),
     ],
 )
-def test_candidates_compile_and_use_tensor_cores_and_wide_copies(tmp_path, capability, dtype, rows, cols, tokens):
+def test_candidates_compile_and_use_tensor_cores_and_wide_copies(
+    compiling, tmp_path, capability, dtype, rows, cols, tokens
+):
     cases = list(variants(capability, dtype, rows, cols, tokens))
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    process = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        input="\n".join(json.dumps(case) for _, case in cases),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    (tmp_path / "cases.jsonl").write_text("\n".join(json.dumps(case) for _, case in cases))
+    process = compiling.run("-c", COMPILE, tmp_path / "cases.jsonl")
     assert process.returncode == 0, process.stderr[-2000:]
     results = [json.loads(line) for line in process.stdout.splitlines()]
     assert len(results) == len(cases)

@@ -18,20 +18,11 @@ from hf_blockprune.cli import app
 from hf_blockprune.evaluate.frontier import frontier
 from hf_blockprune.jobs.prune import PruneJob
 from hf_blockprune.jobs.sweep import Grid, run_sweep
-from tests.conftest import tiny_model, write_images
+from tests.conftest import write_images
 from tests.page_reader import Page
 
 QUICK = BlockPruneConfig(calibration={"samples": 8}, coupling_rounds=0, true_loss_rounds=0)
 GRID = Grid((Budget("flops", 0.9), Budget("flops", 0.6)), ((8, 16), (8, 8)), ("taylor", "obs"))
-
-
-@pytest.fixture(scope="module")
-def small_folder(tmp_path_factory, processor):
-    """A dense ViT classifier, as small as may be."""
-    folder = tmp_path_factory.mktemp("dense") / "small-vit"
-    tiny_model("vit").save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 def files_in(folder):

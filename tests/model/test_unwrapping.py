@@ -70,11 +70,17 @@ def logits_of(model):
     return model(pixel_values=PIXELS).logits
 
 
+@pytest.fixture(scope="module")
+def plain(images, processor):
+    """What comes of the model with nothing around or on it."""
+    pruner = BlockPruner(tiny_model(), processor, CONFIG)
+    pruner.prune(images)
+    return pruner
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_the_model_inside_is_pruned_and_saved(wrapper, images, processor, tmp_path):
+def test_the_model_inside_is_pruned_and_saved(wrapper, plain, images, processor, tmp_path):
     wrapped = WRAPPERS[wrapper](tiny_model())
-    plain = BlockPruner(tiny_model(), processor, CONFIG)
-    plain.prune(images)
     pruner = BlockPruner(wrapped, processor, CONFIG)
     assert type(pruner.model) is ViTForImageClassification
     pruner.prune(images)
@@ -163,9 +169,7 @@ ODD = {f.__name__: f for f in (listened_to, reads_inputs, with_a_lock, another_a
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_what_others_put_on_a_model_does_not_matter(kind, images, processor):
-    plain = BlockPruner(tiny_model(), processor, CONFIG)
-    plain.prune(images)
+def test_what_others_put_on_a_model_does_not_matter(kind, plain, images, processor):
     pruner = BlockPruner(ODD[kind](tiny_model()), processor, CONFIG)
     pruner.prune(images)
     torch.testing.assert_close(logits_of(pruner.model), logits_of(plain.model), atol=1e-5, rtol=1e-5)
@@ -269,13 +273,12 @@ def test_linears_that_see_nothing_of_an_image_stay(processor, caplog):
     assert not any(layer["name"].startswith("text") for layer in pruner.report()["layers"])
 
 
-def test_layers_in_a_sequential_are_a_list_too(images, processor):
+def test_layers_in_a_sequential_are_a_list_too(plain, images, processor):
     """As timm's models hold theirs."""
-    pruners = [BlockPruner(m, processor, CONFIG) for m in (tiny_model(), _with_sequential(tiny_model()))]
-    for pruner in pruners:
-        pruner.prune(images)
-    assert len(pruners[1].report()["layers"]) == len(pruners[0].report()["layers"]) == 12
-    pruners[1].recover(images, teacher=BlockPruner(_with_sequential(tiny_model()), processor))
+    pruner = BlockPruner(_with_sequential(tiny_model()), processor, CONFIG)
+    pruner.prune(images)
+    assert len(pruner.report()["layers"]) == len(plain.report()["layers"]) == 12
+    pruner.recover(images, teacher=BlockPruner(_with_sequential(tiny_model()), processor))
 
 
 def _with_sequential(model):

@@ -22,9 +22,7 @@ from hf_blockprune.pages.drawings import Bar, bar_chart, mask_picture, ticks
 from hf_blockprune.pages.page import report_page
 from hf_blockprune.stored_values import MAX_ROWS, StoredValues, flat
 from tests.browser import needs_browser
-from tests.checkpoint.test_publish import Client
 from tests.conftest import ROOT, tiny_model
-from tests.fake_hub import FakeHub
 from tests.page_reader import Page
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}"
@@ -302,17 +300,19 @@ def test_command(checkpoints, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_the_hub(checkpoints, tmp_path):
+def test_from_the_hub(online, checkpoints, tmp_path):
     """In a process of its own, as the Hub's address is read once."""
-    with FakeHub({"someone/pruned": checkpoints / "kept-0.7"}) as hub, Client(tmp_path, hub.endpoint) as client:
-        script = "import sys; from hf_blockprune import write_report; write_report(*sys.argv[1:])"
-        client.run(script, "someone/pruned", tmp_path / "page.html")
-        missing = client.start(script, "someone/else", tmp_path / "none.html")
+    hub, client = online
+    hub.add("someone/shown", checkpoints / "kept-0.7")
+    script = "import sys; from hf_blockprune import write_report; write_report(*sys.argv[1:])"
+    client.run(script, "someone/shown", tmp_path / "page.html")
+    missing = client.start(script, "someone/missing", tmp_path / "none.html")
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert "Pruned model: someone/pruned" in page.words
+    assert "Pruned model: someone/shown" in page.words
     assert page.masks.keys() == page_of(checkpoints / "kept-0.7").masks.keys()
     assert "no such folder, and no such model on the Hub" in missing.stderr
-    asked = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
+    asked = {request.rpartition("/")[2] for request in hub.requests if "/shown/resolve/" in request}
+    assert asked
     assert not any(name.endswith(".py") for name in asked)
 
 

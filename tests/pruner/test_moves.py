@@ -1,5 +1,8 @@
 """Hidden units and heads leave under one budget with blocks: what the pruned model is, and that it comes back."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,14 +31,16 @@ def config(moves, ratio=0.7, **changes):
     return BlockPruneConfig(**{**settings, "calibration": calibration, "min_kept_per_layer": 0.0, **changes})
 
 
-def model_of(family):
-    return tiny_model(family, **({"hidden_size": 96, "intermediate_size": 192} if family == "vit" else {}))
-
-
 def pruned(images, processor, family="vit", moves=ALL, model=None, **changes):
-    pruner = BlockPruner(model or model_of(family), processor, config(moves, **changes), name="tiny")
+    pruner = BlockPruner(model or tiny_model(family), processor, config(moves, **changes), name="tiny")
     pruner.prune(str(images))
     return pruner
+
+
+@pytest.fixture(scope="module")
+def smaller(images, processor):
+    """A model of a family from which units and heads left; to look at."""
+    return functools.cache(lambda family: pruned(images, processor, family, DENSE))
 
 
 def logits(model):
@@ -55,8 +60,8 @@ def counted(model):
 
 @pytest.mark.parametrize("moves", [ALL, DENSE])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_every_family_shrinks_meets_its_budget_and_comes_back(family, moves, images, processor, tmp_path):
-    pruner = pruned(images, processor, family, moves)
+def test_every_family_shrinks_meets_its_budget_and_comes_back(family, moves, smaller, images, processor, tmp_path):
+    pruner = smaller(family) if moves == DENSE else pruned(images, processor, family, moves)
     report = pruner.report()
     assert report["flops_ratio"] <= 0.7 + 1e-9
     assert any(layer.dense_shape for _, layer in block_sparse_layers(pruner.model))
@@ -69,12 +74,12 @@ def test_every_family_shrinks_meets_its_budget_and_comes_back(family, moves, ima
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_reported_flops_are_those_of_the_smaller_model(family, images, processor):
+def test_reported_flops_are_those_of_the_smaller_model(family, smaller):
     """Without blocks, torch counts just what the report says."""
-    pruner = pruned(images, processor, family, DENSE, ratio=0.75)
-    dense = count_flops(model_of(family))
+    pruner = smaller(family)
+    dense = count_flops(tiny_model(family))
     report = pruner.report()
-    assert counted(pruner.model) / dense.total == pytest.approx(report["flops_ratio"], rel=1e-6)
+    assert counted(copy.deepcopy(pruner.model)) / dense.total == pytest.approx(report["flops_ratio"], rel=1e-6)
     assert report["budgets"][0]["reached"] == pytest.approx(report["flops_ratio"] * dense.total, rel=1e-6)
 
 
@@ -102,10 +107,9 @@ def test_blocks_alone_leave_every_shape_that_has_blocks(images, processor):
     assert not pruner.report()["permutation"]["rotated_heads"]
 
 
-def test_position_biases_of_heads_keep_their_heads(images, processor):
+def test_position_biases_of_heads_keep_their_heads(smaller):
     for family in ("beit", "swin"):
-        pruner = pruned(images, processor, family, DENSE, ratio=0.75)
-        for cut in cut_heads(pruner.model):
+        for cut in cut_heads(smaller(family).model):
             assert cut.heads == cut.dense_heads
 
 
@@ -114,7 +118,7 @@ def test_a_dense_form_has_the_architectures_shapes(images, processor):
     wanted = logits(pruner.model)
     dense = pruner.model.dequantize()
     assert not list(block_sparse_layers(dense))
-    for name, parameter in model_of("vit").named_parameters():
+    for name, parameter in tiny_model("vit").named_parameters():
         assert dense.get_parameter(name).shape == parameter.shape
     torch.testing.assert_close(logits(dense), wanted, rtol=1e-4, atol=1e-4)
 
@@ -162,7 +166,7 @@ def test_a_budget_that_units_and_heads_cannot_meet(images, processor):
 
 
 def test_a_refit_that_fails_leaves_the_dense_model(images, processor, monkeypatch):
-    model = model_of("vit")
+    model = tiny_model("vit")
     wanted = logits(model)
 
     def fails(*args, **kwargs):
@@ -177,7 +181,7 @@ def test_a_refit_that_fails_leaves_the_dense_model(images, processor, monkeypatc
 
 def test_an_interrupted_run_goes_on_to_the_same_model(images, processor, monkeypatch, tmp_path):
     def run(work_dir):
-        model = model_of("vit")
+        model = tiny_model("vit")
         pruner = BlockPruner(model, processor, config(ALL), name="tiny")
         pruner.prune(str(images), work_dir=work_dir)
         return pruner.model
@@ -199,7 +203,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(images, processor, monkeyp
 
 def test_device_budgets_know_units_and_heads(images, processor):
     pruner = BlockPruner(
-        model_of("vit"),
+        tiny_model("vit"),
         processor,
         config(ALL).replace(budget={"metric": "latency", "ratio": 0.8, "device": "systolic-32"}),
         name="tiny",

@@ -433,10 +433,10 @@ def test_dropout_of_a_model_in_training_changes_nothing(processor, images):
     assert not model.vit.embeddings.training
 
 
-def recipe_for(vit_folder, images, folder, samples):
+def recipe_for(model, images, folder, samples):
     recipe = folder / "recipe.yaml"
     recipe.write_text(
-        f"model: {vit_folder}\ndataset: {images}\noutput: out\nblock_shape: [8, 8]\nmethod: obs\n"
+        f"model: {model}\ndataset: {images}\noutput: out\nblock_shape: [8, 8]\nmethod: obs\n"
         f"budget: {{metric: flops, ratio: 0.6}}\ncalibration: {{samples: {samples}, batch_size: 4}}\n"
     )
     return recipe
@@ -446,7 +446,7 @@ def recipe_for(vit_folder, images, folder, samples):
 def test_two_processes_give_the_model_of_one(launch, processor, images, tmp_path):
     """In double precision, since single-precision sums over other batches round otherwise."""
     dense = tmp_path / "dense"
-    tiny_model(hidden_size=96, intermediate_size=384).double().save_pretrained(dense)
+    tiny_model().double().save_pretrained(dense)
     processor.save_pretrained(dense)
     recipe = recipe_for(dense, images, tmp_path, 21)
     for processes in (1, 2):
@@ -462,9 +462,9 @@ def test_two_processes_give_the_model_of_one(launch, processor, images, tmp_path
 
 
 @pytest.mark.slow
-def test_a_process_without_images_does_no_harm(launch, vit_folder, images, tmp_path):
+def test_a_process_without_images_does_no_harm(launch, small_folder, images, tmp_path):
     """Four images in batches of four: the second process has nothing to do but add up."""
-    recipe = recipe_for(vit_folder, images, tmp_path, 4)
+    recipe = recipe_for(small_folder, images, tmp_path, 4)
     launch([RECIPE, "--config", recipe, "--output", tmp_path / "out", "--quiet", "--json"], processes=2)
     assert all(value.isfinite().all() for value in load_file(tmp_path / "out/model.safetensors").values())
 

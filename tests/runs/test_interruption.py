@@ -157,9 +157,9 @@ def test_recovery_of_another_run_is_refused(processor, images, tmp_path, often):
 
 
 @pytest.fixture
-def left(vit_folder, images, tmp_path, monkeypatch):
+def left(small_folder, images, tmp_path, monkeypatch):
     """(settings of a job, its state's folder) after it was interrupted in its refit."""
-    settings = {**SETTINGS, "recovery": None, "model": str(vit_folder), "dataset": str(images)}
+    settings = {**SETTINGS, "recovery": None, "model": str(small_folder), "dataset": str(images)}
     settings["output"] = str(tmp_path / "out")
     write = RunState.write
 
@@ -203,8 +203,8 @@ def test_state_is_neither_overwritten_nor_thrown_away_unasked(left, processor, i
     assert not folder.exists()
 
 
-def test_resume_starts_where_nothing_is_kept(vit_folder, tmp_path):
-    job = {"model": str(vit_folder), "output": str(tmp_path / "out"), "method": "magnitude", "refit": False}
+def test_resume_starts_where_nothing_is_kept(small_folder, tmp_path):
+    job = {"model": str(small_folder), "output": str(tmp_path / "out"), "method": "magnitude", "refit": False}
     run_prune(PruneJob.read(None, **job, block_shape=(8, 8), budget={"ratio": 0.9}), resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -255,8 +255,8 @@ class Runs:
 
 
 @pytest.fixture
-def runs(vit_folder, images, tmp_path, forks):
-    return Runs(tmp_path, {**SETTINGS, "model": str(vit_folder), "dataset": str(images)}, forks)
+def runs(small_folder, images, tmp_path, forks):
+    return Runs(tmp_path, {**SETTINGS, "model": str(small_folder), "dataset": str(images)}, forks)
 
 
 @pytest.mark.slow
