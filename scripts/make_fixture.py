@@ -1,4 +1,4 @@
-"""Write the checkpoint that every later version must read: tests/fixtures/format-4, after those of formats 1 to 3.
+"""Write the checkpoint that every later version must read: tests/fixtures/format-5, after those of formats 1 to 4.
 
     python scripts/make_fixture.py OUTPUT
 
@@ -15,12 +15,14 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_blockprune import sparsify
 from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
 from hf_blockprune.hub.blockprune_heads import CutHeads
+from hf_blockprune.hub.blockprune_tokens import TokenSchedule, set_schedule
 from hf_blockprune.model.layers import linear_in
 from hf_blockprune.model.structure import TransformerLayer, find_transformer_layers
 from hf_blockprune.reorder.cutting import cut_hidden_units
 from hf_blockprune.score.blocks import grid_shape
 
 BLOCK_SHAPE = (8, 8)
+SCHEDULE = TokenSchedule((5, 4, 0), 16)
 
 
 def main() -> None:
@@ -41,14 +43,20 @@ def picture() -> torch.Tensor:
 
 
 def sparse_model() -> ViTForImageClassification:
-    """A ViT of one layer, with blocks on a chequerboard, one small head, and hidden units without blocks cut out."""
+    """A ViT in which tokens merge, with blocks on a chequerboard.
+
+    Its first layer has one small head, and hidden units without blocks are cut out.
+    """
     torch.manual_seed(0)
     config = ViTConfig(
-        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
     )
     model = ViTForImageClassification(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        # No two pairs of patches are as alike as rounding might make them.
+        model.vit.embeddings.position_embeddings.mul_(10)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layer" in n}
     masks = {}
     layers = find_transformer_layers(model, linears)
@@ -61,6 +69,7 @@ def sparse_model() -> ViTForImageClassification:
     masks[layers[0].fc2][:, -2:] = False
     sparsify(model, masks, BLOCK_SHAPE, cut=dict.fromkeys(cut.names(), (16, 16)), heads=[cut])
     cut_hidden_units(model, layers)
+    set_schedule(model, SCHEDULE, masks)
     return model
 
 

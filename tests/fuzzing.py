@@ -17,9 +17,10 @@ from hf_blockprune.checkpoint.inspection import inspect_checkpoint
 from hf_blockprune.hub.blockprune_heads import PARTS
 from hf_blockprune.hub.blockprune_names import stored_layer_names
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+from hf_blockprune.hub.blockprune_tokens import TokenSchedule, schedule_of, set_schedule
 from hf_blockprune.model.loading import load_model
 
-FIXTURE = Path(__file__).parent / "fixtures" / "format-4"
+FIXTURE = Path(__file__).parent / "fixtures" / "format-5"
 PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
 # What transformers and safetensors say of files that they refuse by themselves.
 THEIRS = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError)
@@ -58,6 +59,13 @@ LAYERS = sorted(CONFIG["quantization_config"]["layers"])
 HEADS = st.fixed_dictionaries(
     {part: st.sampled_from(LAYERS) for part in PARTS} | {key: st.integers(1, 9) for key in ("heads", "head_size")}
 )
+COUNTS = st.integers(-1, 17)
+TOKENS = st.fixed_dictionaries(
+    {
+        "leave": st.one_of(st.lists(st.integers(0, 6), min_size=3, max_size=3), st.lists(COUNTS, max_size=5)),
+        "patches": st.one_of(st.just(16), COUNTS, st.sampled_from([10**6, 2**31 - 1, 2**31, 2**63])),
+    }
+)
 INDICES = sorted(name for name in TENSORS if name.endswith("_indices"))
 
 damages = st.one_of(
@@ -69,6 +77,13 @@ damages = st.one_of(
         JUNK,
     ),
     st.builds(Damage, st.just("config"), st.just(("quantization_config", "heads")), st.lists(HEADS, max_size=2)),
+    st.builds(Damage, st.just("config"), st.just(("quantization_config", "tokens")), st.one_of(TOKENS, JUNK)),
+    st.builds(
+        Damage,
+        st.just("config"),
+        st.sampled_from([p for p in _config_places(CONFIG) if p[:2] == ("quantization_config", "tokens")]),
+        st.one_of(COUNTS, JUNK),
+    ),
     st.builds(
         Damage,
         st.just("config"),
@@ -196,11 +211,29 @@ def check(folder: Path) -> str:
         for tensor, have in module.packed()._asdict().items():
             want = stored[f"{prefix}.{tensor}"]
             assert torch.equal(have.to(want.dtype).nan_to_num(), want.nan_to_num())
+    schedule = schedule_of(model)
+    assert schedule == _stored_schedule(folder)
     with torch.no_grad():
         try:
             logits = model(PICTURE.to(model.dtype)).logits
         except THEIRS:
             return f"loaded{refused}, for other pictures"
-        expected = model.dequantize()(PICTURE.to(model.dtype)).logits
+        if schedule is not None:  # rounding must not decide which of two patches leaves
+            logits = model.double()(PICTURE.double()).logits
+        expected = _dense(model)(PICTURE.to(model.dtype)).logits
     torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2, equal_nan=True)
     return f"loaded{refused}"
+
+
+def _stored_schedule(folder: Path) -> TokenSchedule | None:
+    tokens = json.loads((folder / "config.json").read_text())["quantization_config"].get("tokens")
+    return TokenSchedule(tuple(tokens["leave"]), tokens["patches"]) if tokens and any(tokens["leave"]) else None
+
+
+def _dense(model: Any) -> Any:
+    """The dense model, in which tokens merge as before."""
+    schedule, names = schedule_of(model), [name for name, _ in block_sparse_layers(model)]
+    dense = model.dequantize()
+    if schedule is not None:
+        set_schedule(dense, schedule, names)
+    return dense

@@ -13,6 +13,7 @@ from .blockprune_layout import BlockSparseFormatError
 
 QUANT_METHOD = "blockprune"
 FORMAT_VERSION = 5  # the newest that this code reads, and the one that it writes
+MAX_PATCHES = 2**31 - 1  # of an image: products of two such numbers, which readers form, fit 64 bits
 
 JsonDict: TypeAlias = dict[str, Any]
 """An object as `json` reads and writes it; who reads one checks what is in it."""
@@ -215,9 +216,10 @@ def _check_tokens(tokens: object) -> None:
     leave, patches = tokens["leave"], tokens["patches"]
     if not isinstance(leave, list) or not all(map(is_count, leave)):
         raise BlockSparseFormatError(f"{place}.leave: a list of whole numbers from 0, got {reprlib.repr(leave)}")
-    if not _is_size(patches) or sum(leave) >= patches:
+    if not _is_size(patches) or not sum(leave) < patches <= MAX_PATCHES:
         raise BlockSparseFormatError(
-            f"{place}.patches: a whole number, larger than those of leave together, got {reprlib.repr(patches)}"
+            f"{place}.patches: a whole number up to {MAX_PATCHES}, larger than those of leave together, got "
+            f"{reprlib.repr(patches)}"
         )
 
 

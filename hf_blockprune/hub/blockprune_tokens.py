@@ -22,6 +22,7 @@ from .blockprune_merging import Groups, attention_bias, merge, restore, whole
 
 # Parameters of embeddings that are tokens before the patches, [.., tokens, width] or [width].
 PREFIXES = ("class_embedding", "cls_token", "distillation_token", "register_tokens")
+PATCHES = ("patch_embedding", "patch_embeddings")  # what makes the patches; embeddings of text have none
 ADDING = ("eager", "sdpa")  # attentions that add what they are given as a mask
 LEAST_TOKENS = 2
 _EXPORTING = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 knows the latter alone
@@ -207,9 +208,9 @@ def mergeable_layers(model: nn.Module, names: Iterable[str]) -> tuple[list[nn.Mo
 
 def _unmergeable(model: nn.Module) -> str | None:
     """What about a model's kind forbids that its tokens merge, None for nothing."""
-    if type(model).__name__.endswith("Backbone"):
-        return "it gives states of its layers as maps of patches"
     for name, module in model.named_modules():
+        if type(module).__name__.endswith("Backbone"):
+            return f"it gives states of its layers as maps of patches ({name or 'all of it'})"
         for parameter, _ in module.named_parameters(recurse=False):
             if "relative_position_bias" in parameter:
                 return f"its attention has a bias for each pair of places ({name}.{parameter})"
@@ -236,7 +237,7 @@ def _prefix(model: nn.Module, layers: str) -> int:
     parts = layers.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         embeddings = getattr(model.get_submodule(".".join(parts[:depth])), "embeddings", None)
-        if isinstance(embeddings, nn.Module):
+        if isinstance(embeddings, nn.Module) and any(hasattr(embeddings, name) for name in PATCHES):
             tokens = [getattr(embeddings, name, None) for name in PREFIXES]
             return sum(token.shape[-2] if token.dim() > 1 else 1 for token in tokens if isinstance(token, Tensor))
     raise UnmergeableError(f"{type(model).__name__}: it is not known which of its tokens are patches")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from hf_blockprune import BlockSparseFormatError
 from hf_blockprune.checkpoint.inspection import inspect_checkpoint
 from hf_blockprune.cli import app
-from hf_blockprune.hub.blockprune_config import BlockPruneQuantizationConfig
+from hf_blockprune.hub.blockprune_config import FORMAT_VERSION, BlockPruneQuantizationConfig
 from tests.conftest import ROOT, tiny_model
 from tests.cutting import KEPT, cut_model
 
@@ -54,7 +54,7 @@ def with_heads(**changes):
 
 def test_a_config_with_heads():
     config = BlockPruneQuantizationConfig(**GOOD)
-    assert config.to_dict() == {**GOOD, "quant_method": "blockprune", "format_version": 4}
+    assert config.to_dict() == {**GOOD, "quant_method": "blockprune", "format_version": FORMAT_VERSION}
     assert "heads" not in BlockPruneQuantizationConfig(**{**GOOD, "heads": []}).to_dict()
 
 

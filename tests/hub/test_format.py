@@ -7,9 +7,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+from hf_blockprune import BlockSparseFormatError
 from hf_blockprune.checkpoint.inspection import inspect_checkpoint
+from hf_blockprune.hub import blockprune_config
 from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
+from hf_blockprune.hub.blockprune_tokens import TokenSchedule, schedule_of
 from tests.conftest import ROOT
 
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -21,7 +24,7 @@ def test_a_checkpoint_of_every_format_loads(version):
     folder = FIXTURES / f"format-{version}"
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == version
     model = AutoModelForImageClassification.from_pretrained(folder)
-    assert len(list(block_sparse_layers(model))) == 6
+    assert len(list(block_sparse_layers(model))) == (18 if version == 5 else 6)
     with torch.no_grad():
         logits = model(PICTURE).logits
     expected = torch.tensor(json.loads((folder / "logits.json").read_text()))
@@ -29,7 +32,8 @@ def test_a_checkpoint_of_every_format_loads(version):
 
 
 @pytest.mark.parametrize(
-    ("version", "shape", "kept"), [(1, [32, 16], 4), (2, [16, 16], 2), (3, [16, 16], 2), (4, [16, 16], 2)]
+    ("version", "shape", "kept"),
+    [(1, [32, 16], 4), (2, [16, 16], 2), (3, [16, 16], 2), (4, [16, 16], 2), (5, [16, 16], 2)],
 )
 def test_every_format_can_be_inspected(version, shape, kept):
     layers = inspect_checkpoint(FIXTURES / f"format-{version}")["layers"]
@@ -37,13 +41,37 @@ def test_every_format_can_be_inspected(version, shape, kept):
     assert (fc1["stored_shape"], fc1["kept_blocks"]) == (shape, kept)
 
 
-def test_cut_heads_are_told():
-    found = inspect_checkpoint(FIXTURES / "format-4")
+@pytest.mark.parametrize("version", [4, 5])
+def test_cut_heads_are_told(version):
+    found = inspect_checkpoint(FIXTURES / f"format-{version}")
     (heads,) = found["heads"]
     assert [heads[key] for key in ("heads", "head_size", "dense_heads", "dense_head_size")] == [1, 6, 2, 8]
     sizes = {layer["name"]: (layer["stored_shape"], layer["shape"]) for layer in found["layers"]}
     assert sizes[heads["query"]] == ([6, 16], [16, 16])
     assert sizes[heads["out"]] == ([16, 6], [16, 16])
+
+
+def test_merging_is_told():
+    folder = FIXTURES / "format-5"
+    tokens = inspect_checkpoint(folder)["tokens"]
+    assert (list(tokens["leave"]), tokens["patches"]) == ([5, 4, 0], 16)
+    assert schedule_of(AutoModelForImageClassification.from_pretrained(folder)) == TokenSchedule((5, 4, 0), 16)
+    assert all(inspect_checkpoint(FIXTURES / f"format-{version}")["tokens"] is None for version in range(1, 5))
+
+
+def test_what_merges_shows_in_the_answer():
+    """Else the logits of format 5 would be no witness."""
+    dense = AutoModelForImageClassification.from_pretrained(FIXTURES / "format-5").dequantize()
+    stored = torch.tensor(json.loads((FIXTURES / "format-5/logits.json").read_text()))
+    assert (dense(PICTURE).logits - stored).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("opened", [AutoModelForImageClassification.from_pretrained, inspect_checkpoint])
+def test_code_of_an_older_format_says_that_a_newer_one_reads_it(opened, monkeypatch):
+    for version in range(2, FORMAT_VERSION + 1):
+        monkeypatch.setattr(blockprune_config, "FORMAT_VERSION", version - 1)
+        with pytest.raises(BlockSparseFormatError, match=f"reads 1 to {version - 1}, got {version}; a newer"):
+            opened(FIXTURES / f"format-{version}")
 
 
 @pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from hf_blockprune import BlockSparseFormatError, sparsify
+from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
 from hf_blockprune.hub.blockprune_flops import count_flops
 from hf_blockprune.hub.blockprune_heads import (
     CutHeads,
@@ -110,7 +111,7 @@ def test_saving_and_loading(family, share, tmp_path):
     expected = answer(model)
     model.save_pretrained(tmp_path)
     stored = config_of(tmp_path)["quantization_config"]
-    assert stored["format_version"] == 4
+    assert stored["format_version"] == FORMAT_VERSION
     assert [(entry["heads"], entry["head_size"]) for entry in stored["heads"]] == list(kept_of(family))
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert cut_heads(loaded) == cut_heads(model)

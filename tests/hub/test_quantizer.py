@@ -24,6 +24,7 @@ from hf_blockprune import (
     sparsify,
 )
 from hf_blockprune.hub import blockprune_backends, blockprune_ops, blockprune_quantizer
+from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
 from hf_blockprune.hub.blockprune_layout import grid_shape
 from hf_blockprune.hub.blockprune_names import find_linears, stored_layer_names
 from tests.conftest import tiny_model
@@ -107,7 +108,7 @@ def test_config_round_trip_through_json():
     ("change", "message"),
     [
         ({"bits": 4}, r"unknown keys \['bits'\]"),
-        ({"format_version": 5}, "newer hf_blockprune"),
+        ({"format_version": FORMAT_VERSION + 1}, "newer hf_blockprune"),
         ({"format_version": 0}, "format_version"),
         ({"format_version": "1"}, "format_version"),
         ({"format_version": True}, "format_version"),
@@ -318,7 +319,7 @@ def add_blocks(count):
         (add_blocks(-1), rf"{FC1}\.weight: shape"),
         (add_blocks(1000), rf"{FC1}: \d+ kept blocks declared"),
         (lambda config: config.update(block_shape=[8, 32]), r"\.weight: shape"),
-        (lambda config: config.update(format_version=5), "newer hf_blockprune"),
+        (lambda config: config.update(format_version=FORMAT_VERSION + 1), "newer hf_blockprune"),
         (lambda config: config.update(bits=4), "unknown keys"),
         (lambda config: config["layers"].update({"vit.encoder.layer.9.intermediate.dense": 1}), "no such Linear"),
         (lambda config: config["layers"].update({"vit.layernorm": 1}), "vit.layernorm: .*no such Linear"),

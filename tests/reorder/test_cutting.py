@@ -18,6 +18,7 @@ from hf_blockprune.choose.coupling import drop_unused
 from hf_blockprune.choose.selection import Selector
 from hf_blockprune.cost.flops import count_flops
 from hf_blockprune.errors import BlockSparseFormatError
+from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.model.structure import find_transformer_layers
 from hf_blockprune.model.targets import find_targets
@@ -105,7 +106,7 @@ def test_save_load_inspect_dequantize(family, tmp_path):
     whole, small, counts = cut_model(family, (8, 8))
     small.save_pretrained(tmp_path / "small")
     stored = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
-    assert stored["format_version"] == 4
+    assert stored["format_version"] == FORMAT_VERSION
     assert len(stored["cut"]) == 2 * sum(count > 0 for count in counts.values())
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(loaded), logits(whole), atol=1e-5, rtol=1e-5)
