@@ -285,7 +285,7 @@ class Choosing:
             "--tokens",
             parser=parse_tokens,
             metavar="auto|keep|N,...",
-            help="Patches that leave each layer by merging: auto finds how many, keep merges none; or a number a layer.",
+            help="Patches that leave each layer by merging: auto finds how many, keep merges none; or a number each.",
             show_default=str(DEFAULTS.tokens),
         ),
     ] = None

@@ -139,6 +139,23 @@ def simulation_table(values: JsonDict) -> Table:
     return table
 
 
+def tokens_table(values: JsonDict) -> Table:
+    """How many tokens a model has after each layer, and what a picture of them shows.
+
+    Args:
+        values: of a `pages.tokens.DrawnTokens`.
+    """
+    drawn = f"{values['groups']} groups of {values['patches']} patches, {values['largest']} in the largest"
+    table = folding_table(
+        *("layer", "tokens"),
+        title=f"{values['tokens_before']} tokens of an image of {shape_text(values['image_size'])}",
+        caption=f"drawn after layer {values['layer']}: {drawn}\n{values['output']}",
+    )
+    for number, tokens in enumerate(values["tokens_after"], 1):
+        table.add_row(str(number), str(tokens))
+    return table
+
+
 def plain_table(title: str, values: JsonDict) -> Table:
     """Names and values."""
     table = folding_table("", "", title=title)

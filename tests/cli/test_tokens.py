@@ -38,3 +38,25 @@ def test_an_option_overrides_the_recipe(vit_folder, images, tmp_path):
 def test_numbers_of_another_model_are_one_line(vit_folder, images, tmp_path):
     arguments = ["--dataset", images, "--output", tmp_path / "out", *QUICK]
     assert "the model has 2 layers" in refused("prune", vit_folder, "--tokens", "1,2,3", *arguments)
+
+
+def test_a_picture_of_what_merged(vit_folder, images, tmp_path):
+    picture = images / "picture_000.png"
+    arguments = ["tokens", vit_folder, picture, "--output", tmp_path / "out.png", "--quiet"]
+    assert "--per-layer" in refused(*arguments)
+    result = run(*arguments, "--leave", "4,2", "--json")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["tokens_after"] == [13, 11]
+    assert values["output"] == str(tmp_path / "out.png")
+    assert "exists already" in refused(*arguments, "--per-layer", "3")
+    shown = run(*arguments, "--per-layer", "3", "--layer", "1", "--overwrite").stdout
+    assert "17 tokens of an image of 32x32" in shown
+    assert "drawn after layer 1: 13 groups of 16 patches" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--leave", "1,x"], ["--per-layer", "0"], ["--leave", "1,1", "--per-layer", "1"]]
+)
+def test_a_picture_of_no_schedule_is_a_usage_error(arguments):
+    assert run("tokens", "model", "picture.png", *arguments).exit_code == 2
