@@ -24,6 +24,9 @@ def test_numbers_are_patches_that_leave_each_layer(vit_folder, images, tmp_path)
     assert report["config"]["tokens"] == [4, 2]
     assert report["tokens"]["leave"] == [4, 2]
     assert json.loads(run("inspect", tmp_path / "out", "--json").stdout)["tokens"] == {"leave": [4, 2], "patches": 16}
+    assert "patches left after the last layer: 10 of 16" in run("inspect", tmp_path / "out").stdout
+    shown = " ".join(run("prune", vit_folder, *arguments, "--overwrite").stdout.split())
+    assert "patches left after the last layer │ 10 of 16" in shown
 
 
 def test_an_option_overrides_the_recipe(vit_folder, images, tmp_path):
