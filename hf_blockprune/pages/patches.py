@@ -11,16 +11,16 @@ GAP = 16  # between the two images
 DARK, LIGHT = 0, 255  # a line has both, and so shows on any colour
 
 
-def groups_picture(pixels: Tensor, groups: Tensor) -> Image.Image:
+def groups_picture(pixels: Tensor, groups: Tensor, size: tuple[int, int]) -> Image.Image:
     """An image as it is, and beside it as its groups of patches, each in its mean colour.
 
     Args:
         pixels: of the image, uint8 [height, width, 3].
         groups: which group each patch is in, whole numbers from 0 [rows, columns]; rows and columns of pixels that
             fill no patch are left out, as models leave them out.
+        size: (height, width) of a patch.
     """
     shown, of_group = pixels.numpy(), groups.numpy()
-    size = shown.shape[0] // of_group.shape[0], shown.shape[1] // of_group.shape[1]
     shown = shown[: size[0] * of_group.shape[0], : size[1] * of_group.shape[1]]
     scale = max(1, math.ceil(LEAST_SIDE / max(shown.shape)))
     groups_of_pixels = _repeated(of_group, size)

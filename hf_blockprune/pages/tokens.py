@@ -100,8 +100,9 @@ def draw_tokens(
     number = _checked_layer(layer, schedule)
     found = merged_layers(loaded, pictures.pixels)
     groups = found[number - 1].places[0, prefix:].cpu() - prefix
-    grid = _grid(loaded, pictures.size, len(groups))
-    _write(groups_picture(pictures.shown, groups.view(grid)), target)
+    patch = _patch_size(loaded)
+    rows, columns = _grid(loaded, pictures.size, patch, len(groups))
+    _write(groups_picture(pictures.shown, groups.view(rows, columns), patch), target)
     return _drawn(str(output), pictures.size, found, number, groups)
 
 
@@ -180,14 +181,19 @@ def _checked_layer(layer: int | None, schedule: TokenSchedule) -> int:
     return last if layer is None else layer
 
 
-def _grid(model: "PreTrainedModel", size: tuple[int, int], patches: int) -> tuple[int, int]:
-    """(rows, columns) of the patches of an image of a size."""
+def _patch_size(model: "PreTrainedModel") -> tuple[int, int]:
+    """(height, width) of a patch, by the model's config."""
     config = getattr(model.config, "vision_config", model.config)
     side = getattr(config, "patch_size", None)
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
     if not isinstance(height, int) or not isinstance(width, int):
         raise ModelError(f"{type(model).__name__}: its config names no patch_size, so its patches cannot be drawn")
-    rows, columns = size[0] // height, size[1] // width
+    return height, width
+
+
+def _grid(model: "PreTrainedModel", size: tuple[int, int], patch: tuple[int, int], patches: int) -> tuple[int, int]:
+    """(rows, columns) of the patches of an image of a size, of which a model has so many."""
+    rows, columns = size[0] // patch[0], size[1] // patch[1]
     if rows * columns != patches:
         raise ModelError(
             f"{type(model).__name__}: has {patches} patches of an image that has {rows} x {columns} of its patch_size, "

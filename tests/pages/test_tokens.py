@@ -73,7 +73,7 @@ def sides(path):
 def test_a_group_has_its_mean_colour_and_a_line_around_it():
     pixels = torch.zeros(400, 800, 3, dtype=torch.uint8)
     pixels[:200, :400], pixels[:200, 400:], pixels[200:, :400], pixels[200:, 400:] = 40, 80, 100, 200
-    picture = np.asarray(groups_picture(pixels, torch.tensor([[0, 0], [0, 2]])))
+    picture = np.asarray(groups_picture(pixels, torch.tensor([[0, 0], [0, 2]]), (200, 400)))
     assert picture.shape == (400, 2 * 800 + GAP, 3)
     image, merged = picture[:, :800], picture[:, 800 + GAP :]
     assert np.array_equal(image, pixels.numpy())
@@ -85,8 +85,8 @@ def test_a_group_has_its_mean_colour_and_a_line_around_it():
 
 
 def test_what_fills_no_patch_is_left_out():
-    pixels = torch.zeros(300, 410, 3, dtype=torch.uint8)
-    assert groups_picture(pixels, torch.zeros(1, 4, dtype=torch.int64)).size == (2 * 408 + GAP, 300)
+    pixels = torch.zeros(320, 490, 3, dtype=torch.uint8)
+    assert groups_picture(pixels, torch.zeros(3, 4, dtype=torch.int64), (100, 100)).size == (2 * 400 + GAP, 300)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -133,6 +133,19 @@ def test_images_that_are_not_square(tmp_path, photo):
     assert (drawn.image_size, drawn.patches) == ([16, 64], 16)
     image, merged = sides(tmp_path / "out.png")
     assert image.shape == merged.shape == (96, 384, 3)
+
+
+def test_images_of_another_size_than_the_models(tmp_path, photo):
+    """Part of the last row and column of pixels fills no patch."""
+    folder = saved(tmp_path / "model", tiny_model("dinov2"), size={"height": 44, "width": 28})
+    drawn = draw_tokens(folder, photo, tmp_path / "out.png", leave=3)
+    assert (drawn.image_size, drawn.patches, drawn.tokens_after) == ([44, 28], 15, [13, 10])
+    assert sides(tmp_path / "out.png")[1].shape == (10 * 40, 10 * 24, 3)
+
+
+def test_a_model_in_half_precision(tmp_path, photo):
+    folder = saved(tmp_path / "model", tiny_model("vit").bfloat16())
+    assert draw_tokens(folder, photo, tmp_path / "out.png", leave=3).tokens_after == [14, 11]
 
 
 @pytest.mark.parametrize("channels", [1, 4])
