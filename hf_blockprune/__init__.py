@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .hub.blockprune_quantizer import BlockPruneQuantizationConfig, sparsify
     from .measure.microbatch import micro_batch
     from .pages.page import write_report
+    from .pages.tokens import draw_tokens
     from .pruner.pruner import BlockPruner
     from .sources.named import DataSource
 
@@ -49,6 +50,7 @@ _LAZY = {
     "evaluate.accuracy": ["Evaluation"],
     "finetune.config": ["AugmentConfig", "DistillationConfig", "FinetuneConfig", "GradualConfig"],
     "pages.page": ["write_report"],
+    "pages.tokens": ["draw_tokens"],
     "hub.blockprune_linear": ["BlockSparseLinear"],
     "hub.blockprune_quantizer": ["BlockPruneQuantizationConfig", "sparsify"],
     "measure.microbatch": ["micro_batch"],
@@ -113,6 +115,7 @@ __all__ = [
     "ModelError",
     "RecoveryConfig",
     "__version__",
+    "draw_tokens",
     "micro_batch",
     "sparsify",
     "write_report",

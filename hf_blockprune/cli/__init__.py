@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from .checkpoints import export, inspect, push, report, simulate
+from .checkpoints import export, inspect, push, report, simulate, tokens
 from .machine import calibrate, demo, env
 from .measuring import benchmark, evaluate
 from .pruning import prune, recover, sweep
@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 for _command in (
     *(prune, recover, finetune, evaluate, benchmark, inspect, sweep),
-    *(report, export, push, simulate, calibrate, env, demo),
+    *(report, tokens, export, push, simulate, calibrate, env, demo),
 ):
     app.command()(_command)
 

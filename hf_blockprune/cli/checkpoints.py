@@ -1,11 +1,12 @@
-"""Commands on pruned models as they are stored: inspect, simulate, report, export and push."""
+"""Commands on pruned models as they are stored: inspect, simulate, report, tokens, export and push."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import Overwrite, Profile, Revision, Shown, complete_profile
+from .options import Overwrite, Profile, Revision, Shown, complete_profile, parse_counts
 from .terminal import command
 
 Pruned = Annotated[str, typer.Argument(help="Pruned model: a folder or a Hub name.")]
@@ -87,6 +88,53 @@ def report(
         values,
         lambda values: plain_table("report", {"output": values["output"], "size bytes": size, "models": len(made)}),
     )
+
+
+@command
+def tokens(
+    shown: Shown,
+    model: Annotated[
+        str, typer.Argument(help="Model whose tokens merge, or any in which they can: a folder or a Hub name.")
+    ],
+    image: Annotated[str, typer.Argument(help="Picture file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write.")] = Path("tokens.png"),
+    leave: Annotated[
+        Any,  # numbers
+        typer.Option(
+            "--leave",
+            parser=parse_counts,
+            metavar="N,...",
+            help="Patches that leave each layer.",
+            show_default="as the model was saved",
+        ),
+    ] = None,
+    per_layer: Annotated[
+        int | None,
+        typer.Option(
+            "--per-layer", min=1, help="Patches that leave every layer.", show_default="as the model was saved"
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            "--layer",
+            min=1,
+            help="Draw what has merged after so many layers.",
+            show_default="the last in which patches leave",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw which patches of a picture merge in a model, and count its tokens layer by layer."""
+    shown.begin()
+    if leave is not None and per_layer is not None:
+        raise typer.BadParameter("--leave and --per-layer both say how many patches leave; give one of them")
+    from ..pages.tokens import draw_tokens
+    from ..report.tables import tokens_table
+
+    schedule = per_layer if leave is None else leave
+    drawn = draw_tokens(model, image, output, leave=schedule, layer=layer, overwrite=overwrite)
+    shown.result(asdict(drawn), tokens_table)
 
 
 @command

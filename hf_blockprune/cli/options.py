@@ -6,7 +6,7 @@ Options that are left out are None, which leaves the recipe's value; their help 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.table import Table
@@ -61,6 +61,29 @@ def parse_each(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
         return tuple(parse(part.strip()) for part in text.split(",") if part.strip())
 
     return parse_list
+
+
+def parse_tokens(text: str) -> str | tuple[int, ...]:
+    """`auto`, `keep`, or numbers with commas between.
+
+    Raises:
+        typer.BadParameter: it is something else.
+    """
+    if text.strip() in ("auto", "keep"):
+        return text.strip()
+    return parse_counts(text, "auto, keep, or a number for each layer such as 0,8,8")
+
+
+def parse_counts(text: str, expected: str = "a number for each layer such as 0,8,8") -> tuple[int, ...]:
+    """Numbers from 0 with commas between.
+
+    Raises:
+        typer.BadParameter: it is something else than what is expected.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise typer.BadParameter(f"expected {expected}, got {text!r}")
+    return tuple(map(int, parts))
 
 
 def parse_flops_or_budget(text: str) -> Budget:
@@ -256,12 +279,23 @@ class Choosing:
             show_default=f"all with {' and '.join(names_where(lambda method: method.fisher))}, else blocks",
         ),
     ] = None
+    tokens: Annotated[
+        Any,  # text or numbers
+        typer.Option(
+            "--tokens",
+            parser=parse_tokens,
+            metavar="auto|keep|N,...",
+            help="Patches that leave each layer by merging: auto finds how many, keep merges none; or a number each.",
+            show_default=str(DEFAULTS.tokens),
+        ),
+    ] = None
     ignore: Ignore = None
 
     def settings(self) -> JsonDict:
         """Overrides of a job; None where nothing was said."""
         return {
             "moves": self.moves,
+            "tokens": self.tokens,
             "block_shape": self.block_shape,
             "budget": self.budget,
             "method": self.method,

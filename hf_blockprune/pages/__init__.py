@@ -1,1 +1,1 @@
-"""HTML pages about pruned models."""
+"""HTML pages and pictures about pruned models."""

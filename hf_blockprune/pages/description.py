@@ -19,6 +19,7 @@ from ..hub.blockprune_cost import Profile
 from ..report.measured import Measurements
 from ..stored_values import StoredValues, flat, short
 from ..types import JsonDict
+from .schedules import schedules
 
 PREDICTED = (
     *("device", "kind", "batch", "dtype", "latency_ms", "dense_latency_ms", "speedup"),
@@ -102,7 +103,7 @@ class CheckpointReport:
         values: JSON-ready; what is not known is None. `layers` hold what `inspect_checkpoint` says and, where the
             report file knows it, `predicted_loss` and `error_after_refit`. `evaluation`, `fidelity` and `latency` are
             the newest that were measured, `other_evaluations`, `other_fidelities` and `other_latencies` those of
-            other data sets and machines, newest first; `predicted` comes from the cost model.
+            other data sets and machines, newest first; `predicted` comes from the cost model; `tokens` see `Schedules`.
         masks: bool [block_rows, block_cols] of each block-sparse layer by module name, cut rows and columns left out.
     """
 
@@ -145,6 +146,8 @@ def describe(
             "What the report file says was measured is of other weights than the folder's, and is not shown"
         )
     values |= _made(StoredValues(made, REPORT_FILE), values)
+    values["tokens"], note = schedules(stored.schedule, StoredValues(made, REPORT_FILE))
+    values["notes"] += [] if note is None else [note]
     recipe = folder / RECIPE_FILE
     values["recipe"] = flat(read_json(recipe)) if recipe.is_file() else None
     return CheckpointReport(name, values, {layer.module: layer.mask for layer in stored.layers})

@@ -165,10 +165,11 @@ class Mark:
     Attributes:
         label: short, beside the mark.
         title: what it is.
-        cost, gain: shares.
+        cost: a share.
+        gain: a share, or another number.
         interval: of the gain.
         best: whether it lies on the frontier.
-        dense: whether it is the model that the others were made from.
+        dense: whether it stands out, as the model does that the others were made from.
     """
 
     label: str

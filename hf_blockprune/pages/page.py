@@ -19,6 +19,7 @@ from ..types import JsonDict
 from ..version import __version__
 from .description import CheckpointReport, ComparedAccuracy, describe
 from .drawings import Bar, BarChart, Mark, Plot, bar_chart, mask_picture, scatter
+from .schedules import schedules_plot
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -129,6 +130,7 @@ class ModelView(TypedDict):
         groups: (repeated layer, its layers).
         kept: shares of blocks.
         losses: predicted ones, None where none is known.
+        tokens: schedules of tokens that were tried, None where none were.
     """
 
     values: JsonDict
@@ -136,6 +138,7 @@ class ModelView(TypedDict):
     groups: list[tuple[str, list[JsonDict]]]
     kept: BarChart
     losses: BarChart | None
+    tokens: Plot | None
 
 
 class Comparison(Plot):
@@ -169,6 +172,7 @@ def _model(report: CheckpointReport) -> ModelView:
         "groups": groups,
         "kept": bar_chart(bars, top=1.0),
         "losses": bar_chart(losses) if losses else None,
+        "tokens": schedules_plot(values["tokens"]) if values["tokens"] else None,
     }
 
 

@@ -1,5 +1,7 @@
 """A pruning report as tables for the terminal."""
 
+from collections.abc import Sequence
+
 from rich.console import Group
 from rich.table import Table
 
@@ -9,6 +11,8 @@ from ..evaluate.scores import SCORES, change_text, main_score, score_text
 from ..types import JsonDict
 from .measured import Measurements
 from .values import Report
+
+PATCHES_LEFT = "patches left after the last layer"
 
 
 def summary_table(values: JsonDict) -> Table:
@@ -37,6 +41,8 @@ def summary_table(values: JsonDict) -> Table:
         table.add_row("hidden units cut out", str(cut))
     if report.masks.cut_head_features:
         table.add_row("features of heads cut out", str(report.masks.cut_head_features))
+    if report.tokens is not None:
+        table.add_row(PATCHES_LEFT, patches_text(report.tokens.leave, report.tokens.patches))
     if report.size_bytes is not None:
         table.add_row("weights on disk", bytes_text(values))
     if report.residual_order:
@@ -45,6 +51,16 @@ def summary_table(values: JsonDict) -> Table:
     _add_measurements(table, report.measured)
     table.add_row("seconds", ", ".join(f"{stage} {s:.1f}" for stage, s in report.seconds.items()))
     return table
+
+
+def patches_text(leave: Sequence[int], patches: int) -> str:
+    """How many of an image's patches are left after the last layer.
+
+    Args:
+        leave: how many leave each layer.
+        patches: of an image.
+    """
+    return f"{patches - sum(leave)} of {patches}"
 
 
 def _add_training(table: Table, report: Report) -> None:
@@ -139,6 +155,23 @@ def simulation_table(values: JsonDict) -> Table:
     return table
 
 
+def tokens_table(values: JsonDict) -> Table:
+    """How many tokens a model has after each layer, and what a picture of them shows.
+
+    Args:
+        values: of a `pages.tokens.DrawnTokens`.
+    """
+    drawn = f"{values['groups']} groups of {values['patches']} patches, {values['largest']} in the largest"
+    table = folding_table(
+        *("layer", "tokens"),
+        title=f"{values['tokens_before']} tokens of an image of {shape_text(values['image_size'])}",
+        caption=f"drawn after layer {values['layer']}: {drawn}\n{values['output']}",
+    )
+    for number, tokens in enumerate(values["tokens_after"], 1):
+        table.add_row(str(number), str(tokens))
+    return table
+
+
 def plain_table(title: str, values: JsonDict) -> Table:
     """Names and values."""
     table = folding_table("", "", title=title)
@@ -216,6 +249,11 @@ def fidelity_table(values: JsonDict) -> Table:
     return table
 
 
+def _tokens_text(tokens: JsonDict | None) -> str:
+    """A line on patches that merge, nothing where none do."""
+    return "" if tokens is None else f"\n{PATCHES_LEFT}: {patches_text(**tokens)}"
+
+
 def _heads_text(heads: list[JsonDict]) -> str:
     """A line on attentions that were cut, nothing where none was."""
     kept, dense = (sum(h[f"{of}heads"] * h[f"{of}head_size"] for h in heads) for of in ("", "dense_"))
@@ -234,7 +272,8 @@ def inspect_table(values: JsonDict) -> Table:
         *("layer", "shape", "kept blocks", "density", "bytes", "CPU"),
         title=f"{block} blocks, {values['flops_ratio']:.2%} of the model's FLOPs",
         caption=f"weights on disk: {bytes_text(values)}\n"
-        f"features of hidden states: {order[values['stream_reordered']]}{_heads_text(values['heads'])}",
+        f"features of hidden states: {order[values['stream_reordered']]}{_heads_text(values['heads'])}"
+        f"{_tokens_text(values['tokens'])}",
         footers={"layer": "all", "density": f"{values['density']:.2%}", "bytes": f"{values['size_bytes']:,}"},
     )
     for layer in values["layers"]:
