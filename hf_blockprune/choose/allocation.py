@@ -298,7 +298,8 @@ def _check_reached(budgets: list[CostBudget], saved: np.ndarray, width: int) -> 
                 "min_kept_per_layer, or take layers out of ignore"
             )
         step = width * max(float(c.max()) for c in budget.costs.values()) / whole if width > 1 else 0.0
-        spared.append((budget.ratio - reached > max(TOLERANCE * budget.ratio, step), budget, reached))
+        too_far = gone > 0 and budget.ratio - reached > max(TOLERANCE * budget.ratio, step)
+        spared.append((too_far, budget, reached))
     if all(too_far for too_far, _, _ in spared):  # one of two budgets need not bind
         _, budget, reached = spared[0]
         raise BudgetError(

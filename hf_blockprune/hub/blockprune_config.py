@@ -77,12 +77,9 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
                 f"quantization_config.format_version: this code reads 1 to {FORMAT_VERSION}, "
                 f"got {reprlib.repr(format_version)}; a newer hf_blockprune may read it"
             )
-        if cut is not None and format_version < 2:
-            unknown["cut"] = cut
-        if heads is not None and format_version < 4:
-            unknown["heads"] = heads
-        if tokens is not None and format_version < 5:
-            unknown["tokens"] = tokens
+        for key, value, since in (("cut", cut, 2), ("heads", heads, 4), ("tokens", tokens, 5)):
+            if value is not None and format_version < since:
+                unknown[key] = value
         if unknown:
             raise BlockSparseFormatError(
                 f"quantization_config: unknown keys {reprlib.repr(sorted(unknown))} in format {format_version}"

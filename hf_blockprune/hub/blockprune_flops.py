@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .blockprune_heads import CutHeads, is_attention
+from .blockprune_merging import split_sizes
 from .blockprune_skeleton import channels_of, skeleton
-from .blockprune_tokens import schedule_of
+from .blockprune_tokens import merging_layers, passing_here, tokens_read
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -101,23 +102,35 @@ def count_flops(model: "PreTrainedModel", size: tuple[int, int] | None = None, *
     Raises:
         UncountableError: the model does not answer images alone, or takes no images of this size.
     """
-    flops = _counted(skeleton(model), size)
-    return merged_flops(model, flops) if merging else flops
-
-
-def merged_flops(model: "PreTrainedModel", flops: ModelFlops) -> ModelFlops:
-    """FLOPs of the dense form of a model as its tokens merge, from those where none do."""
-    if schedule_of(model) is None:
-        return flops
-    return replace(_counted(skeleton(model, merging=True), flops.image_size), unmerged=flops)
-
-
-def _counted(dense: "PreTrainedModel", size: tuple[int, int] | None) -> ModelFlops:
-    """What a skeleton multiplies."""
+    dense = skeleton(model)
     _, pixels = dry_run(dense, size or image_size(dense.config))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         dense(pixel_values=pixels)
-    return _read_counter(counter, dense, (pixels.shape[-2], pixels.shape[-1]))
+    flops = _read_counter(counter, dense, (pixels.shape[-2], pixels.shape[-1]))
+    return merged_flops(model, flops) if merging else flops
+
+
+def merged_flops(model: nn.Module, flops: ModelFlops) -> ModelFlops:
+    """FLOPs of the dense form of a model as its tokens merge, from those where none do: what torch would count."""
+    total, tokens, attention = flops.total, dict(flops.linear_tokens), dict(flops.attention)
+    for name, layer in merging_layers(model):
+        width = 0
+        for linear, whole in flops.linear_tokens.items():
+            if _lies_in(linear, name) and whole:
+                module: Any = model.get_submodule(linear)
+                rows, cols = getattr(module, "dense_shape", None) or (module.out_features, module.in_features)
+                tokens[linear] = tokens_read(model, linear, whole)
+                total -= 2 * (whole - tokens[linear]) * rows * cols
+                width, all_tokens = width or cols, whole  # the first one reads what is compared
+        before, after, prefix = passing_here(layer, all_tokens)
+        for product in (each for each in attention if _lies_in(each, name)):
+            attention[product] *= (before / all_tokens) ** 2
+            total -= flops.attention[product] - attention[product]
+        if before > after:
+            compared, with_these = split_sizes(before - prefix, before - after)
+            total += 2 * compared * with_these * width
+    merged = tokens != flops.linear_tokens
+    return replace(flops, total=total, linear_tokens=tokens, attention=attention, unmerged=flops) if merged else flops
 
 
 @torch.no_grad()

@@ -83,15 +83,27 @@ def _split(patches: int, leave: int, device: torch.device) -> tuple[Tensor, Tens
     Every second one may leave, or more where more must. All are made where they are used: a copy from the host could
     be no part of a CUDA graph.
     """
-    step = 2
-    while patches - -(-patches // step) < leave:
-        step += 1
+    step = _step(patches, leave)
     targets = torch.arange(0, patches, step, device=device)
     number = torch.arange(patches - targets.shape[0], device=device)
     sources = number + number // (step - 1) + 1
     position = torch.arange(patches, device=device)
     back = torch.where(position % step == 0, sources.shape[0] + position // step, position - position // step - 1)
     return sources, targets, back
+
+
+def split_sizes(patches: int, leave: int) -> tuple[int, int]:
+    """(patches that may leave, patches that they may go into), where so many are to leave."""
+    targets = -(-patches // _step(patches, leave))
+    return patches - targets, targets
+
+
+def _step(patches: int, leave: int) -> int:
+    """One patch in so many stays in any case."""
+    step = 2
+    while patches - -(-patches // step) < leave:
+        step += 1
+    return step
 
 
 def _moved(stays: Tensor, gone: Tensor, into: Tensor, targets: int) -> Tensor:

@@ -25,12 +25,12 @@ NO_COPY = (TypeError, RuntimeError, NotImplementedError, copy.Error)  # what is 
 OWN = ("_parameters", "_buffers", "_modules")  # are a copy's own in any case
 
 
-def skeleton(model: Module, *, merging: bool = False) -> Module:
+def skeleton(model: Module) -> Module:
     """A copy of a model on the meta device, block-sparse layers dense, in evaluation mode; no weight is copied.
 
-    Layers and attentions have the architecture's sizes; tokens merge only where that is asked for. It is made of the
-    model itself, not of its class and config: constructors may take more than a config. What others hooked to the model
-    is neither copied nor called. Names are the model's, but for `COMPILED` in them.
+    Layers and attentions have the architecture's sizes, and no tokens merge. It is made of the model itself, not of its
+    class and config: constructors may take more than a config. What others hooked to the model is neither copied nor
+    called. Names are the model's, but for `COMPILED` in them.
     """
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     tensors += [value for module in model.modules() for value in vars(module).values() if torch.is_tensor(value)]
@@ -52,8 +52,7 @@ def skeleton(model: Module, *, merging: bool = False) -> Module:
         linear = nn.Linear(cols, rows, module.bias is not None, device="meta", dtype=module.weight.dtype)
         made.set_submodule(name, linear)
     restore_heads(made)
-    if not merging:
-        forget_schedule(made)
+    forget_schedule(made)
     return made.eval()
 
 

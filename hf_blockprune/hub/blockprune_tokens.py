@@ -122,6 +122,23 @@ def _schedule(memory: _Memory) -> TokenSchedule:
     return TokenSchedule(tuple(memory["leave"]), memory["patches"])
 
 
+def merging_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the layers of a model in which tokens merge."""
+    return [(name, module) for name, module in model.named_modules() if is_merging(module)]
+
+
+def passing_here(layer: nn.Module, tokens: float) -> tuple[int, int, int]:
+    """(tokens in the attention of a layer, tokens in its MLP, those of them that are no patches).
+
+    Args:
+        layer: in which tokens merge.
+        tokens: before the first layer.
+    """
+    memory: _Memory = vars(layer)[MEMORY]
+    before, after = _schedule(memory).passing(round(tokens) - memory["prefix"], memory["prefix"])[memory["number"]]
+    return before, after, memory["prefix"]
+
+
 def tokens_read(model: nn.Module, name: str, tokens: float) -> float:
     """How many tokens a Linear of a model reads.
 
@@ -132,10 +149,9 @@ def tokens_read(model: nn.Module, name: str, tokens: float) -> float:
     """
     parts = name.split(".")
     for depth in range(len(parts)):
-        memory: _Memory | None = vars(model.get_submodule(".".join(parts[:depth]))).get(MEMORY)
-        if memory is not None:
-            passing = _schedule(memory).passing(round(tokens) - memory["prefix"], memory["prefix"])
-            return passing[memory["number"]][parts[depth] not in ATTENTION]
+        layer = model.get_submodule(".".join(parts[:depth]))
+        if is_merging(layer):
+            return passing_here(layer, tokens)[parts[depth] not in ATTENTION]
     return tokens
 
 

@@ -19,17 +19,14 @@ from ..cost.flops import ModelFlops, count_flops, merged_flops
 from ..data.batches import ImageSet, load_images, load_pixels
 from ..data.model_input import find_input, picture_size
 from ..display.stages import planned
-from ..errors import BudgetError, ConfigError, ModelError
+from ..errors import ConfigError, ModelError
 from ..hub.blockprune_quantizer import sparsify
-from ..hub.blockprune_tokens import TokenSchedule, forget_schedule
-from ..model.copying import copied
 from ..model.layers import shape_of
 from ..model.modes import evaluating
 from ..model.outputs import classifies
 from ..model.structure import TransformerLayer, find_transformer_layers
 from ..model.targets import check_storable, find_targets
 from ..model.unwrapping import check_prunable, check_unshared
-from ..refit.boundary import HELD_BACK_EVERY
 from ..refit.layerwise import LayerRefit, refit_layers
 from ..reorder.changes import Changes, undone_on_failure
 from ..reorder.cutting import cut_hidden_units
@@ -46,17 +43,16 @@ from ..score.statistics import LayerStatistics
 from ..sources.named import Images
 from ..types import ImageProcessor, JsonDict
 from ..version import __version__
+from .merging import JUDGED, merge_tokens
 from .moves import supported_moves
 from .smaller import Smaller
-from .tokens import Merging, TokenChoice
+from .tokens import Merging
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
-# Of the calibration images, (one in so many, at most): what judges, what tokens are looked for on, and what trials fit.
-JUDGED, SEARCHED, TRIED = (HELD_BACK_EVERY, 64), (5, 64), (3, 96)
 
 
 def pruning_stages(config: BlockPruneConfig) -> list[str]:
@@ -68,18 +64,6 @@ def pruning_stages(config: BlockPruneConfig) -> list[str]:
         *selection_stages(config),
         *(["refit"] if config.refits else []),
     ]
-
-
-def _rough(config: BlockPruneConfig, moves: tuple[MoveName, ...], schedule: TokenSchedule) -> BlockPruneConfig:
-    """A config that prunes by a schedule of tokens in a fraction of the time, to compare it with others."""
-    return config.replace(
-        tokens=schedule.leave,
-        moves=tuple(move for move in moves if move != "blocks") or moves,
-        permute_stream=False if config.permutes else None,
-        coupling_rounds=0,
-        true_loss_rounds=0,
-        recovery=None,
-    )
 
 
 @dataclass
@@ -131,7 +115,6 @@ class Pruning:
         if self.encoder:
             self._prepare_encoder()
         images, found = self._calibration_images(dataset, split)
-        # Without images all is done in a moment, and nothing would be resumed.
         run_state = self._run_state(Path(work_dir), images) if work_dir is not None and images is not None else None
         with planned(pruning_stages(self.config)), evaluating(self.model):
             selected = self._restore_selection(run_state) or self._select(images, found, run_state, moves)
@@ -215,7 +198,7 @@ class Pruning:
         statistics, calibration = {}, None
         with undone_on_failure() as changes:
             fold_scales(self.model, changes)
-            tokens = self._merge_tokens(images, changes, moves, seconds)
+            tokens = merge_tokens(self, images, moves, changes, seconds)
             flops = merged_flops(self.model, self.flops)
             if images is not None:
                 with timed(seconds, "calibration"):
@@ -243,44 +226,8 @@ class Pruning:
             self._keep_selection(run_state, selected)
         return selected
 
-    def _merge_tokens(
-        self, images: ImageSet | None, changes: Changes, moves: tuple[MoveName, ...], seconds: dict[str, float]
-    ) -> TokensReport | None:
-        """Let tokens merge as the config says; None where none do.
-
-        Raises:
-            ModelError: the model is of a kind whose tokens cannot merge, or has another number of layers.
-            BudgetError: however many merge, the other moves cannot save the rest.
-        """
-        if self.config.tokens == "keep":
-            return None
-        merging = Merging.of(self.model, self.targets, self.flops)
-        if self.config.tokens == "auto":
-            assert images is not None  # the config was checked
-            with timed(seconds, "tokens"):
-                found = self._chosen_tokens(merging, images, moves)
-        else:
-            found = TokensReport(leave=list(self.config.tokens), patches=merging.patches)
-        changes.then(lambda: forget_schedule(self.model))
-        merging.set(found.leave)
-        return found
-
-    def _chosen_tokens(self, merging: Merging, images: ImageSet, moves: tuple[MoveName, ...]) -> TokensReport:
-        searched, judged = (self._pixels(images.every(step, most)) for step, most in (SEARCHED, JUDGED))
-
-        def trial(schedule: TokenSchedule) -> "PreTrainedModel | None":
-            model, config = copied(self.model), _rough(self.config, moves, schedule)
-            try:
-                pruning = Pruning(model, self.processor, config, self.name, self.accelerator)
-                pruning.run(images.every(*TRIED), None, None)
-            except BudgetError:
-                return None
-            return model
-
-        choice = TokenChoice(merging, self.targets, self.flops, self.config, self.accelerator, searched, judged, trial)
-        return choice.choose()
-
-    def _pixels(self, images: ImageSet) -> Tensor:
+    def pixels(self, images: ImageSet) -> Tensor:
+        """Of some images, [images, channels, height, width], the same on every process."""
         config = self.model.config
         pixels, _ = load_pixels(images, self.processor, accelerator=self.accelerator, model_config=config)
         return pixels.to(self.accelerator.device)
@@ -372,7 +319,7 @@ class Pruning:
         """Some held-back calibration images, to measure true losses on."""
         if images is None or not self.config.scoring.fisher or not self.config.true_loss_rounds:
             return None
-        return self._pixels(images.every(*JUDGED))
+        return self.pixels(images.every(*JUDGED))
 
     def _refit(
         self, selected: "_Selected", images: ImageSet, run_state: RunState | None, dense: "PreTrainedModel | None"

@@ -13,6 +13,7 @@ from ..choose.budgets import model_budget
 from ..choose.token_search import IMAGES_AT_ONCE, Costed, TokenSearch
 from ..config import BlockPruneConfig
 from ..cost.flops import ModelFlops, dtype_of, merged_flops
+from ..display.stages import Stage
 from ..errors import BlockSparseFormatError, BudgetError, ModelError
 from ..hub.blockprune_tokens import LEAST_TOKENS, TokenSchedule, forget_schedule, mergeable_layers, set_schedule
 from ..model.layers import layer_chain
@@ -98,24 +99,31 @@ class TokenChoice:
     judged: Tensor
     trial: Callable[[TokenSchedule], "PreTrainedModel | None"]
 
-    def choose(self) -> TokensReport:
+    def choose(self, bar: Stage) -> TokensReport:
         """The schedule, and what else was tried; none is set in the model.
+
+        Args:
+            bar: advances with each share of the budget that was tried.
 
         Raises:
             BudgetError: no share of the budget that tokens could pay leaves one that can be met.
         """
         asked = self._asked()
-        frontier = self._frontier(asked)
-        judge = _Judge(self.merging.model, self.judged)
-        tried = [self._tried(_cheapest(frontier, asked**power), judge) for power in POWERS]
-        if frontier[-1].share <= asked:
-            tried.append(self._alone(frontier[-1], judge))
-        trials = [trial for trial in tried if trial is not None]
-        if not trials:
+        search = self._search()
+        frontier: list[Costed] = agreed(search.run(asked), self.accelerator)
+        bar.advance()
+        judge, trials = _Judge(self.merging.model, self.judged), []
+        for power in bar.over((*POWERS, 1.0)):
+            costed = _cheapest(frontier, asked**power)
+            if power < 1 or costed.share <= asked:
+                costed = agreed(search.refined(costed), self.accelerator)
+                trials.append(self._tried(costed, judge) if power < 1 else self._alone(costed, judge))
+        done = [trial for trial in trials if trial is not None]
+        if not done:
             raise BudgetError("budget: cannot be met, however many tokens merge; raise it")
-        best = agreed(min(trials, key=lambda trial: trial.divergence), self.accelerator)
+        best = agreed(min(done, key=lambda trial: trial.divergence), self.accelerator)
         return TokensReport(
-            leave=best.leave, patches=self.merging.patches, frontier=[_reported(c) for c in frontier], trials=trials
+            leave=best.leave, patches=self.merging.patches, frontier=[_reported(c) for c in frontier], trials=done
         )
 
     @property
@@ -132,15 +140,12 @@ class TokenChoice:
         """Share of the dense model's cost that may remain."""
         return self._cost(self.flops).ratio
 
-    def _frontier(self, until: float) -> list[Costed]:
-        """Schedules from none to one that saves all that is asked for, the same on every process."""
-
+    def _search(self) -> TokenSearch:
         def cost() -> float:
             return self._cost(merged_flops(self.merging.model, self.flops)).left_without(0.0)
 
         least = max(1, LEAST_TOKENS - self.merging.prefix)
-        search = TokenSearch(self.merging.model, self.merging.names, self.searched, self.merging.patches, least, cost)
-        return agreed(search.run(until), self.accelerator)
+        return TokenSearch(self.merging.model, self.merging.names, self.searched, self.merging.patches, least, cost)
 
     def _tried(self, costed: Costed, judge: "_Judge") -> TokenTrial | None:
         """What a schedule comes to with the other moves, which pay the rest."""

@@ -13,7 +13,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -28,7 +27,7 @@ from ..display.stages import Stage, stage
 from ..errors import ModelError
 from ..hub.blockprune_layers import block_sparse_layers, is_pruned
 from ..hub.blockprune_tokens import is_merging
-from ..model.layers import Layer, MergedStates, States, full_states, hidden_states, layer_chain
+from ..model.layers import Layer, States, full_states, hidden_states, layer_chain
 from ..model.outputs import answers, output_of, task_for
 from ..model.tasks import Regression, SingleLabel, Task
 from ..refit.boundary import at_boundary, held_back, learn_calls
@@ -36,6 +35,7 @@ from ..runs.resume import RunState
 from ..runs.timing import timed
 from ..types import ImageProcessor
 from .state import Place, RecoveryState
+from .states import IMAGES_AT_ONCE, advanced, of_images
 from .student import dense_copy, single_precision, write_back
 from .views import views
 
@@ -48,7 +48,6 @@ WARM_UP = 0.05  # share of the steps
 # would otherwise walk at full speed wherever rounding leads.
 EPSILON = 1e-6
 FISHER_IMAGES = 128
-IMAGES_AT_ONCE = 32  # where nothing is learned
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ class _Run:
             inputs: States = self._boundary(self.student, self.layers[0])
             targets = self._boundary(self.teacher, self.teacher_layers[0])
             for number, (layer, dense, token_weight) in enumerate(pairs):
-                targets = hidden_states(_advanced(layer, targets, dense.module))
+                targets = hidden_states(advanced(layer, targets, dense.module))
                 learn = self._layer_loss(layer, inputs, targets, token_weight)
                 order = list(
                     self._order(len(targets), epochs)
@@ -266,7 +265,7 @@ class _Run:
                     bar.advance(len(order), measured=False)
                 else:
                     self._descend(learn, layer.module, order, f"reconstruction of {layer.name}", place, bar)
-                inputs = _advanced(layer, inputs)
+                inputs = advanced(layer, inputs)
 
     def _layer_loss(
         self, layer: Layer, inputs: States, targets: Tensor, token_weight: Tensor
@@ -276,7 +275,7 @@ class _Run:
 
         def loss(chosen: Tensor, share: slice) -> Tensor:
             mine = chosen[share]
-            error = full_states(layer.run(_of_images(inputs, mine))) - targets[mine]
+            error = full_states(layer.run(of_images(inputs, mine))) - targets[mine]
             return (error.square().mean((0, 2)) * token_weight).mean() / spread
 
         return loss
@@ -381,38 +380,3 @@ def _schedule(optimizer: Optimizer, steps: int, done: int) -> LambdaLR:
     for group, rate, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = rate * factor(done)
     return schedule
-
-
-@torch.no_grad()
-def _advanced(layer: Layer, states: States, module: nn.Module | None = None) -> States:
-    """States after a layer, or after another in its place; written over those before it where they fit."""
-    count = len(hidden_states(states))
-    ends: list[Tensor] = []
-    for chosen in torch.arange(count).split(IMAGES_AT_ONCE):
-        parts = _tensors(layer.run(_of_images(states, chosen), module))
-        if not ends:
-            ends = [_room(before, part, count) for before, part in zip_longest(_tensors(states), parts)][: len(parts)]
-        for end, part in zip(ends, parts, strict=True):
-            end[chosen] = part
-    if len(ends) > 1:
-        return cast(MergedStates, tuple(ends))
-    return ends[0] if ends else states
-
-
-def _room(before: Tensor | None, part: Tensor | None, count: int) -> Tensor:
-    """Where what some images give is put for all of them: in place of what was before where that has the same form."""
-    if part is None or (before is not None and before.shape[1:] == part.shape[1:]):
-        assert before is not None
-        return before
-    return part.new_empty(count, *part.shape[1:])
-
-
-def _tensors(states: States) -> tuple[Tensor, ...]:
-    return states if isinstance(states, tuple) else (states,)
-
-
-def _of_images(states: States, chosen: Tensor) -> States:
-    """The states of some images."""
-    if isinstance(states, tuple):
-        return states[0][chosen], states[1][chosen], states[2][chosen]
-    return states[chosen]

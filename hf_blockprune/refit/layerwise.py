@@ -75,8 +75,7 @@ def refit_layers(
     outputs lie in another order than the stream.
 
     Args:
-        model: the dense model; or one that is smaller than it, or one in which tokens merge. Such tokens aim at the
-            mean of what they stand for in the dense model.
+        model: the dense model; or one that is smaller, or whose tokens merge: they aim at means of its.
         masks: bool [block_rows, block_cols] by module name.
         block_shape: (rows, cols).
         images, processor: calibration images, and the model's image processor.
@@ -102,8 +101,7 @@ def refit_layers(
     with display.stage("refit", len(layers), unit="layers") as bar, evaluating(model):
         kept = first_inputs(model, layers, images, processor, accelerator=accelerator, batch_size=batch_size)
         for index, layer in enumerate(layers):
-            whole = copied(layer.module) if dense is None else dense.get_submodule(layer.name)
-            forget_schedule(whole)
+            whole = _whole(layer, dense)
             resumed = (refits := _restore(layer.module, run_state, _part(index))) is not None
             names = _inside(layer, () if resumed else masks)
             stages = shared_stages(layer, whole, list(names), kept, accelerator) if names else []
@@ -115,6 +113,13 @@ def refit_layers(
             advance(layer, outputs.ends(), kept)
             bar.advance(measured=not resumed)
     return done
+
+
+def _whole(layer: Layer, dense: "PreTrainedModel | None") -> nn.Module:
+    """A layer of the dense model, in which no tokens merge."""
+    whole = copied(layer.module) if dense is None else dense.get_submodule(layer.name)
+    forget_schedule(whole)
+    return whole
 
 
 def _inside(layer: Layer, names: Iterable[str]) -> dict[str, str]:

@@ -1,0 +1,101 @@
+"""Tokens of a model that is being pruned, which merge before anything is measured of it."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from transformers.utils import logging
+
+from ..calibration.shared import SharedCalibration
+from ..config import BlockPruneConfig, MoveName
+from ..data.batches import ImageSet
+from ..display.stages import stage
+from ..errors import BudgetError
+from ..hub.blockprune_tokens import TokenSchedule, forget_schedule
+from ..model.copying import copied
+from ..refit.boundary import HELD_BACK_EVERY
+from ..reorder.changes import Changes
+from ..report.values import TokensReport
+from ..runs.timing import timed
+from .tokens import POWERS, Merging, TokenChoice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .pruning import Pruning
+
+logger = logging.get_logger(__name__)
+# Of the calibration images, (one in so many, at most): what judges, what tokens are looked for on, and what trials fit.
+JUDGED, SEARCHED, TRIED = (HELD_BACK_EVERY, 64), (5, 64), (3, 96)
+
+
+def merge_tokens(
+    pruning: "Pruning",
+    images: ImageSet | None,
+    moves: tuple[MoveName, ...],
+    changes: Changes,
+    seconds: dict[str, float],
+) -> TokensReport | None:
+    """Let a model's tokens merge as its config says; None where none do.
+
+    Args:
+        pruning: of the model.
+        images: to calibrate on.
+        moves: what else may leave.
+        changes: undo this too.
+        seconds: of each stage; gets one where a schedule had to be found.
+
+    Raises:
+        ModelError: the model is of a kind whose tokens cannot merge, or has another number of layers.
+        BudgetError: however many merge, the other moves cannot save the rest.
+    """
+    if pruning.config.tokens == "keep":
+        return None
+    merging = Merging.of(pruning.model, pruning.targets, pruning.flops)
+    if pruning.config.tokens == "auto":
+        assert images is not None  # the config was checked
+        with timed(seconds, "tokens"), stage("tokens", len(POWERS) + 2, unit="shares of the budget") as bar:
+            choice = TokenChoice(
+                merging,
+                pruning.targets,
+                pruning.flops,
+                pruning.config,
+                pruning.accelerator,
+                pruning.pixels(images.every(*SEARCHED)),
+                pruning.pixels(images.every(*JUDGED)),
+                lambda schedule: _trial(pruning, images.every(*TRIED), moves, schedule),
+            )
+            found = choice.choose(bar)
+    else:
+        found = TokensReport(leave=list(pruning.config.tokens), patches=merging.patches)
+    changes.then(lambda: forget_schedule(pruning.model))
+    merging.set(found.leave)
+    return found
+
+
+def _trial(
+    pruning: "Pruning", images: ImageSet, moves: tuple[MoveName, ...], schedule: TokenSchedule
+) -> "PreTrainedModel | None":
+    """A copy of the model, pruned by a schedule on few images; None where the budget cannot be met so."""
+    config = _rough(pruning.config, moves, schedule)
+    trial = replace(pruning, model=copied(pruning.model), config=config, shared=SharedCalibration())
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what few images are too few for is no news here
+    try:
+        trial.run(images, None, None)
+    except BudgetError:
+        return None
+    finally:
+        logging.set_verbosity(verbosity)
+    return trial.model
+
+
+def _rough(config: BlockPruneConfig, moves: tuple[MoveName, ...], schedule: TokenSchedule) -> BlockPruneConfig:
+    """A config that prunes by a schedule of tokens in a fraction of the time, to compare it with others."""
+    return config.replace(
+        tokens=schedule.leave,
+        moves=tuple(move for move in moves if move != "blocks") or moves,
+        permute_stream=False if config.permutes else None,
+        coupling_rounds=0,
+        true_loss_rounds=0,
+        recovery=None,
+    )
