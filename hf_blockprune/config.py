@@ -276,9 +276,7 @@ class BlockPruneConfig:
         if self.tokens == "auto":
             budgets = [budget for budget in (self.budget, self.second_budget) if budget is not None]
             if not any(budget.counts_tokens for budget in budgets):
-                raise ConfigError(
-                    "tokens: merging them saves no weights, so a budget of these cannot say how many leave"
-                )
+                raise ConfigError("tokens: merging saves no weights, so a budget of these cannot say how many leave")
             if not self.refits:
                 raise ConfigError("tokens: 'auto' needs calibration images, and so refit, which is off here")
         if not self.targets:
