@@ -1,6 +1,7 @@
 """Small models and images that the tests make for themselves, and the way to the real ones."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -77,6 +78,18 @@ else:
     raise AssertionError("hf_blockprune can be imported; this process was to be without it")
 """
 NUM_LABELS = 7
+
+
+@pytest.fixture(autouse=True)
+def loggers_that_speak():
+    """A test before may have run what silences loggers for good, as command lines and exporters do."""
+    logging.disable(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("hf_blockprune") and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
+
+
 # First, longest first, so that none of them is left to run alone in the end.
 LONGEST = (
     "test_docs_code.py",

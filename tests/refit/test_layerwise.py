@@ -230,7 +230,7 @@ def test_stages(family, found, processor, accelerator, attention):
     names = [name.removeprefix(f"{first.name}.") for name in masks if name.startswith(f"{first.name}.")]
 
     def stages(names):
-        found = _stages(first, names, kept[0].dense)
+        found = _stages(first, first.module, names, kept[0].dense)
         return [(sorted(n.rpartition(".")[2] for n in s.names), s.after_input, s.ends_layer) for s in found]
 
     assert stages(names) == [
