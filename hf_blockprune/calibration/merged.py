@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..cost.flops import dtype_of
 from ..errors import ModelError
-from ..hub.blockprune_tokens import is_merging
+from ..hub.blockprune_tokens import merging_layers
 from ..model.layers import MergedStates
 from ..model.modes import evaluating
 
@@ -41,7 +41,7 @@ def merged_layers(model: "PreTrainedModel", pixels: Tensor) -> list[MergedLayer]
         ModelError: no tokens merge in it.
         UnmergeableError: its attention cannot be that of merged tokens.
     """
-    layers = [module for module in model.modules() if is_merging(module)]
+    layers = [layer for _, layer in merging_layers(model)]
     if not layers:
         raise ModelError(f"{type(model).__name__}: no tokens merge in it; set a schedule first")
     found: list[MergedLayer] = []

@@ -18,9 +18,8 @@ from torch import Tensor
 from ..cost.flops import dtype_of
 from ..display.stages import stage
 from ..hub.blockprune_tokens import TokenSchedule, forget_schedule, set_schedule
-from ..model.outputs import output_of, task_for
-from ..model.tasks import Regression
 from ..refit.suffixes import Suffixes
+from .divergence import IMAGES_AT_ONCE, Divergence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 STEPS = 16  # in how many steps all patches leave
 FREE = 1e-4  # nats that nobody would notice
 PROPOSALS = 24
-IMAGES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,7 @@ class TokenSearch:
         self.batches = [part.to(dtype_of(model)) for part in pixels.split(IMAGES_AT_ONCE)]
         self._leave = [0] * len(layers)
         self._suffixes = Suffixes(model, self.names, self.batches)
-        self._wanted = torch.cat([output_of(model, output) for output in self._suffixes.outputs])
-        task = task_for(model, self._suffixes.outputs[0])
-        self._task = task.scaled(self._wanted) if isinstance(task, Regression) else task
+        self._measure = Divergence(model, self._suffixes.outputs)
 
     @torch.no_grad()
     def run(self, until: float) -> list[Costed]:
@@ -137,16 +133,26 @@ class TokenSearch:
         """
         size = max(1, self.patches // (STEPS * generator.choice((1, 2, 4))))
         more, fewer = generator.sample(range(len(self.layers)), 2)
-        leave, first = list(costed.schedule.leave), min(more, fewer)
+        leave = list(costed.schedule.leave)
         leave[more] += size
-        low, high = 0, leave[fewer]
+        room = self.patches - self.least - sum(leave) + leave[fewer]
+        return self._with_fewest(leave, fewer, 0, min(leave[fewer], room), most), min(more, fewer)
+
+    def _with_fewest(self, leave: Sequence[int], layer: int, low: int, high: int, most: float) -> list[int] | None:
+        """A schedule in which the fewest patches leave a layer that cost at most so much, from low to high, or None."""
+        leave = list(leave)
+
+        def fits(count: int) -> bool:
+            leave[layer] = count
+            return self._share(leave) <= most
+
+        if high < low or not fits(high):
+            return None
         while low < high:
-            leave[fewer] = (low + high) // 2
-            fits = sum(leave) <= self.patches - self.least and self._costed(leave, 0.0).share <= most
-            low, high = (low, leave[fewer]) if fits else (leave[fewer] + 1, high)
-        leave[fewer] = low
-        fits = sum(leave) <= self.patches - self.least and self._costed(leave, 0.0).share <= most
-        return (leave if fits else None), first
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle + 1, high)
+        leave[layer] = high
+        return leave
 
     def _best(self, queue: list[tuple[float, int, int]], now: Costed, number: int) -> Costed | None:
         """The step to take; what is known of each layer, (price, layer, when measured), waits in a heap."""
@@ -185,23 +191,21 @@ class TokenSearch:
     def _divergence(self, leave: Sequence[int], layer: int) -> float:
         """Of a schedule that differs from what is set at a layer, and perhaps after it."""
         set_schedule(self.model, TokenSchedule(tuple(leave), self.patches), self.names)
-        have = torch.cat([output_of(self.model, output) for output in self._suffixes.run(self.layers[layer])])
-        return float(self._task.divergence(self._wanted, have).mean())
+        return self._measure.of(self._suffixes.run(self.layers[layer]))
+
+    def _share(self, leave: Sequence[int]) -> float:
+        """Of the dense model's cost that a schedule leaves."""
+        set_schedule(self.model, TokenSchedule(tuple(leave), self.patches), self.names)
+        return self.cost()
 
     def _costed(self, leave: Sequence[int], divergence: float) -> Costed:
-        schedule = TokenSchedule(tuple(leave), self.patches)
-        set_schedule(self.model, schedule, self.names)
-        return Costed(schedule, self.cost(), divergence)
+        return Costed(TokenSchedule(tuple(leave), self.patches), self._share(leave), divergence)
 
     def _trimmed(self, before: Costed, after: Costed, until: float) -> Costed:
         """The least part of a step that is cheap enough."""
-        leave = list(after.schedule.leave)
-        layer = next(i for i, (a, b) in enumerate(zip(before.schedule.leave, leave, strict=True)) if a != b)
-        few, many = before.schedule.leave[layer], leave[layer]
-        while many - few > 1:
-            leave[layer] = (few + many) // 2
-            few, many = (few, leave[layer]) if self._costed(leave, 0.0).share <= until else (leave[layer], many)
-        leave[layer] = many
-        set_schedule(self.model, before.schedule, self.names)
-        self._suffixes = Suffixes(self.model, self.names, self.batches)
+        few, many = before.schedule.leave, after.schedule.leave
+        layer = next(i for i, (a, b) in enumerate(zip(few, many, strict=True)) if a != b)
+        leave = self._with_fewest(many, layer, few[layer] + 1, many[layer], until)
+        assert leave is not None  # the whole step is cheap enough
+        self._accept(before)
         return self._costed(leave, self._divergence(leave, layer))

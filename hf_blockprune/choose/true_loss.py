@@ -7,7 +7,7 @@ model's predictions over the predicted loss is the factor by which the group's l
 SPDY, Frantar and Alistarh 2022, arXiv 2201.13096, which searches for such factors instead).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,20 +19,18 @@ from ..cost.flops import dtype_of
 from ..display.stages import stage
 from ..errors import ModelError
 from ..model.layers import linear_in
-from ..model.outputs import output_of, task_for
 from ..model.shrunk import KeptFeatures
-from ..model.tasks import Regression
 from ..refit.solve import Moments, solve
 from ..refit.suffixes import Suffixes
 from ..score.blocks import expand_mask
 from ..score.statistics import LayerStatistics
+from .divergence import IMAGES_AT_ONCE, Divergence
 from .state import SelectionState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-IMAGES_AT_ONCE = 32
 LARGEST_FACTOR = 30.0
 LEAST_LOSS = 1e-30  # nats; less is nothing, and its ratios would underflow
 
@@ -77,9 +75,7 @@ def true_losses(
 
     batches = [part.to(dtype_of(model)) for part in pixels.split(IMAGES_AT_ONCE)]
     suffixes = Suffixes(model, {name for group in groups for name in group}, batches)
-    wanted, task = _outputs(model, suffixes.outputs), task_for(model, suffixes.outputs[0])
-    if isinstance(task, Regression):
-        task = task.scaled(wanted)
+    divergence = Divergence(model, suffixes.outputs)
     state, losses, kept = state or SelectionState(), [], kept or {}
     stored = {i: state.loss(number, i) for i in range(len(groups))}
     known = {i: loss for i, loss in stored.items() if loss is not None}
@@ -89,8 +85,7 @@ def true_losses(
         for index in bar.over(mine):
             parts = [_Part(n, masks[n], statistics[n], *kept.get(n, (None, None))) for n in groups[index]]
             with _pruned(model, parts, block_shape, damping):
-                have = _outputs(model, suffixes.run(groups[index]))
-            losses.append((index, float(task.divergence(wanted, have).mean())))
+                losses.append((index, divergence.of(suffixes.run(groups[index]))))
             state.keep_loss(number, index, len(groups), losses[-1][1])
     every = known | dict(gather_object(losses) if accelerator.num_processes > 1 else losses)
     return [every[i] for i in range(len(groups))]
@@ -153,11 +148,6 @@ def _pruned(
     finally:
         for parameter, value in before:
             parameter.data = value
-
-
-def _outputs(model: "PreTrainedModel", batches: Iterable[object]) -> Tensor:
-    """What a model's outputs mean, float64 [images, outputs]."""
-    return torch.cat([output_of(model, batch) for batch in batches]).double()
 
 
 def loss_factors(losses: Sequence[float], predicted: Sequence[float]) -> list[float]:

@@ -1,5 +1,6 @@
 """FLOPs of a whole model, counted by torch on a copy without weights: nothing is allocated, nothing computed."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -114,23 +115,25 @@ def merged_flops(model: nn.Module, flops: ModelFlops) -> ModelFlops:
     """FLOPs of the dense form of a model as its tokens merge, from those where none do: what torch would count."""
     total, tokens, attention = flops.total, dict(flops.linear_tokens), dict(flops.attention)
     for name, layer in merging_layers(model):
-        width = 0
-        for linear, whole in flops.linear_tokens.items():
-            if _lies_in(linear, name) and whole:
-                module: Any = model.get_submodule(linear)
-                rows, cols = getattr(module, "dense_shape", None) or (module.out_features, module.in_features)
-                tokens[linear] = tokens_read(model, linear, whole)
-                total -= 2 * (whole - tokens[linear]) * rows * cols
-                width, all_tokens = width or cols, whole  # the first one reads what is compared
+        inside = {linear: whole for linear, whole in flops.linear_tokens.items() if whole and _lies_in(linear, name)}
+        for linear, whole in inside.items():
+            tokens[linear] = tokens_read(model, linear, whole)
+            total -= 2 * (whole - tokens[linear]) * math.prod(_dense_shape(model.get_submodule(linear)))
+        all_tokens = max(inside.values())
         before, after, prefix = passing_here(layer, all_tokens)
         for product in (each for each in attention if _lies_in(each, name)):
             attention[product] *= (before / all_tokens) ** 2
             total -= flops.attention[product] - attention[product]
         if before > after:
-            compared, with_these = split_sizes(before - prefix, before - after)
-            total += 2 * compared * with_these * width
+            width = _dense_shape(model.get_submodule(next(iter(inside))))[1]  # the first one reads what is compared
+            total += 2 * math.prod(split_sizes(before - prefix, before - after)) * width
     merged = tokens != flops.linear_tokens
     return replace(flops, total=total, linear_tokens=tokens, attention=attention, unmerged=flops) if merged else flops
+
+
+def _dense_shape(linear: Any) -> tuple[int, int]:
+    """(out_features, in_features) of a Linear, dense or block-sparse, in the architecture."""
+    return getattr(linear, "dense_shape", None) or (linear.out_features, linear.in_features)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .blockprune_linear import BlockSparseLinear
 from .blockprune_reference import ACTIVATIONS
 from .blockprune_shared import SharedInput, is_watched
+from .blockprune_subclasses import subclass
 
 # Attributes of the MLPs of transformers' vision models.
 LINEAR, ACTIVATION, SECOND_LINEAR = "fc1", "activation_fn", "fc2"
@@ -168,24 +169,7 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, *args, **kwargs)
         return getattr(self, SECOND_LINEAR)(linear.product(args[0], fused.name))
 
-    def reduce(self: nn.Module, protocol: object) -> tuple[object, ...]:
-        """Classes made at run time cannot be found by their name."""
-        return _new, (base,), vars(self)
-
-    members = {
-        "forward": forward,
-        "__reduce_ex__": reduce,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "_unfused_class": base,
-    }
-    return type(base.__name__, (base,), members)
-
-
-def _new(base: type[nn.Module]) -> nn.Module:
-    fused_class = _fused_class(base)
-    return fused_class.__new__(fused_class)
+    return subclass(base, _fused_class, {"forward": forward, "_unfused_class": base})
 
 
 def _activation_name(activation: nn.Module) -> str | None:

@@ -19,6 +19,7 @@ from .blockprune_halves import ATTENTION, attend, attention_of, has_halves, thin
 from .blockprune_heads import ROTATION
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_merging import Groups, attention_bias, merge, restore, whole
+from .blockprune_subclasses import subclass
 
 # Parameters of embeddings that are tokens before the patches, [.., tokens, width] or [width].
 PREFIXES = ("class_embedding", "cls_token", "distillation_token", "register_tokens")
@@ -111,11 +112,8 @@ def is_merging(layer: nn.Module) -> bool:
 
 def schedule_of(model: nn.Module) -> TokenSchedule | None:
     """By which tokens merge in a model, None where they do not."""
-    for module in model.modules():
-        memory: _Memory | None = vars(module).get(MEMORY)
-        if memory is not None:
-            return _schedule(memory)
-    return None
+    layers = merging_layers(model)
+    return _schedule(vars(layers[0][1])[MEMORY]) if layers else None
 
 
 def _schedule(memory: _Memory) -> TokenSchedule:
@@ -162,11 +160,7 @@ def passing_tokens(model: nn.Module, tokens: float) -> tuple[tuple[int, int], ..
         model: in which tokens may merge.
         tokens: before its first layer.
     """
-    for module in model.modules():
-        memory: _Memory | None = vars(module).get(MEMORY)
-        if memory is not None:
-            return tuple(_schedule(memory).passing(round(tokens) - memory["prefix"], memory["prefix"]))
-    return None
+    return tuple(passing_here(layer, tokens)[:2] for _, layer in merging_layers(model)) or None
 
 
 def forget_schedule(model: nn.Module) -> None:
@@ -283,25 +277,7 @@ def _made_class(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, states, attention_mask, **kwargs)
         return _step(functools.partial(base.forward, self), self, memory, states, attention_mask, **kwargs)
 
-    def reduce(self: nn.Module, protocol: object) -> tuple[object, ...]:
-        """Classes made at run time cannot be found by their name."""
-        return _new, (base,), vars(self)
-
-    members = {
-        "__call__": call,
-        "forward": forward,
-        "__reduce_ex__": reduce,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        _MERGING: base,
-    }
-    return type(base.__name__, (base,), members)
-
-
-def _new(base: type[nn.Module]) -> nn.Module:
-    merging_class = _made_class(base)
-    return merging_class.__new__(merging_class)
+    return subclass(base, _made_class, {"__call__": call, "forward": forward, _MERGING: base})
 
 
 def _step(

@@ -34,14 +34,18 @@ class Layer:
     def run(self, states: States, module: nn.Module | None = None) -> States:
         """The hidden states after the layer, or after another module in its place."""
         module = module or self.module
-        output = module(states, *self.args, **self.kwargs)
-        return cast(MergedStates, output) if isinstance(output, tuple) and is_merging(module) else hidden_states(output)
+        return states_of(module, module(states, *self.args, **self.kwargs))
 
 
 def hidden_states(output: object) -> Tensor:
     """A layer's output without what some give beside it, such as attention's probabilities."""
     # Whatever else a layer gives is no input of the next one, and told of by `learn_calls`.
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def states_of(module: nn.Module, output: object) -> States:
+    """What a layer hands on to the next one, of what it gave."""
+    return cast(MergedStates, output) if isinstance(output, tuple) and is_merging(module) else hidden_states(output)
 
 
 def groups_of(states: States) -> Groups | None:

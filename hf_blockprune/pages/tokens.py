@@ -15,9 +15,10 @@ from ..cost.flops import count_flops
 from ..data.model_input import find_input, preprocess
 from ..errors import BlockSparseFormatError, CheckpointError, ConfigError, DataError, ModelError
 from ..files import partial_file
-from ..hub.blockprune_tokens import TokenSchedule, mergeable_layers, schedule_of, set_schedule
+from ..hub.blockprune_tokens import TokenSchedule, schedule_of
 from ..model.layers import layer_lists
 from ..model.loading import load_model
+from ..model.merging import Merging
 from ..sources.pictures import BROKEN, Decoding, decode_image
 from ..types import ImageProcessor
 from .patches import groups_picture
@@ -162,15 +163,15 @@ def _set(model: "PreTrainedModel", name: str, leave: int | Sequence[int] | None,
     try:
         lists = tuple(f"{each}." for each, _ in layer_lists(model))
         tokens = {each: n for each, n in count_flops(model, size).linear_tokens.items() if n and each.startswith(lists)}
-        layers, prefix = mergeable_layers(model, tokens)
+        merging = Merging.of(model, tokens)
         if leave is not None:
-            numbers = (leave,) * len(layers) if isinstance(leave, int) else tuple(leave)
+            numbers = (leave,) * merging.layers if isinstance(leave, int) else tuple(leave)
             if any(type(number) is not int or number < 0 for number in numbers):
                 raise ConfigError(f"leave: expected numbers from 0, one for each layer, got {list(numbers)}")
-            set_schedule(model, TokenSchedule(numbers, round(max(tokens.values())) - prefix), tokens)
+            merging.set(numbers)
     except BlockSparseFormatError as error:
         raise ModelError(f"{name}: {error}") from None
-    return prefix
+    return merging.prefix
 
 
 def _checked_layer(layer: int | None, schedule: TokenSchedule) -> int:

@@ -3,27 +3,25 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from transformers.utils import logging
-
 from ..calibration.shared import SharedCalibration
 from ..config import BlockPruneConfig, MoveName
 from ..data.batches import ImageSet
 from ..display.stages import stage
-from ..errors import BudgetError
-from ..hub.blockprune_tokens import TokenSchedule, forget_schedule
+from ..errors import BlockSparseFormatError, BudgetError, ModelError
+from ..hub.blockprune_tokens import TokenSchedule, UnmergeableError, forget_schedule
 from ..model.copying import copied
+from ..model.merging import Merging
 from ..refit.boundary import HELD_BACK_EVERY
 from ..reorder.changes import Changes
 from ..report.values import TokensReport
 from ..runs.timing import timed
-from .tokens import POWERS, Merging, TokenChoice
+from .tokens import POWERS, TokenChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .pruning import Pruning
 
-logger = logging.get_logger(__name__)
 # Of the calibration images, (one in so many, at most): what judges, what tokens are looked for on, and what trials fit.
 JUDGED, SEARCHED, TRIED = (HELD_BACK_EVERY, 64), (5, 64), (3, 96)
 
@@ -50,7 +48,10 @@ def merge_tokens(
     """
     if pruning.config.tokens == "keep":
         return None
-    merging = Merging.of(pruning.model, pruning.targets, pruning.flops)
+    try:
+        merging = merging_of(pruning)
+    except UnmergeableError as error:
+        raise ModelError(f"{error}; leave tokens out") from None
     if pruning.config.tokens == "auto":
         assert images is not None  # the config was checked
         with timed(seconds, "tokens"), stage("tokens", len(POWERS) + 2, unit="shares of the budget") as bar:
@@ -68,8 +69,20 @@ def merge_tokens(
     else:
         found = TokensReport(leave=list(pruning.config.tokens), patches=merging.patches)
     changes.then(lambda: forget_schedule(pruning.model))
-    merging.set(found.leave)
+    try:
+        merging.set(found.leave)
+    except BlockSparseFormatError as error:
+        raise ModelError(str(error)) from None
     return found
+
+
+def merging_of(pruning: "Pruning") -> Merging:
+    """The tokens of its model.
+
+    Raises:
+        UnmergeableError: it is of a kind whose tokens cannot merge.
+    """
+    return Merging.of(pruning.model, {name: pruning.flops.linear_tokens[name] for name in pruning.targets})
 
 
 def _trial(
@@ -77,15 +90,11 @@ def _trial(
 ) -> "PreTrainedModel | None":
     """A copy of the model, pruned by a schedule on few images; None where the budget cannot be met so."""
     config = _rough(pruning.config, moves, schedule)
-    trial = replace(pruning, model=copied(pruning.model), config=config, shared=SharedCalibration())
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what few images are too few for is no news here
+    trial = replace(pruning, model=copied(pruning.model), config=config, shared=SharedCalibration(), rough=True)
     try:
         trial.run(images, None, None)
     except BudgetError:
         return None
-    finally:
-        logging.set_verbosity(verbosity)
     return trial.model
 
 

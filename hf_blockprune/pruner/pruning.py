@@ -43,10 +43,9 @@ from ..score.statistics import LayerStatistics
 from ..sources.named import Images
 from ..types import ImageProcessor, JsonDict
 from ..version import __version__
-from .merging import JUDGED, merge_tokens
+from .merging import JUDGED, merge_tokens, merging_of
 from .moves import supported_moves
 from .smaller import Smaller
-from .tokens import Merging
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,6 +76,7 @@ class Pruning:
         name: what to call the model in the report.
         accelerator: device and processes.
         shared: calibration of other runs on the same dense model, to use where it is the one that is needed.
+        rough: whether it is a trial of few images, which are known to be too few.
     """
 
     model: "PreTrainedModel"
@@ -85,6 +85,7 @@ class Pruning:
     name: str
     accelerator: "Accelerator"
     shared: SharedCalibration = field(default_factory=SharedCalibration)
+    rough: bool = False
 
     @cached_property
     def targets(self) -> dict[str, nn.Linear]:
@@ -115,6 +116,7 @@ class Pruning:
         if self.encoder:
             self._prepare_encoder()
         images, found = self._calibration_images(dataset, split)
+        # Without images all is done in a moment, and nothing would be resumed.
         run_state = self._run_state(Path(work_dir), images) if work_dir is not None and images is not None else None
         with planned(pruning_stages(self.config)), evaluating(self.model):
             selected = self._restore_selection(run_state) or self._select(images, found, run_state, moves)
@@ -187,7 +189,7 @@ class Pruning:
         report = Report.from_dict(values["report"], "the run's state")
         smaller = Smaller.from_dict(values["smaller"], parts["smaller"], self.layers)
         if report.tokens is not None:
-            Merging.of(self.model, self.targets, self.flops).set(report.tokens.leave)
+            merging_of(self).set(report.tokens.leave)
         return _Selected(parts["mask"], parts["token_weight"], smaller, report)
 
     def _select(
@@ -286,9 +288,17 @@ class Pruning:
             num_images=next(iter(statistics.values())).num_images,
             skipped=[Path(file).name for file in corrupt],
             left_out=list(images.left_out),
-            fewer_tokens_than_inputs=_underdetermined(statistics, self.targets),
+            fewer_tokens_than_inputs=self._underdetermined(statistics),
         )
         return statistics, calibration
+
+    def _underdetermined(self, statistics: dict[str, LayerStatistics]) -> list[str]:
+        """Names of the layers with fewer tokens than inputs, which only damping makes solvable; says so."""
+        few = [name for name, s in statistics.items() if s.num_tokens < self.targets[name].in_features]
+        if few and not self.rough:
+            seen = f"{len(few)} layers saw fewer tokens than they have inputs (first: {few[0]})"
+            logger.warning(f"{seen}: their scores and refit lean on damping. Use more calibration images.")
+        return few
 
     def _rotated_names(self) -> list[str]:
         """Linears of which outputs mix, so that gradients of single outputs do not say how much the new ones matter."""
@@ -387,14 +397,3 @@ class _Selected:
     token_weights: dict[str, Tensor]
     smaller: Smaller
     report: Report
-
-
-def _underdetermined(statistics: dict[str, LayerStatistics], targets: dict[str, nn.Linear]) -> list[str]:
-    """Names of the layers with fewer tokens than inputs, which only damping makes solvable; says so."""
-    few = [name for name, s in statistics.items() if s.num_tokens < targets[name].in_features]
-    if few:
-        logger.warning(
-            f"{len(few)} layers saw fewer tokens than they have inputs (first: {few[0]}): their scores and refit lean "
-            "on damping. Use more calibration images."
-        )
-    return few

@@ -1,6 +1,6 @@
 """How many patches leave each layer of a model that is about to be pruned."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from ..budget import Budget
 from ..choose.allocation import CostBudget
 from ..choose.budgets import model_budget
-from ..choose.token_search import IMAGES_AT_ONCE, Costed, TokenSearch
+from ..choose.divergence import IMAGES_AT_ONCE, Divergence
+from ..choose.token_search import Costed, TokenSearch
 from ..config import BlockPruneConfig
 from ..cost.flops import ModelFlops, dtype_of, merged_flops
 from ..display.stages import Stage
-from ..errors import BlockSparseFormatError, BudgetError, ModelError
-from ..hub.blockprune_tokens import LEAST_TOKENS, TokenSchedule, forget_schedule, mergeable_layers, set_schedule
+from ..errors import BudgetError
+from ..hub.blockprune_tokens import LEAST_TOKENS, TokenSchedule, forget_schedule
 from ..model.layers import layer_chain
-from ..model.outputs import answers, task_for
-from ..model.tasks import Regression
+from ..model.merging import Merging
 from ..report.values import TokensReport, TokenTrial
 from ..runs.processes import agreed
 
@@ -28,51 +28,6 @@ if TYPE_CHECKING:
 
 # How much of what a budget has to save is tried to be saved by tokens alone, as a power of the budget's ratio.
 POWERS = (0.5, 0.75, 0.9)
-
-
-@dataclass(frozen=True)
-class Merging:
-    """The tokens of a model, before any schedule.
-
-    Attributes:
-        model: of transformers.
-        names: of the Linears to prune of each of its layers.
-        patches: of an image.
-        prefix: tokens before them.
-    """
-
-    model: "PreTrainedModel"
-    names: list[list[str]]
-    patches: int
-    prefix: int
-
-    @classmethod
-    def of(cls, model: "PreTrainedModel", targets: dict[str, nn.Linear], flops: ModelFlops) -> "Merging":
-        """Of a dense model.
-
-        Raises:
-            ModelError: it is of a kind whose tokens cannot merge, saying why.
-        """
-        try:
-            _, prefix = mergeable_layers(model, targets)
-        except BlockSparseFormatError as error:
-            raise ModelError(f"{error}; leave tokens out") from None
-        chain = layer_chain(model, targets)
-        names = [[name for name in targets if name.startswith(f"{layer.name}.")] for layer in chain]
-        return cls(model, names, round(max(flops.linear_tokens[name] for name in targets)) - prefix, prefix)
-
-    def set(self, leave: Sequence[int]) -> TokenSchedule:
-        """Let so many patches leave each layer.
-
-        Raises:
-            ModelError: these are numbers for another model, or leave too few tokens.
-        """
-        schedule = TokenSchedule(tuple(leave), self.patches)
-        try:
-            set_schedule(self.model, schedule, [name for names in self.names for name in names])
-        except BlockSparseFormatError as error:
-            raise ModelError(str(error)) from None
-        return schedule
 
 
 @dataclass(frozen=True)
@@ -112,7 +67,7 @@ class TokenChoice:
         search = self._search()
         frontier: list[Costed] = agreed(search.run(asked), self.accelerator)
         bar.advance()
-        judge, trials = _Judge(self.merging.model, self.judged), []
+        judge, trials = Divergence(self.merging.model, list(self._outputs(self.merging.model))), []
         for power in bar.over((*POWERS, 1.0)):
             costed = _cheapest(frontier, asked**power)
             if power < 1 or costed.share <= asked:
@@ -145,39 +100,28 @@ class TokenChoice:
             return self._cost(merged_flops(self.merging.model, self.flops)).left_without(0.0)
 
         least = max(1, LEAST_TOKENS - self.merging.prefix)
-        return TokenSearch(self.merging.model, self.merging.names, self.searched, self.merging.patches, least, cost)
+        names, layers = self.merging.names, layer_chain(self.merging.model, self.merging.names)
+        by_layer = [[name for name in names if name.startswith(f"{layer.name}.")] for layer in layers]
+        return TokenSearch(self.merging.model, by_layer, self.searched, self.merging.patches, least, cost)
 
-    def _tried(self, costed: Costed, judge: "_Judge") -> TokenTrial | None:
+    def _tried(self, costed: Costed, judge: Divergence) -> TokenTrial | None:
         """What a schedule comes to with the other moves, which pay the rest."""
         pruned = self.trial(costed.schedule)
-        return None if pruned is None else _reported(costed, judge.divergence(pruned))
+        return None if pruned is None else _reported(costed, judge.of(self._outputs(pruned)))
 
-    def _alone(self, costed: Costed, judge: "_Judge") -> TokenTrial:
+    def _alone(self, costed: Costed, judge: Divergence) -> TokenTrial:
         """What a schedule that pays all comes to; that is known without a prune."""
         self.merging.set(costed.schedule.leave)
         try:
-            return _reported(costed, judge.divergence(self.merging.model))
+            return _reported(costed, judge.of(self._outputs(self.merging.model)))
         finally:
             forget_schedule(self.merging.model)
 
-
-class _Judge:
-    """Tells how far models are from a dense one on some images."""
-
-    @torch.no_grad()
-    def __init__(self, dense: "PreTrainedModel", pixels: Tensor) -> None:
-        self.batches = pixels.split(IMAGES_AT_ONCE)
-        self.wanted = self._answers(dense)
-        task = task_for(dense, dense(pixel_values=self.batches[0][:1].to(dtype_of(dense))))
-        self.task = task.scaled(self.wanted) if isinstance(task, Regression) else task
-
-    @torch.no_grad()
-    def divergence(self, model: "PreTrainedModel") -> float:
-        """KL(dense || model) of the predictions in nats, the mean over images."""
-        return float(self.task.divergence(self.wanted, self._answers(model)).mean())
-
-    def _answers(self, model: "PreTrainedModel") -> Tensor:
-        return torch.cat([answers(model, batch) for batch in self.batches])
+    def _outputs(self, model: "PreTrainedModel") -> Iterator[object]:
+        """What a model gives for the images that judge, by batch."""
+        for batch in self.judged.to(dtype_of(model)).split(IMAGES_AT_ONCE):
+            with torch.no_grad():
+                yield model(pixel_values=batch)
 
 
 def _cheapest(frontier: Sequence[Costed], share: float) -> Costed:

@@ -26,8 +26,7 @@ from ..data.batches import ImageSet, load_pixels
 from ..display.stages import Stage, stage
 from ..errors import ModelError
 from ..hub.blockprune_layers import block_sparse_layers, is_pruned
-from ..hub.blockprune_tokens import is_merging
-from ..model.layers import Layer, States, full_states, hidden_states, layer_chain
+from ..model.layers import Layer, States, full_states, hidden_states, layer_chain, states_of
 from ..model.outputs import answers, output_of, task_for
 from ..model.tasks import Regression, SingleLabel, Task
 from ..refit.boundary import at_boundary, held_back, learn_calls
@@ -146,8 +145,7 @@ def _call(model: "PreTrainedModel", layers: list[Layer], pixels: Tensor) -> _Cal
     hidden: list[Tensor] = []
 
     def record(module: nn.Module, inputs: object, output: object) -> None:
-        merged = is_merging(module) and isinstance(output, tuple)
-        hidden.append(full_states(cast(States, output)) if merged else hidden_states(output))
+        hidden.append(full_states(states_of(module, output)))
 
     handles = [layer.module.register_forward_hook(record) for layer in layers]
     try:
@@ -258,9 +256,8 @@ class _Run:
             for number, (layer, dense, token_weight) in enumerate(pairs):
                 targets = hidden_states(advanced(layer, targets, dense.module))
                 learn = self._layer_loss(layer, inputs, targets, token_weight)
-                order = list(
-                    self._order(len(targets), epochs)
-                )  # also of a layer that is done: later draws follow these
+                # Also of a layer that is done: later draws follow these.
+                order = list(self._order(len(targets), epochs))
                 if self.state.passed(place := Place("reconstruction", number)):
                     bar.advance(len(order), measured=False)
                 else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..hub.blockprune_merging import Groups, averaged
 from ..hub.blockprune_tokens import is_merging
-from ..model.layers import Layer, States, groups_of, hidden_states, linear_in
+from ..model.layers import Layer, States, groups_of, hidden_states, linear_in, states_of
 from ..score.statistics import at_least_float32
 from .boundary import BoundaryBatch, StopForward
 from .moments import RunningMoments
@@ -146,9 +146,10 @@ def _watching_end(module: nn.Module, seen: Seen) -> Iterator[None]:
     """Record what a layer gives, before the last one gives every patch a state again."""
 
     def record(module: nn.Module, inputs: object, output: object) -> None:
-        seen.end = hidden_states(output)
-        if is_merging(module) and isinstance(output, tuple):
-            seen.groups.append(Groups(*output[1:]))
+        states = states_of(module, output)
+        seen.end = hidden_states(states)
+        if (after := groups_of(states)) is not None:
+            seen.groups.append(after)
 
     handle = module.register_forward_hook(record)
     try:
