@@ -96,6 +96,7 @@ class _Queue:
         order: [steps, blocks a step], flat indices.
         saved: [budgets, steps + 1].
         loss: [steps + 1].
+        power: saved, [steps + 1].
         penalised: loss less the weighted power saved, [steps + 1].
         removed: steps taken.
     """
@@ -104,8 +105,13 @@ class _Queue:
     order: np.ndarray
     saved: np.ndarray
     loss: np.ndarray
+    power: np.ndarray
     penalised: np.ndarray
     removed: int = field(default=0)
+
+    def weigh(self, power_weight: float) -> None:
+        """Let power count so much beside loss."""
+        self.penalised = self.loss - power_weight * self.power
 
 
 def allocate(
@@ -131,15 +137,18 @@ def allocate(
         BudgetError: no mask meets the budgets, or blocks are too large to come within 0.5 % of one.
     """
     power = power or {name: torch.zeros(trace.grid, dtype=torch.float64) for name, trace in traces.items()}
-    beta = _auto_power_weight(traces, power) if power_weight == "auto" else float(power_weight)
     traces = {name: _balanced(trace) for name, trace in traces.items()} if balance else traces
     spare = {name: _removable(trace, min_kept) for name, trace in traces.items()}
     queues = [
         queue
         for name, trace in traces.items()
-        for queue in _queues(name, trace, [b.costs[name] for b in budgets], power[name], spare[name], beta)
+        for queue in _queues(name, trace, [b.costs[name] for b in budgets], power[name], spare[name])
     ]
-    saved = _search(queues, spare, np.array([b.needed for b in budgets]))
+    needed = np.array([b.needed for b in budgets])
+    beta = _auto_power_weight(queues, spare, needed) if power_weight == "auto" else float(power_weight)
+    for queue in queues:
+        queue.weigh(beta)
+    saved = _search(queues, spare, needed)
     _check_reached(budgets, saved, max(queue.order.shape[1] for queue in queues))
     masks = {name: torch.ones(trace.grid, dtype=torch.bool) for name, trace in traces.items()}
     loss = dict.fromkeys(traces, 0.0)
@@ -150,10 +159,11 @@ def allocate(
     return Allocation(masks, kept, loss, beta)
 
 
-def _auto_power_weight(traces: dict[str, RemovalTrace], power: dict[str, Tensor]) -> float:
-    """The weight at which removing everything saves as much weighted power as it adds loss."""
-    whole = sum(float(p.sum()) for p in power.values())
-    return sum(float(t.loss[:, -1].sum()) for t in traces.values()) / whole if whole else 0.0
+def _auto_power_weight(queues: list[_Queue], spare: dict[str, int], needed: np.ndarray) -> float:
+    """The weight at which what leaves for the loss's sake alone saves as much weighted power as it adds loss."""
+    _search(queues, spare, needed)
+    saved = sum(float(queue.power[queue.removed]) for queue in queues)
+    return sum(float(queue.loss[queue.removed]) for queue in queues) / saved if saved else 0.0
 
 
 def _balanced(trace: RemovalTrace) -> RemovalTrace:
@@ -168,16 +178,14 @@ def _removable(trace: RemovalTrace, min_kept: float) -> int:
     return blocks - int(np.ceil(min_kept * blocks - 1e-9))
 
 
-def _queues(
-    name: str, trace: RemovalTrace, costs: list[Tensor], power: Tensor, spare: int, beta: float
-) -> list[_Queue]:
+def _queues(name: str, trace: RemovalTrace, costs: list[Tensor], power: Tensor, spare: int) -> list[_Queue]:
     queues = []
     orders = trace.order.reshape(*trace.order.shape[:2], -1).numpy()  # [queues, steps, blocks a step]
     for order, loss in zip(orders, trace.loss.numpy(), strict=True):
         steps = min(len(order), spare // order.shape[1])
         order, loss = order[:steps], loss[: steps + 1]
         saved = np.stack([_running_sum(cost.flatten().numpy()[order]) for cost in costs])
-        queues.append(_Queue(name, order, saved, loss, loss - beta * _running_sum(power.flatten().numpy()[order])))
+        queues.append(_Queue(name, order, saved, loss, _running_sum(power.flatten().numpy()[order]), loss))
     return queues
 
 

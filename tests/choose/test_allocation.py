@@ -228,12 +228,13 @@ def test_without_power_weight_power_has_no_influence():
         assert all(torch.equal(other[name], masks[0][name]) for name in other)
 
 
-def test_auto_power_weight_balances_loss_and_power():
+def test_auto_power_weighs_as_much_as_the_loss_of_what_would_leave_without_it():
     traces, costs = two_equal_layers(power_of_hungry=4.0)
+    plain = allocate(traces, costs, ratio=0.5, power_weight=0)
+    saved = sum(float(costs[name].power[~mask].sum()) for name, mask in plain.masks.items())
     weight = allocate(traces, costs, ratio=0.5).power_weight
-    power_of_all = sum(float(c.power.sum()) for c in costs.values())
-    loss_of_all = sum(float(t.loss[0, -1]) for t in traces.values())
-    assert weight * power_of_all == pytest.approx(loss_of_all)
+    assert weight * saved == pytest.approx(sum(plain.loss.values()))
+    assert removed_counts(allocate(traces, costs, ratio=0.5))["hungry"] > removed_counts(plain)["hungry"]
     assert allocate(traces, costs, ratio=0.5, power_weight=weight).kept_cost == (100,)
 
 
