@@ -4,7 +4,8 @@
         --output benchmarks/results/accuracy-deit-tiny.json
 
 Rows that the output file already holds are kept, so an interrupted run goes on where it stopped. With --recover a row
-holds the accuracy before (`top1`, ...) and after (`recovered`) of the same run.
+holds the accuracy before (`top1`, ...) and after (`recovered`) of the same run. `divergence` is KL(dense || pruned) of
+the predictions for the evaluation images in nats, of the model that was written.
 """
 
 import argparse
@@ -20,13 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import _root  # noqa: F401
+import torch
 
 from benchmarks.timing import load, save
+from hf_blockprune import BlockPruner
+from hf_blockprune.choose.divergence import IMAGES_AT_ONCE, Divergence
+from hf_blockprune.data.batches import load_images, load_pixels
 from hf_blockprune.runs.environment import environment
 
 POINT = ("method", "block_shape", "budget", "seed", "samples")
-KEYS = (*POINT, "moves")
-BLOCKS = "blocks"  # what left in rows that do not say
+KEYS = (*POINT, "moves", "tokens")
+UNSAID = {"moves": "blocks", "tokens": "keep"}  # in rows that do not say
 
 
 def main() -> None:
@@ -34,10 +39,16 @@ def main() -> None:
     options = parse_options()
     results = load(options.output)
     for method, shape, budget in product(options.methods, options.block_shapes, options.budgets):
-        point: dict[str, Any] = dict(
-            zip(KEYS, (method, shape, f"flops={budget}", options.seed, options.samples, options.moves), strict=True)
-        )
-        same = [row for row in results["rows"] if all(row.get(key, BLOCKS) == point[key] for key in KEYS)]
+        point: dict[str, Any] = {
+            "method": method,
+            "block_shape": shape,
+            "budget": f"flops={budget}",
+            "seed": options.seed,
+            "samples": options.samples,
+            "moves": options.moves,
+            "tokens": options.tokens,
+        }
+        same = [row for row in results["rows"] if all(row.get(key, UNSAID.get(key)) == point[key] for key in KEYS)]
         if any(row.get("recovered") or not options.recover for row in same):
             continue
         row = measure(point, options)
@@ -46,7 +57,7 @@ def main() -> None:
         save(options.output, results)
         after = f", recovered {row['recovered']['top1']:.4f}" if row.get("recovered") else ""
         print(
-            f"{method} {shape} {options.moves} {budget}: "
+            f"{method} {shape} {options.moves}, tokens {options.tokens}, {budget}: "
             f"top-1 {row['top1']:.4f}{after} (dense {row['baseline_top1']:.4f})",
             flush=True,
         )
@@ -60,7 +71,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["magnitude", "taylor"])
     parser.add_argument("--block-shapes", nargs="+", default=["16x16"])
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.9, 0.75, 0.5])
-    parser.add_argument("--moves", default=BLOCKS, help="what may leave, such as blocks,units,heads")
+    parser.add_argument("--moves", default=UNSAID["moves"], help="what may leave, such as blocks,units,heads, or none")
+    parser.add_argument("--tokens", default=UNSAID["tokens"], help="auto, keep, or patches that leave each layer")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recover", action="store_true", help="also recover, and measure before and after")
@@ -86,7 +98,9 @@ def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
             _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"failed: blockprune {shlex.join(arguments)}")
+        seconds = time.perf_counter() - start
         report = json.loads(log.read_text())
+        distance = divergence(f"{folder}/out", options.model, options.evaluation)
     command = shlex.join(["blockprune", *arguments]).replace(str(Path(options.model).parents[1]), "$SHARED")
     recovery = report["recovery"]
     one_shot = recovery["evaluation_before"] if recovery else report["evaluation"]
@@ -99,12 +113,27 @@ def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
             **{key: recovery[key] for key in ("num_images", "divergence", "kept", "settings")},
         },
         **{key: report[key] for key in ("flops_ratio", "linear_flops_ratio", "density", "size_bytes", "seconds")},
-        "wall_seconds": round(time.perf_counter() - start, 1),
+        "schedule": report["tokens"] and report["tokens"]["leave"],
+        "trials": report["tokens"] and report["tokens"]["trials"],
+        "divergence": distance,
+        "wall_seconds": round(seconds, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_memory_bytes": usage.ru_maxrss * 1024,
         "cpu": environment()["cpu"],
         "command": command,
     }
+
+
+@torch.no_grad()
+def divergence(pruned: str, dense: str, images: str) -> float:
+    """KL(dense || pruned) in nats, the mean over images."""
+    models = [BlockPruner.from_pretrained(name) for name in (dense, pruned)]
+    processor, accelerator, config = models[0].processor, models[0].accelerator, models[0].model.config
+    pixels, _ = load_pixels(load_images(images), processor, accelerator=accelerator, model_config=config)
+    outputs = [
+        [pruner.model.eval()(pixel_values=part.float()) for part in pixels.split(IMAGES_AT_ONCE)] for pruner in models
+    ]
+    return Divergence(models[0].model, outputs[0]).of(outputs[1])
 
 
 ACCURACY = (

@@ -117,7 +117,8 @@ class BlockPruneConfig:
             same. By default where heads are among the moves.
         moves: what may leave: "blocks" of weights, hidden "units" of MLPs, and "heads", that is whole attention heads
             and features within all heads of a layer. One budget decides between them. By default, with "obs", all that
-            the model's family supports, else "blocks"; ("blocks",) alone is the published setting.
+            the model's family supports, else "blocks"; ("blocks",) alone is the published setting, and an empty list
+            leaves all to tokens.
         tokens: how many patches leave each layer, by merging with those that are most alike: "auto" finds that, and how
             much of the budget it should save; "keep" merges none; a list gives numbers, one for each layer. By default
             "keep".
@@ -135,8 +136,8 @@ class BlockPruneConfig:
         memory_mb: bound on the working memory of one layer's "obs" trace, in MiB; less takes longer.
         budget: what may remain; also given as {"metric": ..., "ratio": ...}.
         second_budget: another one that must be met too.
-        power_weight: weight of the power term beside the distortion; "auto" makes both weigh the same over the
-            whole range from dense to empty, 0 leaves power out.
+        power_weight: weight of the power term beside the distortion; "auto" makes what would leave without
+            it save as much weighted power as it adds loss, 0 leaves power out.
         targets: glob patterns of module names to prune; "*" is every Linear of the repeated layers.
         ignore: glob patterns of module names to leave dense.
         min_kept_per_layer: share of its blocks that every target layer keeps, whatever its score,
@@ -240,8 +241,10 @@ class BlockPruneConfig:
         names = self.moves
         if names is None:
             return
-        if not isinstance(names, tuple) or not names or any(names.count(n) > 1 or n not in MOVES for n in names):
+        if not isinstance(names, tuple) or any(names.count(n) > 1 or n not in MOVES for n in names):
             _refuse("moves", f"a list of some of {', '.join(MOVES)}, each once", names)
+        if not names and self.tokens == "keep":
+            raise ConfigError("moves: an empty list leaves all to tokens, which stay; name a move, or let tokens merge")
         if shrinking := [name for name in names if name != "blocks"]:
             if not self.scoring.fisher:
                 able = quoted(names_where(lambda m: m.fisher))
@@ -313,7 +316,7 @@ class BlockPruneConfig:
     @property
     def permutes(self) -> bool:
         """Whether hidden units change places before blocks are chosen."""
-        return self.scoring.permutes if self.permute is None else self.permute
+        return self.scoring.permutes and bool(self.allowed_moves) if self.permute is None else self.permute
 
     @property
     def allowed_moves(self) -> tuple[MoveName, ...]:

@@ -14,6 +14,7 @@ from ..config import BlockPruneConfig, MoveName
 from ..cost.flops import ModelFlops
 from ..display.stages import stage
 from ..errors import BudgetError
+from ..hub.blockprune_tokens import unmerged
 from ..model.layers import shape_of
 from ..model.structure import TransformerLayer, find_transformer_layers
 from ..runs.processes import agreed
@@ -105,6 +106,8 @@ class Selector:
             BudgetError: no mask meets the budgets.
         """
         seconds, factors = {}, dict(factors or {})
+        if not self.moves:
+            return self._untouched()
         tracer = Tracer(self.targets, self.config, self.accelerator, self.gone, self.state)
         now, traces = Shrunk(self.targets, self.statistics, self.budgets), None
         if self.blocks_leave:
@@ -126,6 +129,23 @@ class Selector:
             with timed(seconds, "allocation"):
                 allocation = self._without_unused(now, allocation, coupled, factors)
         return Selection(allocation, factors, now, tracer.seconds, seconds)
+
+    def _untouched(self) -> Selection:
+        """All blocks and features, where nothing of weights may leave.
+
+        Raises:
+            BudgetError: that is too much.
+        """
+        now = Shrunk(self.targets, self.statistics, self.budgets)
+        allocation = _all_kept(now, self.config.block_shape)
+        for budget in self.budgets:
+            if budget.left(allocation.masks) < -1e-9 * budget.asked:
+                reached = budget.of(allocation.masks) / budget.blocks.whole
+                raise BudgetError(
+                    f"{budget.blocks.name}: {budget.blocks.ratio:.4f} cannot be met by tokens alone, which leave "
+                    f"{reached:.4f}; raise the budget, let more tokens merge, or add to moves"
+                )
+        return Selection(allocation, {}, now, {}, {})
 
     @property
     def blocks_leave(self) -> bool:
@@ -269,19 +289,21 @@ class Selector:
         groups = [pair for layer in self.layers for pair in layer.pairs()]
         grouped = {name for pair in groups for name in pair}
         groups += [(name,) for name in self.targets if name not in grouped]
-        losses = true_losses(
-            self.model,
-            groups,
-            allocation.masks,
-            self.statistics,
-            self.config.block_shape,
-            self.pixels,
-            accelerator=self.accelerator,
-            damping=self.config.damping,
-            kept=now.kept(),
-            state=self.state,
-            number=number,
-        )
+        # However little a layer changes, other tokens merge behind it, which has nothing to do with how much it lost.
+        with unmerged(self.model):
+            losses = true_losses(
+                self.model,
+                groups,
+                allocation.masks,
+                self.statistics,
+                self.config.block_shape,
+                self.pixels,
+                accelerator=self.accelerator,
+                damping=self.config.damping,
+                kept=now.kept(),
+                state=self.state,
+                number=number,
+            )
         shrunk = now.losses(factors)
         predicted = [sum(allocation.loss[name] + shrunk.get(name, 0.0) for name in group) for group in groups]
         corrections = loss_factors(losses, predicted)
@@ -312,6 +334,8 @@ def _all_kept(now: Shrunk, block_shape: tuple[int, int]) -> Allocation:
 def selection_stages(config: BlockPruneConfig) -> list[str]:
     """The stages of a selection that are shown."""
     rounds, moves = _true_loss_rounds(config), set(config.allowed_moves)
+    if not moves:
+        return []
     shrinking = ["shrinking"] if moves - {"blocks"} else []
     if "blocks" not in moves:
         return [*shrinking, *["true losses"] * rounds]

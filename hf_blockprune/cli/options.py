@@ -63,6 +63,11 @@ def parse_each(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     return parse_list
 
 
+def parse_moves(text: str) -> tuple[str, ...]:
+    """Names with commas between, or `none`."""
+    return () if text.strip() == "none" else parse_each(str)(text)
+
+
 def parse_tokens(text: str) -> str | tuple[int, ...]:
     """`auto`, `keep`, or numbers with commas between.
 
@@ -273,9 +278,9 @@ class Choosing:
         Sequence[str] | None,
         typer.Option(
             "--moves",
-            parser=parse_each(str),
+            parser=parse_moves,
             metavar="MOVE,...",
-            help="What may leave: blocks, units, heads, or several of them.",
+            help="What may leave: blocks, units, heads, or several of them; none leaves all to tokens.",
             show_default=f"all with {' and '.join(names_where(lambda method: method.fisher))}, else blocks",
         ),
     ] = None

@@ -7,7 +7,8 @@ the model, and several threads may call it.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypedDict
@@ -167,6 +168,17 @@ def forget_schedule(model: nn.Module) -> None:
     """Let no tokens merge in a model, in place."""
     for module in model.modules():
         _forget(module)
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """While it lasts, no tokens merge in a model."""
+    held = [(layer, vars(layer).pop(MEMORY)) for _, layer in merging_layers(model)]
+    try:
+        yield
+    finally:
+        for layer, memory in held:
+            vars(layer)[MEMORY] = memory
 
 
 def _forget(layer: nn.Module) -> None:

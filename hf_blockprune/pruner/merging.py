@@ -54,7 +54,8 @@ def merge_tokens(
         raise ModelError(f"{error}; leave tokens out") from None
     if pruning.config.tokens == "auto":
         assert images is not None  # the config was checked
-        with timed(seconds, "tokens"), stage("tokens", len(POWERS) + 2, unit="shares of the budget") as bar:
+        tried = len(POWERS) if moves else 0
+        with timed(seconds, "tokens"), stage("tokens", tried + 2, unit="shares of the budget") as bar:
             choice = TokenChoice(
                 merging,
                 pruning.targets,
@@ -63,7 +64,7 @@ def merge_tokens(
                 pruning.accelerator,
                 pruning.pixels(images.every(*SEARCHED)),
                 pruning.pixels(images.every(*JUDGED)),
-                lambda schedule: _trial(pruning, images.every(*TRIED), moves, schedule),
+                (lambda schedule: _trial(pruning, images.every(*TRIED), moves, schedule)) if moves else None,
             )
             found = choice.choose(bar)
     else:

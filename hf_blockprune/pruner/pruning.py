@@ -327,7 +327,8 @@ class Pruning:
 
     def _judging_pixels(self, images: ImageSet | None) -> Tensor | None:
         """Some held-back calibration images, to measure true losses on."""
-        if images is None or not self.config.scoring.fisher or not self.config.true_loss_rounds:
+        config = self.config
+        if images is None or not (config.scoring.fisher and config.true_loss_rounds and config.allowed_moves):
             return None
         return self.pixels(images.every(*JUDGED))
 

@@ -43,6 +43,7 @@ class TokenChoice:
         searched: images to look for schedules on, [images, channels, height, width].
         judged: others, to judge trials on.
         trial: prunes a copy of the model by a schedule, roughly, and gives it; None where the budget cannot be met so.
+            None where tokens have to pay all.
     """
 
     merging: Merging
@@ -52,7 +53,7 @@ class TokenChoice:
     accelerator: "Accelerator"
     searched: Tensor
     judged: Tensor
-    trial: Callable[[TokenSchedule], "PreTrainedModel | None"]
+    trial: Callable[[TokenSchedule], "PreTrainedModel | None"] | None
 
     def choose(self, bar: Stage) -> TokensReport:
         """The schedule, and what else was tried; none is set in the model.
@@ -68,14 +69,15 @@ class TokenChoice:
         frontier: list[Costed] = agreed(search.run(asked), self.accelerator)
         bar.advance()
         judge, trials = Divergence(self.merging.model, list(self._outputs(self.merging.model))), []
-        for power in bar.over((*POWERS, 1.0)):
+        for power in bar.over((*POWERS, 1.0) if self.trial else (1.0,)):
             costed = _cheapest(frontier, asked**power)
             if power < 1 or costed.share <= asked:
                 costed = agreed(search.refined(costed), self.accelerator)
                 trials.append(self._tried(costed, judge) if power < 1 else self._alone(costed, judge))
         done = [trial for trial in trials if trial is not None]
         if not done:
-            raise BudgetError("budget: cannot be met, however many tokens merge; raise it")
+            least = f"{frontier[-1].share:.4f} is the least that they leave"
+            raise BudgetError(f"budget: {asked:.4f} cannot be met, however many tokens merge; {least}; raise it")
         best = agreed(min(done, key=lambda trial: trial.divergence), self.accelerator)
         return TokensReport(
             leave=best.leave, patches=self.merging.patches, frontier=[_reported(c) for c in frontier], trials=done
@@ -106,6 +108,7 @@ class TokenChoice:
 
     def _tried(self, costed: Costed, judge: Divergence) -> TokenTrial | None:
         """What a schedule comes to with the other moves, which pay the rest."""
+        assert self.trial is not None
         pruned = self.trial(costed.schedule)
         return None if pruned is None else _reported(costed, judge.of(self._outputs(pruned)))
 

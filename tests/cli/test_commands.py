@@ -145,6 +145,12 @@ def test_moves_say_what_may_leave(vit_folder, images, tmp_path):
         assert layer["kept_blocks"] == -(-rows // 16) * -(-cols // 16)
     wrong = refused("prune", vit_folder, *quick, "--moves", "rows", "--output", tmp_path / "no", "--quiet")
     assert "blocks, units, heads" in wrong
+    assert "leaves all to tokens" in refused(
+        "prune", vit_folder, *quick, "--moves", "none", "--output", tmp_path / "no"
+    )
+    alone = ["--moves", "none", "--tokens", "auto", "--json", "--quiet", "--output", tmp_path / "tokens"]
+    report = json.loads(run("prune", vit_folder, *quick, *alone).stdout)
+    assert (report["density"], report["config"]["moves"]) == (1, [])
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ from hf_blockprune.hub.blockprune_tokens import (
     schedule_of,
     set_schedule,
     tokens_read,
+    unmerged,
 )
 from tests.conftest import tiny_model, tiny_settings
 from tests.hub.saved_models import PIXELS, answer, answers_of, assert_same, config_of, sparse_model
@@ -166,6 +167,21 @@ def test_without_leaving_nothing_changes_and_forgetting_undoes_it(kind):
     forget_schedule(model)
     assert [type(module) for module in model.modules()] == classes
     assert torch.equal(answer(model), expected)
+
+
+def test_a_schedule_rests_for_a_while():
+    model = made("vit")
+    dense, merged = answer(model), answer(merging("vit"))
+    set_schedule(model, SCHEDULE, linears(model))
+    with unmerged(model):
+        assert torch.equal(answer(model), dense)
+    with pytest.raises(KeyError), unmerged(model):
+        raise KeyError
+    assert schedule_of(model) == SCHEDULE
+    assert torch.equal(answer(model), merged)
+    forget_schedule(model)
+    with unmerged(model):
+        assert torch.equal(answer(model), dense)
 
 
 def test_a_later_schedule_takes_the_place_of_the_first():

@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from hf_blockprune import BlockPruneConfig, BlockPruner, ConfigError, ModelError
-from hf_blockprune.hub.blockprune_tokens import TokenSchedule, schedule_of, set_schedule
+from hf_blockprune import BlockPruneConfig, BlockPruner, BudgetError, ConfigError, ModelError
+from hf_blockprune.choose import selection
+from hf_blockprune.hub.blockprune_tokens import TokenSchedule, merging_layers, schedule_of, set_schedule
 from hf_blockprune.model.layers import full_states, groups_of
+from hf_blockprune.model.targets import find_targets
 from hf_blockprune.refit.suffixes import Suffixes
 from tests.conftest import tiny_model
 
@@ -53,6 +55,53 @@ def test_a_schedule_is_found(processor, images, ratio):
     assert report["seconds"]["tokens"] > 0
 
 
+def test_true_losses_are_those_of_layers_and_not_of_other_tokens_that_merge(processor, images, monkeypatch):
+    measured, merging = selection.true_losses, []
+
+    def true_losses(model, *args, **kwargs):
+        merging.append(len(merging_layers(model)))
+        return measured(model, *args, **kwargs)
+
+    monkeypatch.setattr(selection, "true_losses", true_losses)
+    budget = {"metric": "flops", "ratio": 0.5}
+    pruner = pruned(processor, images, tokens=[4, 2], budget=budget, true_loss_rounds=1)
+    assert merging == [0]
+    assert schedule_of(pruner.model) == TokenSchedule((4, 2), 16)
+
+
+@pytest.mark.parametrize("tokens", ["auto", [8, 4]])
+def test_tokens_alone(processor, images, tokens):
+    pruner = pruned(processor, images, tokens=tokens, moves=[], budget={"metric": "flops", "ratio": 0.7})
+    report = pruner.report()
+    assert report["flops_ratio"] <= 0.7
+    assert report["density"] == 1
+    assert report["permutation"] is None
+    assert all(layer["kept_shape"] is None for layer in report["layers"])
+    assert len(report["tokens"]["trials"]) == (1 if tokens == "auto" else 0)
+
+
+def test_tokens_alone_without_refit_are_merging_and_nothing_else(processor, images):
+    budget = {"metric": "flops", "ratio": 0.7}
+    pruner = pruned(processor, images, tokens=[8, 4], moves=[], refit=False, budget=budget)
+    model = tiny_model("vit", **SETTINGS)
+    set_schedule(model, TokenSchedule((8, 4), 16), find_targets(model, config()))
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(pruner.model(pixels).logits, model(pixels).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [([1, 1], "cannot be met by tokens alone, which leave 0.9"), ("auto", "however many tokens merge; 0.[0-9]+ is")],
+)
+def test_tokens_alone_may_not_be_enough(processor, images, tokens, message):
+    model = tiny_model("vit", **SETTINGS)
+    settings = config(tokens=tokens, moves=[], budget={"metric": "flops", "ratio": 0.2})
+    with pytest.raises(BudgetError, match=message):
+        BlockPruner(model, processor, settings, name="tiny").prune(images)
+    assert schedule_of(model) is None
+
+
 def test_recovery_learns_with_merged_tokens(processor, images):
     pruner = pruned(processor, images, tokens=[4, 2], budget={"metric": "flops", "ratio": 0.5})
     pruner.recover(images, teacher=BlockPruner(tiny_model("vit", **SETTINGS), processor))
@@ -76,6 +125,7 @@ def test_a_failure_leaves_the_model_as_it_was(processor, images):
         ({"tokens": "some"}, "tokens: expected 'auto', 'keep', or a list"),
         ({"tokens": []}, "tokens: expected"),
         ({"tokens": [1, -1]}, "tokens: expected"),
+        ({"moves": []}, "an empty list leaves all to tokens, which stay"),
         ({"tokens": [True, 1]}, "tokens: expected"),
         ({"tokens": "auto", "budget": {"metric": "density", "ratio": 0.5}}, "tokens: merging saves no weights"),
         ({"tokens": "auto", "method": "magnitude", "refit": False}, "tokens: 'auto' needs calibration images"),
