@@ -71,7 +71,7 @@ def merge(states: Tensor, alike: Tensor, groups: Groups, leave: int, prefix: int
 
     kept = candidates.gather(1, _wide(stays, merged))
     new_sizes = torch.cat([groups.sizes[:, :prefix], source_sizes.gather(1, stays), sums], 1)
-    moved = _moved(stays, gone, into, sums.shape[1])[:, back] + prefix
+    moved = _moved(order, into, sums.shape[1])[:, back] + prefix
     first = torch.arange(prefix, device=states.device).expand(states.shape[0], -1)
     places = torch.cat([first, moved], 1).gather(1, groups.places)
     return torch.cat([states[:, :prefix], kept, merged], 1), Groups(new_sizes, places)
@@ -106,13 +106,19 @@ def _step(patches: int, leave: int) -> int:
     return step
 
 
-def _moved(stays: Tensor, gone: Tensor, into: Tensor, targets: int) -> Tensor:
-    """Where each patch that might leave, and then each of the others, is afterwards; [images, patches]."""
-    images, kept = stays.shape
-    number = torch.arange(kept, device=stays.device).expand(images, -1)
-    sources = torch.zeros(images, kept + gone.shape[1], dtype=torch.int64, device=stays.device)
-    sources = sources.scatter(1, stays, number).scatter(1, gone, into + kept)
-    return torch.cat([sources, torch.arange(kept, kept + targets, device=stays.device).expand(images, -1)], 1)
+def _moved(order: Tensor, into: Tensor, targets: int) -> Tensor:
+    """Where each patch that might leave, and then each of the others, is afterwards; [images, patches].
+
+    Args:
+        order: of those that might leave, those that do first.
+        into: number of the other patch that each of them goes into.
+        targets: how many others there are.
+    """
+    images, kept = order.shape[0], order.shape[1] - into.shape[1]
+    number = torch.arange(kept + targets, device=order.device).expand(images, -1)
+    # Gathered and not scattered: where none stays, OpenVINO refuses the scatter of nothing.
+    sources = torch.cat([into + kept, number[:, :kept]], 1).gather(1, order.argsort(-1))
+    return torch.cat([sources, number[:, kept:]], 1)
 
 
 def _wide(index: Tensor, like: Tensor) -> Tensor:
