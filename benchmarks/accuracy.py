@@ -4,8 +4,9 @@
         --output benchmarks/results/accuracy-deit-tiny.json
 
 Rows that the output file already holds are kept, so an interrupted run goes on where it stopped. With --recover a row
-holds the accuracy before (`top1`, ...) and after (`recovered`) of the same run. `divergence` is KL(dense || pruned) of
-the predictions for the evaluation images in nats, of the model that was written.
+holds the accuracy before (`top1`, ...) and after (`recovered`) of the same run. `evaluation_divergence` is
+KL(dense || pruned) of the predictions for the evaluation images in nats, of the model that was written, so that it stands
+in `recovered` with --recover.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
             raise SystemExit(f"failed: blockprune {shlex.join(arguments)}")
         seconds = time.perf_counter() - start
         report = json.loads(log.read_text())
-        distance = divergence(f"{folder}/out", options.model, options.evaluation)
+        distance = {"evaluation_divergence": divergence(f"{folder}/out", options.model, options.evaluation)}
     command = shlex.join(["blockprune", *arguments]).replace(str(Path(options.model).parents[1]), "$SHARED")
     recovery = report["recovery"]
     one_shot = recovery["evaluation_before"] if recovery else report["evaluation"]
@@ -111,11 +112,12 @@ def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
         and {
             **{key: report["evaluation"].get(key) for key in ACCURACY},
             **{key: recovery[key] for key in ("num_images", "divergence", "kept", "settings")},
+            **distance,
         },
+        **({} if recovery else distance),
         **{key: report[key] for key in ("flops_ratio", "linear_flops_ratio", "density", "size_bytes", "seconds")},
         "schedule": report["tokens"] and report["tokens"]["leave"],
         "trials": report["tokens"] and report["tokens"]["trials"],
-        "divergence": distance,
         "wall_seconds": round(seconds, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_memory_bytes": usage.ru_maxrss * 1024,

@@ -8,9 +8,9 @@ from ..runs.resume import KeptParts
 from ..score.trace import RemovalTrace
 
 SELECTION = "selection"
-TRACE, LOSS = "trace", "loss"
+TOKENS, TRACE, LOSS = "tokens", "trace", "loss"
 # Beginnings of the names of all parts that nobody asks for once the masks are chosen.
-UNTIL_SELECTED = (CALIBRATION, f"{MOVES}-", f"{ORDER}-", f"{ROTATION}-", f"{TRACE}-", f"{LOSS}-")
+UNTIL_SELECTED = (TOKENS, CALIBRATION, f"{MOVES}-", f"{ORDER}-", f"{ROTATION}-", f"{TRACE}-", f"{LOSS}-")
 
 
 class SelectionState(KeptParts):

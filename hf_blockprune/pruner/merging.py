@@ -1,9 +1,11 @@
 """Tokens of a model that is being pruned, which merge before anything is measured of it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..calibration.shared import SharedCalibration
+from ..choose.state import TOKENS
 from ..config import BlockPruneConfig, MoveName
 from ..data.batches import ImageSet
 from ..display.stages import stage
@@ -14,6 +16,7 @@ from ..model.merging import Merging
 from ..refit.boundary import HELD_BACK_EVERY
 from ..reorder.changes import Changes
 from ..report.values import TokensReport
+from ..runs.resume import KeptParts, RunState
 from ..runs.timing import timed
 from .tokens import POWERS, TokenChoice
 
@@ -26,9 +29,23 @@ if TYPE_CHECKING:
 JUDGED, SEARCHED, TRIED = (HELD_BACK_EVERY, 64), (5, 64), (3, 96)
 
 
+class TokensState(KeptParts):
+    """Keeps a choice of tokens, and gives back the one of an interrupted run."""
+
+    def found(self, choose: Callable[[], TokensReport]) -> TokensReport:
+        """What was chosen before, or is now."""
+        stored = self.read(TOKENS)
+        if stored is not None:
+            return TokensReport.from_dict(stored[1], "the run's state")
+        found = choose()
+        self.write(TOKENS, {}, found.to_dict(), "the choice of tokens")
+        return found
+
+
 def merge_tokens(
     pruning: "Pruning",
     images: ImageSet | None,
+    run_state: RunState | None,
     moves: tuple[MoveName, ...],
     changes: Changes,
     seconds: dict[str, float],
@@ -38,6 +55,7 @@ def merge_tokens(
     Args:
         pruning: of the model.
         images: to calibrate on.
+        run_state: keeps a schedule that had to be found.
         moves: what else may leave.
         changes: undo this too.
         seconds: of each stage; gets one where a schedule had to be found.
@@ -54,19 +72,8 @@ def merge_tokens(
         raise ModelError(f"{error}; leave tokens out") from None
     if pruning.config.tokens == "auto":
         assert images is not None  # the config was checked
-        tried = len(POWERS) if moves else 0
-        with timed(seconds, "tokens"), stage("tokens", tried + 2, unit="shares of the budget") as bar:
-            choice = TokenChoice(
-                merging,
-                pruning.targets,
-                pruning.flops,
-                pruning.config,
-                pruning.accelerator,
-                pruning.pixels(images.every(*SEARCHED)),
-                pruning.pixels(images.every(*JUDGED)),
-                (lambda schedule: _trial(pruning, images.every(*TRIED), moves, schedule)) if moves else None,
-            )
-            found = choice.choose(bar)
+        with timed(seconds, "tokens"):
+            found = TokensState(run_state).found(lambda: _chosen(pruning, images, moves, merging))
     else:
         found = TokensReport(leave=list(pruning.config.tokens), patches=merging.patches)
     changes.then(lambda: forget_schedule(pruning.model))
@@ -75,6 +82,21 @@ def merge_tokens(
     except BlockSparseFormatError as error:
         raise ModelError(str(error)) from None
     return found
+
+
+def _chosen(pruning: "Pruning", images: ImageSet, moves: tuple[MoveName, ...], merging: Merging) -> TokensReport:
+    """A schedule that was looked for."""
+    with stage("tokens", (len(POWERS) if moves else 0) + 2, unit="shares of the budget") as bar:
+        return TokenChoice(
+            merging,
+            pruning.targets,
+            pruning.flops,
+            pruning.config,
+            pruning.accelerator,
+            pruning.pixels(images.every(*SEARCHED)),
+            pruning.pixels(images.every(*JUDGED)),
+            (lambda schedule: _trial(pruning, images.every(*TRIED), moves, schedule)) if moves else None,
+        ).choose(bar)
 
 
 def merging_of(pruning: "Pruning") -> Merging:

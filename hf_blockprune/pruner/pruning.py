@@ -200,7 +200,7 @@ class Pruning:
         statistics, calibration = {}, None
         with undone_on_failure() as changes:
             fold_scales(self.model, changes)
-            tokens = merge_tokens(self, images, moves, changes, seconds)
+            tokens = merge_tokens(self, images, run_state, moves, changes, seconds)
             flops = merged_flops(self.model, self.flops)
             if images is not None:
                 with timed(seconds, "calibration"):

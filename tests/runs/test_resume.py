@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, CheckpointError
+from hf_blockprune.calibration.collect import collect
 from hf_blockprune.runs.resume import weights_fingerprint
 from tests.conftest import tiny_model
 
@@ -61,6 +62,33 @@ def test_a_run_goes_on_from_any_layer_with_the_same_result(processor, images, fi
         *(f"layer-{i}.safetensors" for i in range(3)),
         "selection.safetensors",
     ]
+
+
+def test_a_choice_of_tokens_is_kept(processor, images, tmp_path, monkeypatch):
+    config = CONFIG.replace(tokens="auto")
+    whole = pruner_of(processor, config)
+    expected = whole.prune(images).state_dict()
+
+    def interrupted(*args, state, **options):
+        if state is not None:  # a trial keeps nothing
+            raise KeyboardInterrupt
+        return collect(*args, state=state, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_blockprune.pruner.pruning.collect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pruner_of(processor, config).prune(images, work_dir=tmp_path)
+    assert [path.stem for path in tmp_path.glob("*.safetensors")] == ["tokens"]
+
+    def never(*_, **__):
+        raise AssertionError("schedules were looked for again")
+
+    monkeypatch.setattr("hf_blockprune.pruner.tokens.TokenChoice.choose", never)
+    pruner = pruner_of(processor, config)
+    got = pruner.prune(images, work_dir=tmp_path).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in got.items())
+    assert pruner.report()["tokens"] == whole.report()["tokens"]
+    assert not (tmp_path / "tokens.safetensors").exists()
 
 
 @pytest.mark.parametrize("other", ["weights", "config", "images"])
