@@ -5,8 +5,8 @@
 
 Rows that the output file already holds are kept, so an interrupted run goes on where it stopped. With --recover a row
 holds the accuracy before (`top1`, ...) and after (`recovered`) of the same run. `evaluation_divergence` is
-KL(dense || pruned) of the predictions for the evaluation images in nats, of the model that was written, so that it stands
-in `recovered` with --recover.
+KL(dense || pruned) of the predictions for the evaluation images in nats, of the model that was written; it stands in
+`recovered` with --recover.
 """
 
 import argparse

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.end_to_end import random_pair
+from benchmarks.merged import merge
 from benchmarks.timing import recorded
 from hf_blockprune import micro_batch
 from hf_blockprune.measure.energy import energy_counter, measure_energy
@@ -45,7 +46,18 @@ class Size:
 
 @dataclass(frozen=True)
 class Case:
-    """One row: what runs, and whether it is also compiled and its energy measured."""
+    """One row: what runs, and whether it is also compiled and its energy measured.
+
+    Attributes:
+        arch: of the model.
+        block_shape: (rows, cols).
+        sparsity: blocks removed from each Linear.
+        dtype: of torch, by name.
+        batch: images.
+        compiled: whether both are also compiled.
+        energy: whether it is measured.
+        merged: share of the dense model's FLOPs that merging tokens alone would leave; 1 merges none.
+    """
 
     arch: str
     block_shape: tuple[int, int]
@@ -54,18 +66,22 @@ class Case:
     batch: int
     compiled: bool = False
     energy: bool = False
+    merged: float = 1.0
 
 
 @torch.no_grad()
 def model_row(size: Size, case: Case) -> dict[str, Any]:
     """Times of a dense and a pruned model, the memory of each, and the energy that an image takes."""
-    pair: tuple[nn.Module, nn.Module] = random_pair(case.arch, case.block_shape, case.sparsity, **size.changes)
+    pair = random_pair(case.arch, case.block_shape, case.sparsity, **size.changes)
+    if case.merged < 1:
+        merge(pair[1], pair[0], case.merged)
     models: dict[str, nn.Module] = {
         name: model.to(getattr(torch, case.dtype)) for name, model in zip(("dense", "sparse"), pair, strict=True)
     }
     pixels = pixels_for(models["dense"], case.batch, size.device)
     row: dict[str, Any] = {"arch": case.arch, "op": "model", "batch": case.batch, "m": size.tokens * case.batch}
     row |= {"k": None, "n": None, "block_shape": list(case.block_shape), "sparsity": case.sparsity, "dtype": case.dtype}
+    row["merged"] = case.merged
     for name, model in models.items():
         row[f"{prefix(name)}peak_memory_bytes"] = peak_memory(model.to(size.device), pixels, size.device)
         model.cpu()

@@ -25,12 +25,15 @@ if "--dry-run" in sys.argv:
 
 import _root  # noqa: F401
 import torch
+from torch import nn
 from transformers.utils import logging
 
-from benchmarks.gpu_models import TOKENS, Case, Size, model_row
+from benchmarks.end_to_end import random_pair
+from benchmarks.gpu_models import TOKENS, Case, Size, caller, model_row
 from benchmarks.kernels import measure as measure_kernel
+from benchmarks.merged import merge
 from benchmarks.rivals import rivals
-from benchmarks.timing import device_file, random_mask, store
+from benchmarks.timing import device_file, random_mask, recorded, store
 from hf_blockprune import BlockSparseLinear
 from hf_blockprune.cost.profiles import load_profile
 from hf_blockprune.hub.blockprune_cost import Linear
@@ -44,6 +47,7 @@ MAX_RELATIVE_ERROR = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3}
 BLOCK_SHAPES = ((64, 32), (32, 32), (16, 16), (128, 64), (64, 1), (32, 4))
 LINEARS = {"proj": (768, 768), "qkv": (2304, 768), "fc1": (3072, 768), "fc2": (768, 3072)}  # of DeiT-B
 SPARSITIES = (0.5, 0.7, 0.8)
+MERGED = ((0.0, 0.5), (0.0, 0.65), (0.5, 0.65))  # blocks removed, share of the FLOPs that merging alone would leave
 
 
 def main() -> None:
@@ -102,6 +106,21 @@ def correctness(size: Size, path: Path) -> Iterator[Work]:
     shapes = list(size.linears.values())[-1:] if size.device == "cpu" else [(3072, 768), (768, 3072)]
     for block_shape, dtype, (n, k) in product(BLOCK_SHAPES, MAX_RELATIVE_ERROR, shapes):
         yield lambda case=(block_shape, dtype, n, k): [check(*case, device=size.device)]
+    yield lambda: [check_merged(size)]
+
+
+@torch.no_grad()
+def check_merged(size: Size) -> dict[str, Any]:
+    """Merging as a graph on the device against the same on the processor, in float32."""
+    dense, sparse = random_pair(size.archs[-1], BLOCK_SHAPES[2], 0.5, **size.changes)
+    pixels = torch.randn(size.batches[-1], 3, dense.config.image_size, dense.config.image_size)
+    expected = merge(sparse, dense, MERGED[1][1])(pixel_values=pixels).logits
+    run, logits = caller(nn.Module.to(sparse, size.device), pixels.to(size.device)), []
+    recorded(lambda: logits.append(run()), size.device)()
+    if size.device == "cuda":
+        torch.cuda.synchronize()
+    error = float((logits[-1].cpu() - expected).norm() / expected.norm())
+    return {"op": "merged model", "arch": size.archs[-1], "relative_error": error, "correct": error < 1e-3}
 
 
 @torch.no_grad()
@@ -152,6 +171,9 @@ def end_to_end(size: Size, path: Path) -> Iterator[Work]:
     arch, block_shape = size.archs[0], BLOCK_SHAPES[0]
     cases = [
         Case(arch, block_shape, sparsity, "bfloat16", batch, compiled=True, energy=True) for sparsity in SPARSITIES
+    ]
+    cases += [
+        Case(arch, block_shape, sparsity, "bfloat16", batch, compiled=True, merged=share) for sparsity, share in MERGED
     ]
     cases.append(Case(arch, block_shape, 0.5, "float32", batch, energy=True))
     cases += [Case(small, block_shape, s, "bfloat16", batch, True) for small, s in product(size.archs[1:], SPARSITIES)]
@@ -204,7 +226,7 @@ def plot(path: Path) -> None:
     results = read(path)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axis, part, label in zip(axes, ("kernels", "end_to_end"), ("block_shape", "arch"), strict=True):
-        rows = [row for row in results.get(part, []) if "ratio_to_dense" in row]
+        rows = [row for row in results.get(part, []) if "ratio_to_dense" in row and row.get("merged", 1) == 1]
         rows = [row for row in rows if row["batch"] == rows[0]["batch"] and row["dtype"] == "bfloat16"]
         for name in dict.fromkeys(str(row[label]) for row in rows):
             chosen = [row for row in rows if str(row[label]) == name]

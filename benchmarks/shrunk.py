@@ -22,12 +22,12 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
 from benchmarks.end_to_end import ARCHS, other_runtimes
+from benchmarks.merged import merge
 from benchmarks.timing import load, random_mask, save
 from hf_blockprune import BlockPruneConfig, sparsify
 from hf_blockprune.cli.options import parse_block_shape
-from hf_blockprune.cost.flops import count_flops, merged_flops
+from hf_blockprune.cost.flops import count_flops
 from hf_blockprune.hub.blockprune_layers import block_sparse_layers
-from hf_blockprune.hub.blockprune_tokens import TokenSchedule, set_schedule
 from hf_blockprune.measure.stopwatch import by_turns, median, ratio
 from hf_blockprune.model.layers import linear_from, linear_in, shape_of
 from hf_blockprune.model.shrunk import LayerShape
@@ -53,7 +53,7 @@ def main() -> None:
     logging.set_verbosity_error()
     models = {"dense": dense_model(options.arch)}
     models["units and heads"] = shrunk_model(options.arch, options.ratio, options.head_size)
-    models["tokens"] = merged_model(options.arch, options.ratio)
+    models["tokens"] = merge(dense_model(options.arch), models["dense"], options.ratio)
     for shape in options.block_shapes:
         models[f"blocks {shape}"] = block_model(options.arch, parse_block_shape(shape), options.ratio)
     results = load(options.output)
@@ -112,22 +112,6 @@ def shrunk_model(arch: str, share: float, head_size: int) -> PreTrainedModel:
     grids = {name: grid_shape(shape_of(linear_in(model, name)), (16, 16)) for name in targets}
     masks = {name: torch.ones(grid, dtype=torch.bool) for name, grid in grids.items()}
     return sparsify(model, masks, (16, 16), cut, attentions)
-
-
-def merged_model(arch: str, share: float) -> PreTrainedModel:
-    """With as many patches leaving each layer but the last as leave a share of the model's FLOPs."""
-    model = dense_model(arch)
-    flops, targets = count_flops(model), find_targets(model, BlockPruneConfig())
-    layers, patches, leave = (
-        model.config.num_hidden_layers,
-        (model.config.image_size // model.config.patch_size) ** 2,
-        0,
-    )
-    while merged_flops(model, flops).total > share * flops.total:
-        leave += 1
-        last = patches - 1 - leave * (layers - 1)
-        set_schedule(model, TokenSchedule((*[leave] * (layers - 1), last), patches), targets)
-    return model
 
 
 def smaller(linear: nn.Linear, outputs: torch.Tensor | None, inputs: torch.Tensor | None) -> nn.Linear:

@@ -12,7 +12,7 @@ from hf_blockprune.runs.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 # What tells rows of a result file apart.
-KEYS = ("arch", "op", "batch", "m", "k", "n", "block_shape", "sparsity", "dtype")
+KEYS = ("arch", "op", "batch", "m", "k", "n", "block_shape", "sparsity", "dtype", "merged")
 
 
 def recorded(run: Callable[[], Any], device: str) -> Callable[[], Any]:
