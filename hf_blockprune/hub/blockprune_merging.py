@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 
+EPSILON = 1e-12  # least length of a direction
+
+
 class Groups(NamedTuple):
     """Which patches the tokens of each image stand for.
 
@@ -52,44 +55,59 @@ def merge(states: Tensor, alike: Tensor, groups: Groups, leave: int, prefix: int
         The states [images, tokens - leave, width], and their groups. Patches that might have left come before those
         that others went into.
     """
-    sources, targets, back = _split(states.shape[1] - prefix, leave, states.device)
-    compared = torch.nn.functional.normalize(alike[:, prefix:].detach().float(), dim=-1)
-    best, target = (compared[:, sources] @ compared[:, targets].transpose(1, 2)).max(-1)
+    count = states.shape[1] - prefix
+    step = _step(count, leave)
+    best, target = _nearest(alike[:, prefix:], step)
     order = best.argsort(dim=-1, descending=True)
-    gone, stays = order[:, :leave], order[:, leave:]
-    into = target.gather(1, gone)
+    kept = order.shape[1] - leave
+    number = torch.arange(states.shape[1] - leave, device=states.device).expand(states.shape[0], -1)
+    candidates = order + order // (step - 1) + (prefix + 1)
+    gone = candidates[:, :leave]
+    into = target.gather(1, order[:, :leave]) + (prefix + kept)
+    others = number[:, : count - order.shape[1]] * step + prefix
+    stays = torch.cat([number[:, :prefix], candidates[:, leave:], others], 1)
 
-    patches, sizes = states[:, prefix:], groups.sizes[:, prefix:]
-    source_sizes, target_sizes = sizes[:, sources], sizes[:, targets]
-    gone_sizes = source_sizes.gather(1, gone)
-    sums = target_sizes.scatter_add(1, into, gone_sizes)
+    stay_sizes, gone_sizes = groups.sizes.gather(1, stays), groups.sizes.gather(1, gone)
+    sizes = stay_sizes.scatter_add(1, into, gone_sizes)
     # Shares of one, and not sums of sizes, as half precision has no large numbers.
-    shares = (gone_sizes / sums.gather(1, into)).to(states.dtype)[..., None]
-    merged = patches[:, targets] * (target_sizes / sums).to(states.dtype)[..., None]
-    candidates = patches[:, sources]
-    merged = merged.scatter_add(1, _wide(into, merged), candidates.gather(1, _wide(gone, merged)) * shares)
+    merged = _rows(states, stays) * _column(stay_sizes / sizes, states)
+    more = _rows(states, gone) * _column(gone_sizes / sizes.gather(1, into), states)
+    merged = merged.index_add(0, _flat(into, number.shape[1]), more).unflatten(0, number.shape)
 
-    kept = candidates.gather(1, _wide(stays, merged))
-    new_sizes = torch.cat([groups.sizes[:, :prefix], source_sizes.gather(1, stays), sums], 1)
-    moved = _moved(order, into, sums.shape[1])[:, back] + prefix
-    first = torch.arange(prefix, device=states.device).expand(states.shape[0], -1)
-    places = torch.cat([first, moved], 1).gather(1, groups.places)
-    return torch.cat([states[:, :prefix], kept, merged], 1), Groups(new_sizes, places)
+    moved = torch.zeros_like(groups.places[:, : states.shape[1]]).scatter(1, stays, number).scatter(1, gone, into)
+    return merged, Groups(sizes, moved.gather(1, groups.places))
 
 
-def _split(patches: int, leave: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of patches that may leave and of those that they may go into, and where each is in both joined.
+def _nearest(alike: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """(how alike, number among those that stay of the one) of each patch that may leave, [images, patches that may].
 
-    Every second one may leave, or more where more must. All are made where they are used: a copy from the host could
-    be no part of a CUDA graph.
+    Every `step`th of the patches [images, patches, width] stays in any case. They are taken apart as views: index
+    tensors would take longer, and a copy of them from the host could be no part of a CUDA graph.
     """
-    step = _step(patches, leave)
-    targets = torch.arange(0, patches, step, device=device)
-    number = torch.arange(patches - targets.shape[0], device=device)
-    sources = number + number // (step - 1) + 1
-    position = torch.arange(patches, device=device)
-    back = torch.where(position % step == 0, sources.shape[0] + position // step, position - position // step - 1)
-    return sources, targets, back
+    alike = alike.detach().float()
+    alike = alike / torch.linalg.vector_norm(alike, dim=-1, keepdim=True).clamp_min(EPSILON)
+    count = alike.shape[1]
+    rows = -(-count // step)
+    table = torch.nn.functional.pad(alike, (0, 0, 0, rows * step - count)) if count % step else alike
+    table = table.unflatten(1, (rows, step))
+    similarity = table[:, :, 1:].flatten(1, 2)[:, : count - rows] @ table[:, :, 0].transpose(1, 2)
+    best, target = similarity.max(-1)
+    return best, target
+
+
+def _flat(index: Tensor, tokens: int) -> Tensor:
+    """Tokens of each image [images, any] as rows of all images' tokens together, [images * any]."""
+    images = torch.arange(index.shape[0], device=index.device)[:, None]
+    return (index + images * tokens).flatten()
+
+
+def _rows(states: Tensor, index: Tensor) -> Tensor:
+    """States of tokens [images, any], as [images * any, width]; whole rows are a fraction of the work of a gather."""
+    return states.flatten(0, 1).index_select(0, _flat(index, states.shape[1]))
+
+
+def _column(shares: Tensor, states: Tensor) -> Tensor:
+    return shares.to(states.dtype).flatten()[:, None]
 
 
 def split_sizes(patches: int, leave: int) -> tuple[int, int]:
@@ -106,21 +124,6 @@ def _step(patches: int, leave: int) -> int:
     return step
 
 
-def _moved(order: Tensor, into: Tensor, targets: int) -> Tensor:
-    """Where each patch that might leave, and then each of the others, is afterwards; [images, patches].
-
-    Args:
-        order: of those that might leave, those that do first.
-        into: number of the other patch that each of them goes into.
-        targets: how many others there are.
-    """
-    images, kept = order.shape[0], order.shape[1] - into.shape[1]
-    number = torch.arange(kept + targets, device=order.device).expand(images, -1)
-    # Gathered and not scattered: where none stays, OpenVINO refuses the scatter of nothing.
-    sources = torch.cat([into + kept, number[:, :kept]], 1).gather(1, order.argsort(-1))
-    return torch.cat([sources, number[:, kept:]], 1)
-
-
 def _wide(index: Tensor, like: Tensor) -> Tensor:
     """An index of tokens as one of all their features."""
     return index[..., None].expand(-1, -1, like.shape[-1])
@@ -128,7 +131,7 @@ def _wide(index: Tensor, like: Tensor) -> Tensor:
 
 def restore(states: Tensor, groups: Groups) -> Tensor:
     """Give every patch the state of the token that stands for it, [images, all tokens, width]."""
-    return states.gather(1, _wide(groups.places, states))
+    return _rows(states, groups.places).unflatten(0, groups.places.shape)
 
 
 def averaged(states: Tensor, groups: Groups) -> Tensor:
