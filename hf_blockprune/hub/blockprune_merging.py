@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 EPSILON = 1e-12  # least length of a direction
 
 
