@@ -97,17 +97,18 @@ def shrunk_table(results: dict[str, Any]) -> str:
     kinds = [kind for kind in rows[0]["runtimes"]["torch"] if kind != "dense"]
     first = rows[0]
     lines = [
-        f"{first['arch']}, {first['ratio']:.0%} of the FLOPs, float32, {first['threads']} threads, "
+        f"{first['ratio']:.0%} of the FLOPs, float32, {first['threads']} threads, "
         f"{first['environment']['cpu']} ({first['environment']['cpu_capability']}); times as fast as the dense model "
         "in the same runtime, with quartiles.",
         "",
-        f"| runtime | batch | dense | {' | '.join(kinds)} |",
-        "|---|---|---|" + "---|" * len(kinds),
+        f"| model | runtime | batch | dense | {' | '.join(kinds)} |",
+        "|---|---|---|---|" + "---|" * len(kinds),
     ]
     for row in rows:
         for runtime, found in row["runtimes"].items():
             cells = [ratio_text(found[kind], "ratio_to_dense", "ratio_spread") for kind in kinds]
-            lines.append(f"| {runtime} | {row['batch']} | {found['dense']['ms']:.0f} ms | {' | '.join(cells)} |")
+            dense = f"{found['dense']['ms']:.0f} ms"
+            lines.append(f"| {row['arch']} | {runtime} | {row['batch']} | {dense} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
