@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .pruning import Pruning
 
 # Of the calibration images, (one in so many, at most): what judges, what tokens are looked for on, and what trials fit.
-JUDGED, SEARCHED, TRIED = (HELD_BACK_EVERY, 64), (5, 64), (3, 96)
+JUDGED, SEARCHED, TRIED = (HELD_BACK_EVERY, 64), (5, 64), (2, 192)
 
 
 class TokensState(KeptParts):
@@ -128,6 +128,5 @@ def _rough(config: BlockPruneConfig, moves: tuple[MoveName, ...], schedule: Toke
         moves=tuple(move for move in moves if move != "blocks") or moves,
         permute_stream=False if config.permutes else None,
         coupling_rounds=0,
-        true_loss_rounds=0,
         recovery=None,
     )

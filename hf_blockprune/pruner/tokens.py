@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # How much of what a budget has to save is tried to be saved by tokens alone, as a power of the budget's ratio.
-POWERS = (0.5, 0.75, 0.9)
+POWERS = (0.7, 0.85, 0.95)
 
 
 @dataclass(frozen=True)
