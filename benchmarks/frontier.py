@@ -45,6 +45,13 @@ def asked(row: dict[str, Any]) -> float:
     return float(row["budget"].partition("=")[2])
 
 
+def alone(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of rows of blocks alone, those to compare with others: obs, 16x16, 512 images, the first draw, one shot."""
+    wanted = ("obs", "16x16", 512, 0)
+    found = [row for row in rows if (row["method"], row["block_shape"], row["samples"], row["seed"]) == wanted]
+    return [{**row, "recovered": None} for row in found]
+
+
 def stored(name: str) -> list[dict[str, Any]]:
     """Rows of a result file of DeiT-Ti."""
     return json.loads((RESULTS / f"{name}-deit-tiny.json").read_text(encoding="utf-8"))["rows"]
@@ -57,7 +64,7 @@ def main() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = stored("tokens")
+    rows = [*alone(stored("accuracy")), *stored("moves"), *stored("tokens")]
     figure, axis = pyplot.subplots(figsize=(7.5, 4.8))
     axis.axhline(100 * rows[0]["baseline_top1"], color="black", linewidth=1, linestyle=":", label="dense")
     for (name, points), colour in zip(frontier(rows, stored("baselines")).items(), COLOURS, strict=False):

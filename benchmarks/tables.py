@@ -9,7 +9,7 @@ from typing import Any
 
 import _root  # noqa: F401
 
-from benchmarks.frontier import asked, frontier
+from benchmarks.frontier import alone, asked, frontier, stored
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,38 +39,8 @@ def accuracy_table(results: dict[str, Any]) -> str:
 
 
 def moves_table(results: dict[str, Any]) -> str:
-    """Top-1 of all moves beside blocks alone and what others publish, one shot, at equal FLOPs on the same images."""
-    folder = ROOT / "benchmarks/results"
-    others, blocks = (
-        json.loads((folder / f"{name}-deit-tiny.json").read_text(encoding="utf-8"))["rows"]
-        for name in ("baselines", "accuracy")
-    )
-    alone = [r for r in blocks if (r["method"], r["block_shape"], r["samples"], r["seed"]) == ("obs", "16x16", 512, 0)]
-    names = {"corp": "CORP (arXiv 2602.05243)", "dvbp-ob2c": "DVBP + OB2C (arXiv 2608.17657)"}
-    found: dict[str, dict[float, dict[str, Any]]] = {}
-    for name, rows in (("blocks alone", alone), (None, others), (None, results["rows"])):
-        for row in rows:
-            kind = name or names.get(row["method"]) or row["moves"].replace(",", ", ")
-            found.setdefault(kind, {})[asked(row)] = row
-    budgets = sorted({asked(row) for row in results["rows"]}, reverse=True)
-    first = results["rows"][0]
-    lines = [
-        f"DeiT-Ti, top-1 on {first['num_images']} labelled photographs that nothing was chosen on (dense "
-        f"{first['baseline_top1']:.1%}), {first['samples']} calibration images, one shot; in brackets the change in "
-        "points, its 95 % interval.",
-        "",
-        f"| what leaves | {' | '.join(f'{budget:.0%} of the FLOPs' for budget in budgets)} |",
-        "|---|" + "---|" * len(budgets),
-    ]
-    for kind, rows in found.items():
-        cells = [moves_cell(rows[budget]) if budget in rows else "-" for budget in budgets]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def tokens_table(results: dict[str, Any]) -> str:
-    """Top-1 and divergence by what leaves, tokens among it, at equal FLOPs on the same images."""
-    rows = frontier(results["rows"], [])
+    """Top-1 and divergence by what leaves, beside what others publish, at equal FLOPs on the same images."""
+    rows = frontier([*alone(stored("accuracy")), *stored("moves"), *results["rows"]], stored("baselines"))
     budgets, first = sorted({share for points in rows.values() for share in points}, reverse=True), results["rows"][0]
     lines = [
         f"DeiT-Ti, top-1 on {first['num_images']} labelled photographs that nothing was chosen on (dense "
@@ -348,7 +318,6 @@ TABLES = {
     "estimates": estimates_table,
     "accuracy": accuracy_table,
     "moves": moves_table,
-    "tokens": tokens_table,
     "shrunk": shrunk_table,
     "ablation": ablation_table,
     "ablation_moves": ablation_table,
