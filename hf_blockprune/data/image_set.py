@@ -162,5 +162,16 @@ class ImageSet:
         chosen = list(range(step - 1, len(self.dataset), step)) or list(range(len(self.dataset)))
         return replace(self, dataset=self.dataset.select(chosen[:most]), kept=self._kept_of(chosen[:most]))
 
+    def beside(self, step: int, most: int, count: int) -> "ImageSet":
+        """At most `count` images that `every(step, most)` leaves; where that takes all there are, the first ones."""
+        if self.streaming:
+            start = most if self.most is None or self.most > most else 0
+            count = count if self.most is None else min(count, self.most - start)
+            dataset = self.dataset.skip(start).take(count)
+            return replace(self, dataset=dataset, most=count, kept=self._kept_of(range(start, start + count)))
+        size = len(self.dataset)
+        chosen = [i for i in range(size) if size < step or i % step != step - 1][:count]
+        return replace(self, dataset=self.dataset.select(chosen), kept=self._kept_of(chosen))
+
     def _kept_of(self, positions: Sequence[int]) -> KeptPixels | None:
         return None if self.kept is None else self.kept.some(positions)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from .pruning import Pruning
 
-# Of the calibration images, (one in so many, at most): what judges, what tokens are looked for on, and what trials fit.
-JUDGED, SEARCHED, TRIED = (HELD_BACK_EVERY, 64), (5, 64), (2, 192)
+JUDGED = (HELD_BACK_EVERY, 64)  # one calibration image in so many, and how many at most, judges what was tried
+SEARCHED, TRIED = 64, 192  # others, at most: what tokens are looked for on, and what trials fit
 
 
 class TokensState(KeptParts):
@@ -93,9 +93,9 @@ def _chosen(pruning: "Pruning", images: ImageSet, moves: tuple[MoveName, ...], m
             pruning.flops,
             pruning.config,
             pruning.accelerator,
-            pruning.pixels(images.every(*SEARCHED)),
+            pruning.pixels(images.beside(*JUDGED, SEARCHED)),
             pruning.pixels(images.every(*JUDGED)),
-            (lambda schedule: _trial(pruning, images.every(*TRIED), moves, schedule)) if moves else None,
+            (lambda schedule: _trial(pruning, images.beside(*JUDGED, TRIED), moves, schedule)) if moves else None,
         ).choose(bar)
 
 

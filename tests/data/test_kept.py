@@ -159,6 +159,26 @@ def test_a_second_pass_reads_nothing(noise, processor, accelerator, decoded, str
     assert index.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("streaming", "drawn", "most", "judging", "fitting"),
+    [
+        (False, 12, 3, [3, 7, 11], [0, 1, 2, 4, 5]),
+        (False, 12, 1, [3], [0, 1, 2, 4, 5]),
+        (False, 3, 3, [0, 1, 2], [0, 1, 2]),
+        (True, 12, 3, [0, 1, 2], [3, 4, 5, 6, 7]),
+        (True, 6, 4, [0, 1, 2, 3], [4, 5]),
+        (True, 3, 3, [0, 1, 2], [0, 1, 2]),
+    ],
+)
+def test_what_is_judged_on_is_not_fitted_to(noise, processor, accelerator, streaming, drawn, most, judging, fitting):
+    source = load_images(DataSource(str(noise), streaming=streaming), labels=False)
+    images = SharedCalibration().sample(source, drawn, processor, CalibrationConfig())
+    options = {"accelerator": accelerator, "model_config": tiny_model().config}
+    whole = load_pixels(images, processor, **options)[0]
+    assert torch.equal(load_pixels(images.every(4, most), processor, **options)[0], whole[judging])
+    assert torch.equal(load_pixels(images.beside(4, most, 5), processor, **options)[0], whole[fitting])
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_larger_sample_reads_the_rest(noise, processor, accelerator, decoded, streaming):
     source = load_images(DataSource(str(noise), streaming=streaming), labels=False)
