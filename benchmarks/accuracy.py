@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import _root  # noqa: F401
-import torch
 
+from benchmarks.ablation import logits
 from benchmarks.timing import load, save
 from hf_blockprune import BlockPruner
-from hf_blockprune.choose.divergence import IMAGES_AT_ONCE, Divergence
 from hf_blockprune.data.batches import load_images, load_pixels
+from hf_blockprune.model.tasks import SingleLabel
 from hf_blockprune.runs.environment import environment
 
 POINT = ("method", "block_shape", "budget", "seed", "samples")
@@ -126,16 +126,13 @@ def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
     }
 
 
-@torch.no_grad()
 def divergence(pruned: str, dense: str, images: str) -> float:
     """KL(dense || pruned) in nats, the mean over images."""
     models = [BlockPruner.from_pretrained(name) for name in (dense, pruned)]
     processor, accelerator, config = models[0].processor, models[0].accelerator, models[0].model.config
     pixels, _ = load_pixels(load_images(images), processor, accelerator=accelerator, model_config=config)
-    outputs = [
-        [pruner.model.eval()(pixel_values=part.float()) for part in pixels.split(IMAGES_AT_ONCE)] for pruner in models
-    ]
-    return Divergence(models[0].model, outputs[0]).of(outputs[1])
+    wanted, have = (logits(pruner, pixels) for pruner in models)
+    return float(SingleLabel(wanted.shape[-1]).divergence(wanted, have).mean())
 
 
 ACCURACY = (

@@ -22,20 +22,24 @@ LEAVES = {
     ("none", "auto"): "tokens alone",
     ("blocks,units,heads", "auto"): EVERYTHING,
 }
+KINDS = (*LEAVES.values(), RECOVERED, *OTHERS.values())
 COLOURS = ("#8c8c8c", "#b07aa1", "#76b7b2", "#f28e2b", "#4e79a7", "#1b3f6b", "#59a14f", "#e15759")
 
 Frontier = dict[str, dict[float, dict[str, Any]]]
 
 
-def frontier(rows: Iterable[dict[str, Any]], others: Iterable[dict[str, Any]]) -> Frontier:
-    """Rows by what leaves and by share of the FLOPs; where a row was recovered, that is another one."""
-    found: Frontier = {name: {} for name in (*LEAVES.values(), RECOVERED, *OTHERS.values())}
-    for row in rows:
+def frontier(rows: Iterable[dict[str, Any]]) -> Frontier:
+    """Rows beside those of the other result files, by what leaves and by share of the FLOPs.
+
+    Where a row was recovered, that is another one.
+    """
+    found: Frontier = {name: {} for name in KINDS}
+    for row in (*alone(stored("accuracy")), *stored("moves"), *rows):
         share = asked(row)
         found[LEAVES[row.get("moves", "blocks"), row.get("tokens", "keep")]][share] = row
         if row.get("recovered"):
             found[RECOVERED][share] = row["recovered"]
-    for row in others:
+    for row in stored("baselines"):
         found[OTHERS[row["method"]]][asked(row)] = row
     return {name: dict(sorted(points.items(), reverse=True)) for name, points in found.items() if points}
 
@@ -64,13 +68,15 @@ def main() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [*alone(stored("accuracy")), *stored("moves"), *stored("tokens")]
+    rows, colours = stored("tokens"), dict(zip(KINDS, COLOURS, strict=True))
     figure, axis = pyplot.subplots(figsize=(7.5, 4.8))
     axis.axhline(100 * rows[0]["baseline_top1"], color="black", linewidth=1, linestyle=":", label="dense")
-    for (name, points), colour in zip(frontier(rows, stored("baselines")).items(), COLOURS, strict=False):
+    for name, points in frontier(rows).items():
         style = "--" if name in OTHERS.values() else "-"
         values = [100 * row["top1"] for row in points.values()]
-        axis.plot([100 * share for share in points], values, style, color=colour, marker="o", markersize=4, label=name)
+        axis.plot(
+            [100 * share for share in points], values, style, color=colours[name], marker="o", markersize=4, label=name
+        )
     axis.set(xlabel="% of the dense model's FLOPs", ylabel="top-1, %", ylim=(0, 90))
     axis.set_title("DeiT-Ti, one shot from 512 images", fontsize=11)
     axis.invert_xaxis()

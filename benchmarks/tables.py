@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where it runs as a script; tests import it as it is
 
-from benchmarks.frontier import alone, asked, frontier, stored  # noqa: E402
+from benchmarks.frontier import asked, frontier  # noqa: E402
 
 
 def accuracy_table(results: dict[str, Any]) -> str:
@@ -39,7 +39,7 @@ def accuracy_table(results: dict[str, Any]) -> str:
 
 def moves_table(results: dict[str, Any]) -> str:
     """Top-1 and divergence by what leaves, beside what others publish, at equal FLOPs on the same images."""
-    rows = frontier([*alone(stored("accuracy")), *stored("moves"), *results["rows"]], stored("baselines"))
+    rows = frontier(results["rows"])
     budgets, first = sorted({share for points in rows.values() for share in points}, reverse=True), results["rows"][0]
     lines = [
         f"DeiT-Ti, top-1 on {first['num_images']} labelled photographs that nothing was chosen on (dense "

@@ -444,12 +444,20 @@ def test_a_truncated_file_is_refused(tampered, kept):
 
 @pytest.fixture
 def second_copy(tmp_path, monkeypatch):
-    """The hub files under another package name, as a checkpoint's own code is imported."""
+    """The hub files under another package name, as a checkpoint's own code is imported.
+
+    What the copy registers goes with the test: errors of its backends are of its own classes.
+    """
+    registries = blockprune_backends._BACKENDS, blockprune_backends._UNPACKERS
+    before = [dict(registry) for registry in registries]
     package = tmp_path / "blockprune_second_copy"
     shutil.copytree(Path(blockprune_quantizer.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module(f"{package.name}.modeling_blockprune")
-    return package.name
+    yield package.name
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 def test_a_second_copy_leaves_the_first_registered(second_copy, pruned_vit, pixels):
