@@ -12,9 +12,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = "hf_blockprune/_cpu"
-PLAIN_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("driver", "strips", "unpack")]
+PLAIN_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("driver", "merge", "strips", "unpack")]
+ISA_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("alike", "tile")]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# tile.cpp is compiled once for each instruction set, under its name; which one runs is decided where it runs.
+# ISA_SOURCES are compiled once for each instruction set, under its name; which one runs is decided where it runs.
 ISA_FLAGS = {
     "x86_64": {
         "baseline": [],
@@ -37,7 +38,7 @@ class BuildKernels(build_ext):
         )
         for isa, flags in ISA_FLAGS[platform.machine()].items():
             objects += self.compiler.compile(
-                [f"{SOURCES}/tile.cpp"],
+                ISA_SOURCES,
                 output_dir=f"{self.build_temp}/{isa}",
                 macros=[("BLOCKPRUNE_ISA", isa)],
                 extra_postargs=[*COMMON_FLAGS, *flags],
@@ -58,8 +59,8 @@ class AnyPythonWheel(bdist_wheel):
 def kernels() -> list[Extension]:
     if sys.platform != "linux" or platform.machine() not in ISA_FLAGS:
         return []
-    sources = [*PLAIN_SOURCES, f"{SOURCES}/tile.cpp"]
-    headers = [f"{SOURCES}/{name}.h" for name in ("kernels", "strips", "threads", "unpack")]
+    sources = [*PLAIN_SOURCES, *ISA_SOURCES]
+    headers = [f"{SOURCES}/{name}.h" for name in ("kernels", "merge", "strips", "threads", "unpack", "vectors")]
     return [Extension("hf_blockprune._cpu.libblockprune_cpu", sources, depends=headers, language="c++", optional=True)]
 
 

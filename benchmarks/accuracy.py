@@ -4,9 +4,8 @@
         --output benchmarks/results/accuracy-deit-tiny.json
 
 Rows that the output file already holds are kept, so an interrupted run goes on where it stopped. With --recover a row
-holds the accuracy before (`top1`, ...) and after (`recovered`) of the same run. `evaluation_divergence` is
-KL(dense || pruned) of the predictions for the evaluation images in nats, of the model that was written; it stands in
-`recovered` with --recover.
+holds the accuracy before (`top1`, ...) and after (`recovered`) of the same model. `evaluation_divergence` is
+KL(dense || pruned) of the predictions for the evaluation images in nats, before and, in `recovered`, after.
 """
 
 import argparse
@@ -82,48 +81,55 @@ def parse_options() -> argparse.Namespace:
 
 
 def measure(point: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Prune and evaluate in a new process; its time and peak memory are those of the whole command."""
+    """Prune and evaluate in a new process, and recover in another; with the times and peak memory of the commands."""
+    images = ["--dataset", options.calibration, "--evaluate-on", options.evaluation]
+    settings = [part for name in KEYS for part in (f"--{name.replace('_', '-')}", str(point[name]))]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["prune", options.model, "--dataset", options.calibration, "--evaluate-on", options.evaluation]
-        for name in KEYS:
-            arguments += [f"--{name.replace('_', '-')}", str(point[name])]
-        arguments += ["--recover"] * options.recover
-        arguments += ["--quiet", "--json", "--output", "OUT"]
-        log = Path(folder) / "report.json"
-        start = time.perf_counter()
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "hf_blockprune.cli", *arguments[:-1], f"{folder}/out"],
-                stdout=out,
-            )
-            _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"failed: blockprune {shlex.join(arguments)}")
-        seconds = time.perf_counter() - start
-        report = json.loads(log.read_text())
-        distance = {"evaluation_divergence": divergence(f"{folder}/out", options.model, options.evaluation)}
-    command = shlex.join(["blockprune", *arguments]).replace(str(Path(options.model).parents[1]), "$SHARED")
-    recovery = report["recovery"]
-    one_shot = recovery["evaluation_before"] if recovery else report["evaluation"]
+        pruned, recovered = f"{folder}/pruned", f"{folder}/recovered"
+        report, used = run("prune", options.model, *images, *settings, "--output", pruned)
+        distance = divergence(pruned, options.model, options.evaluation)
+        after = recover(pruned, recovered, images, options) if options.recover else None
+    command = shlex.join(["blockprune", "prune", options.model, *images, *settings])
     return {
         **point,
-        **{key: one_shot.get(key) for key in ACCURACY},
-        "recovered": recovery
-        and {
-            **{key: report["evaluation"].get(key) for key in ACCURACY},
-            **{key: recovery[key] for key in ("num_images", "divergence", "kept", "settings")},
-            **distance,
-        },
-        **({} if recovery else distance),
+        **{key: report["evaluation"].get(key) for key in ACCURACY},
+        "evaluation_divergence": distance,
+        "recovered": after,
         **{key: report[key] for key in ("flops_ratio", "linear_flops_ratio", "density", "size_bytes", "seconds")},
         "schedule": report["tokens"] and report["tokens"]["leave"],
         "trials": report["tokens"] and report["tokens"]["trials"],
-        "wall_seconds": round(seconds, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_memory_bytes": usage.ru_maxrss * 1024,
+        **used,
         "cpu": environment()["cpu"],
-        "command": command,
+        "command": command.replace(str(Path(options.model).parents[1]), "$SHARED"),
     }
+
+
+def recover(pruned: str, output: str, images: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """What `blockprune recover` makes of the pruned model in `pruned`."""
+    report, used = run("recover", pruned, "--teacher", options.model, *images, "--output", output)
+    return {
+        **{key: report["evaluation"].get(key) for key in ACCURACY},
+        **{key: report["recovery"][key] for key in ("num_images", "divergence", "kept", "settings")},
+        "evaluation_divergence": divergence(output, options.model, options.evaluation),
+        **used,
+    }
+
+
+def run(*arguments: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """A command in a process of its own: its report, and what the process used."""
+    with tempfile.TemporaryFile("w+") as out:
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "hf_blockprune.cli", *arguments, "--quiet", "--json"]
+        process = subprocess.Popen(command, stdout=out)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"failed: blockprune {shlex.join(arguments)}")
+        out.seek(0)
+        return json.load(out), {
+            "wall_seconds": round(time.perf_counter() - start, 1),
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+            "peak_memory_bytes": usage.ru_maxrss * 1024,
+        }
 
 
 def divergence(pruned: str, dense: str, images: str) -> float:

@@ -72,10 +72,11 @@ def __dir__() -> list[str]:
 
 
 def _extend_torch() -> None:
-    from ._cpu import backend
+    from ._cpu import backend, merging
     from .hub import blockprune_ops  # noqa: F401  (defines the op)
 
     backend.register()
+    merging.register()
 
 
 def _extend_transformers() -> None:

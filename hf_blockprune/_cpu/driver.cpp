@@ -10,6 +10,7 @@
 #include <new>
 
 #include "kernels.h"
+#include "merge.h"
 #include "strips.h"
 #include "threads.h"
 #include "unpack.h"
@@ -184,6 +185,13 @@ EXPORT int32_t blockprune_cpu_unpack(int64_t in_features, int64_t element, const
     if (!indices.check(checked, blockprune::block_columns(in_features, checked))) return blockprune::BAD_INDICES;
     blockprune::unpack(checked, in_features, element, num_threads);
     return blockprune::DONE;
+} catch (const std::bad_alloc&) {
+    return blockprune::NO_MEMORY;
+}
+
+// Lets patches of some images go into others, from a merge.h Merge; a Status, of places as of indices.
+EXPORT int32_t blockprune_cpu_merge(const char* isa, const void* merge, int32_t num_threads) try {
+    return blockprune::merge(*blockprune::find(isa)->merging, *static_cast<const blockprune::Merge*>(merge), num_threads);
 } catch (const std::bad_alloc&) {
     return blockprune::NO_MEMORY;
 }

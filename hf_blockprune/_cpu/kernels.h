@@ -46,6 +46,8 @@ struct Strip {
     int64_t work() const { return count * layer->cols * width; }  // multiplications for each token
 };
 
+struct MergeKernels;  // merge.h
+
 // A panel holds a few tokens feature-major, `panel_stride` floats a feature, all block columns with zeros at the end.
 struct Isa {
     const char* name;
@@ -55,6 +57,7 @@ struct Isa {
     void (*pack_inputs)(const Input&, int64_t first_token, int32_t tokens, float* panel);
     void (*pack_weights)(const Strip&, int32_t dtype);
     void (*multiply)(const Strip&, int32_t dtype, int64_t first_token, int32_t tokens, const float* panel);
+    const MergeKernels* merging;
 };
 
 extern const Isa isa_baseline;

@@ -43,6 +43,8 @@ class CpuLibrary:
         self._linear.argtypes = [c_char_p, c_void_p, *[c_int64] * 3, c_int32, c_void_p, c_int64, c_int32]
         self._unpack = library.blockprune_cpu_unpack
         self._unpack.argtypes = [c_int64, c_int64, c_void_p, c_int32]
+        self._merge = library.blockprune_cpu_merge
+        self._merge.argtypes = [c_char_p, c_void_p, c_int32]
         self._work = library.blockprune_cpu_work
         self._work.argtypes, self._work.restype = [c_char_p, c_int64, c_void_p], c_int64
 
@@ -86,6 +88,21 @@ class CpuLibrary:
         """
         return _done(self._unpack(in_features, element_bytes, _array(layer), threads))
 
+    def merge(self, fields: list[int], threads: int) -> bool:
+        """Merge tokens; the caller answers for every address and size.
+
+        Args:
+            fields: of merge.h's Merge.
+            threads: at most.
+
+        Returns:
+            Whether all places are tokens; else what was written is of no use.
+
+        Raises:
+            MemoryError: no room for working copies.
+        """
+        return _done(self._merge(self._isa, _array(fields), threads))
+
     def work(self, in_features: int, layer: list[int]) -> int:
         """Multiplications for each token that the kernels make of a layer, padding included; -1 for bad indices."""
         return self._work(self._isa, in_features, _array(layer))
@@ -97,7 +114,7 @@ def _array(fields: list[int]) -> bytes:
 
 def _done(status: int) -> bool:
     if status == NO_MEMORY:
-        raise MemoryError("block-sparse product: no memory for its working copies of inputs and weights")
+        raise MemoryError("no memory for working copies of inputs and weights")
     return status != BAD_INDICES
 
 

@@ -9,58 +9,23 @@
 #include <utility>
 
 #include "kernels.h"
+#include "vectors.h"
 
 namespace blockprune {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, MAX_TOKENS = 14, STRIDE = 16, WIDEST_STRIP = 32;
+constexpr int MAX_TOKENS = 14, STRIDE = 16, WIDEST_STRIP = 32;
 #elif defined(__AVX2__)
-constexpr int LANES = 8, MAX_TOKENS = 6, STRIDE = 8, WIDEST_STRIP = 16;
+constexpr int MAX_TOKENS = 6, STRIDE = 8, WIDEST_STRIP = 16;
 #elif defined(__aarch64__)
-constexpr int LANES = 4, MAX_TOKENS = 6, STRIDE = 8, WIDEST_STRIP = 16;
+constexpr int MAX_TOKENS = 6, STRIDE = 8, WIDEST_STRIP = 16;
 #else
-constexpr int LANES = 4, MAX_TOKENS = 3, STRIDE = 4, WIDEST_STRIP = 16;
+constexpr int MAX_TOKENS = 3, STRIDE = 4, WIDEST_STRIP = 16;
 #endif
 
 constexpr int PREFETCH_FEATURES = 16;  // about what a core multiplies while its second cache answers
 constexpr int PACKED_AT_ONCE = 16;      // features: a cache line of each token
-
-typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef float LooseVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
-typedef uint32_t BitVec __attribute__((vector_size(LANES * 4)));
-typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2)));
-typedef uint16_t LooseHalfVec __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-typedef float Four __attribute__((vector_size(16)));
-typedef float LooseFour __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t FourIndices __attribute__((vector_size(16)));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
-
-inline Vec load(const uint16_t* p) {  // bfloat16 is the upper half of a float
-    HalfVec half = *reinterpret_cast<const LooseHalfVec*>(p);
-    return (Vec)(__builtin_convertvector(half, BitVec) << 16);
-}
-
-inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
-
-inline void store(uint16_t* p, Vec v) {  // to the nearest, ties to even
-    BitVec bits = (BitVec)v;
-    BitVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    BitVec nan = (bits >> 16) | 0x40;
-    rounded = (BitVec)(v != v) ? nan : rounded;
-    *reinterpret_cast<LooseHalfVec*>(p) = __builtin_convertvector(rounded, HalfVec);
-}
-
-inline float to_float(float value) { return value; }
-
-inline float to_float(uint16_t value) {
-    uint32_t bits = uint32_t(value) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
 
 // Cephes' expf: 2^n times a polynomial in what is left, about 2 ulp.
 inline Vec exponential(Vec x) {
@@ -105,34 +70,6 @@ inline Vec activate(Vec x, int64_t activation) {
     if (activation == GELU) return gelu(x);
     if (activation == GELU_TANH) return gelu_tanh(x);
     return x;
-}
-
-template <typename T>
-inline Four load_four(const T* p) {
-    return Four{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
-}
-
-template <>
-inline Four load_four(const float* p) {
-    return *reinterpret_cast<const LooseFour*>(p);
-}
-
-#if defined(__clang__)
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, FourIndices{i, j, k, l})
-#endif
-
-// Four rows' values of four features, turned feature-major: `stride` floats from one feature to the next.
-template <typename T>
-inline void transpose_four(const T* const (&rows)[4], int64_t k, float* to, int64_t stride) {
-    Four a = load_four(rows[0] + k), b = load_four(rows[1] + k), c = load_four(rows[2] + k), d = load_four(rows[3] + k);
-    Four ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
-    Four ab2 = SHUFFLE(a, b, 2, 6, 3, 7), cd2 = SHUFFLE(c, d, 2, 6, 3, 7);
-    *reinterpret_cast<LooseFour*>(to) = SHUFFLE(ab, cd, 0, 1, 4, 5);
-    *reinterpret_cast<LooseFour*>(to + stride) = SHUFFLE(ab, cd, 2, 3, 6, 7);
-    *reinterpret_cast<LooseFour*>(to + 2 * stride) = SHUFFLE(ab2, cd2, 0, 1, 4, 5);
-    *reinterpret_cast<LooseFour*>(to + 3 * stride) = SHUFFLE(ab2, cd2, 2, 3, 6, 7);
 }
 
 template <typename T>
@@ -284,8 +221,12 @@ void multiply(const Strip& s, int32_t dtype, int64_t first_token, int32_t tokens
 #define NAME_OF(name) STRING(name)
 #define OBJECT(name) isa_##name
 #define OBJECT_OF(name) OBJECT(name)
+#define MERGING(name) merging_##name
+#define MERGING_OF(name) MERGING(name)
 
+extern const MergeKernels MERGING_OF(BLOCKPRUNE_ISA);
 const Isa OBJECT_OF(BLOCKPRUNE_ISA) = {
-    NAME_OF(BLOCKPRUNE_ISA), MAX_TOKENS, STRIDE, strip_rows, pack_inputs, pack_weights, multiply};
+    NAME_OF(BLOCKPRUNE_ISA), MAX_TOKENS, STRIDE, strip_rows, pack_inputs, pack_weights, multiply,
+    &MERGING_OF(BLOCKPRUNE_ISA)};
 
 }  // namespace blockprune

@@ -35,6 +35,20 @@ def needs_no_dispatcher(x: Tensor, layers: Sequence[LayerArguments]) -> bool:
     return True
 
 
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether tensors in eager mode on a CPU are ones that nobody differentiates, traces, converts or records."""
+    if torch.compiler.is_compiling() or is_observed():
+        return False
+    differentiates = torch.is_grad_enabled()
+    return all(
+        type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and not tensor.is_neg()
+        and not (differentiates and tensor.requires_grad)
+        for tensor in tensors
+    )
+
+
 def is_observed() -> bool:
     """Whether autocast, a transform, a tracer, a profiler or a mode of torch sees each call of an operator."""
     return (

@@ -8,10 +8,12 @@ keys.
 How many leave is known before, so shapes depend on nothing but the size of the image.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .blockprune_direct import are_plain
 
 EPSILON = 1e-12  # least length of a direction
 
@@ -26,6 +28,39 @@ class Groups(NamedTuple):
 
     sizes: Tensor
     places: Tensor
+
+
+class Merged(NamedTuple):
+    """What `merge` gives, as plain tensors: states [images, tokens, width], and `Groups`' sizes and places."""
+
+    states: Tensor
+    sizes: Tensor
+    places: Tensor
+
+
+class Merger(Protocol):
+    """Merges tokens that nobody differentiates: `merge`, with its groups taken apart.
+
+    Every `step`th patch stays in any case. None for tensors that it does not take.
+    """
+
+    def __call__(
+        self, states: Tensor, alike: Tensor, sizes: Tensor, places: Tensor, leave: int, prefix: int, step: int
+    ) -> Merged | None: ...
+
+
+# By device type; one for all copies of this file in a process, as with `blockprune_backends`.
+_MERGERS: dict[str, Merger] = vars(torch.ops.blockprune).setdefault("mergers", {})
+
+
+def use_merger(device_type: str, merger: Merger) -> None:
+    """Let tokens on a kind of device merge with another function.
+
+    Args:
+        device_type: whose tensors it takes.
+        merger: it must find what `merge` finds, but for rounding.
+    """
+    _MERGERS[device_type] = merger
 
 
 def whole(states: Tensor) -> Groups:
@@ -56,6 +91,10 @@ def merge(states: Tensor, alike: Tensor, groups: Groups, leave: int, prefix: int
     """
     count = states.shape[1] - prefix
     step = _step(count, leave)
+    if are_plain(states, alike, *groups) and (merger := _MERGERS.get(states.device.type)) is not None:
+        merged = merger(states, alike, *groups, leave, prefix, step)
+        if merged is not None:
+            return merged[0], Groups(*merged[1:])
     best, target = _nearest(alike[:, prefix:], step)
     order = best.argsort(dim=-1, descending=True)
     kept = order.shape[1] - leave

@@ -1,4 +1,4 @@
-// Random products of odd shapes through the C ABI, compared with plain loops in double precision. Built with sanitizers,
+// Random products and merges of odd shapes through the C ABI, compared with plain loops in double precision. Built with sanitizers,
 // and with every array exactly as large as the kernels may touch.
 
 #include <algorithm>
@@ -11,10 +11,12 @@
 #include <vector>
 
 #include "kernels.h"
+#include "merge.h"
 
 extern "C" {
 const char* blockprune_cpu_isa(const char*);
 int32_t blockprune_cpu_unpack(int64_t, int64_t, const void*, int32_t);
+int32_t blockprune_cpu_merge(const char*, const void*, int32_t);
 int32_t blockprune_cpu_linear(const char*, const void*, int64_t, int64_t, int64_t, int32_t, const void*, int64_t, int32_t);
 }
 
@@ -126,6 +128,41 @@ bool correct(const char* isa) {
     return true;
 }
 
+// Each token is one at least of as many as there are, and what is said of them adds up to what was there.
+bool merges(const char* isa) {
+    blockprune::Merge m{};
+    const int64_t patches = between(2, 150);
+    m.images = between(0, 4), m.prefix = between(0, 3), m.tokens = m.prefix + patches, m.leave = between(1, patches - 1);
+    m.width = between(1, 70), m.features = between(1, 70), m.all_tokens = m.tokens + between(0, 9);
+    for (m.step = 2; m.candidates() < m.leave;) ++m.step;
+    const auto states = noise(m.images * m.tokens * m.width), alike = noise(m.images * m.tokens * m.features);
+    const auto sizes = exactly(std::vector<float>(m.images * m.tokens, 1.0f));
+    std::vector<int64_t> anywhere(m.images * m.all_tokens);
+    for (int64_t& place : anywhere) place = between(0, m.tokens - 1);
+    const auto places = exactly(anywhere);
+    const auto out_states = exactly(std::vector<float>(m.images * m.kept() * m.width, NAN));
+    const auto out_sizes = exactly(std::vector<float>(m.images * m.kept(), NAN));
+    const auto out_places = exactly(std::vector<int64_t>(anywhere.size(), -1));
+    m.states = states.get(), m.alike = alike.get(), m.sizes = sizes.get(), m.places = places.get();
+    m.out_states = out_states.get(), m.out_sizes = out_sizes.get(), m.out_places = out_places.get();
+    if (blockprune_cpu_merge(isa, &m, int32_t(between(1, 3)))) return false;
+    for (int64_t i = 0; i < m.images * m.all_tokens; ++i) {
+        if (out_places[i] < 0 || out_places[i] >= m.kept()) return false;
+    }
+    for (int64_t i = 0; i < m.images; ++i) {
+        for (int64_t k = 0; k < m.width; ++k) {
+            double before = 0, after = 0, counted = 0;
+            for (int64_t t = 0; t < m.tokens; ++t) before += states[(i * m.tokens + t) * m.width + k];
+            for (int64_t t = 0; t < m.kept(); ++t) {
+                after += double(out_states[(i * m.kept() + t) * m.width + k]) * out_sizes[i * m.kept() + t];
+                counted += out_sizes[i * m.kept() + t];
+            }
+            if (!(std::abs(before - after) < 1e-4) || counted != double(m.tokens)) return false;
+        }
+    }
+    return true;
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -133,7 +170,7 @@ int main(int, char** arguments) {
     for (const char* isa : {"baseline", "avx2", "avx512"}) {
         if (!blockprune_cpu_isa(isa)) continue;
         for (int i = 0; i < std::atoi(arguments[1]); ++i, ++checked) {
-            if (!correct(isa)) {
+            if (!correct(isa) || !merges(isa)) {
                 std::printf("%s: case %d is wrong\n", isa, i);
                 return 1;
             }

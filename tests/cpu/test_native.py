@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hf_blockprune._cpu
-from setup import COMMON_FLAGS, ISA_FLAGS, PLAIN_SOURCES
+from setup import COMMON_FLAGS, ISA_FLAGS, ISA_SOURCES, PLAIN_SOURCES
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
@@ -23,8 +23,9 @@ def build(folder, *extra):
         ("stress", STRESS, []),
         *((Path(source).stem, SOURCES / Path(source).name, []) for source in PLAIN_SOURCES),
         *(
-            (isa, SOURCES / "tile.cpp", [*flags, f"-DBLOCKPRUNE_ISA={isa}"])
+            (f"{Path(source).stem}-{isa}", SOURCES / Path(source).name, [*flags, f"-DBLOCKPRUNE_ISA={isa}"])
             for isa, flags in ISA_FLAGS[platform.machine()].items()
+            for source in ISA_SOURCES
         ),
     ]:
         objects.append(folder / f"{name}.o")
