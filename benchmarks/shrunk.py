@@ -3,7 +3,8 @@
     python benchmarks/shrunk.py --arch deit-base --ratio 0.5 --batch 1 8
 
 Random weights; equal shares in all layers: blocks at random places, or so many units and features of each head, or
-patches, of which the last layer loses all that nobody reads. Each model runs in torch with this package, and as a dense
+patches, of which the last layer loses all that nobody reads; or nothing, which shows what comes of this package's kernels
+alone. Each model runs in torch with this package, and as a dense
 ONNX file in onnxruntime and OpenVINO where they are installed, which multiply with zeros as with other numbers. All by
 turns within a runtime, in float32.
 """
@@ -53,7 +54,8 @@ def main() -> None:
     logging.set_verbosity_error()
     models = {"dense": dense_model(options.arch)}
     models["units and heads"] = shrunk_model(options.arch, options.ratio, options.head_size)
-    models["tokens"] = merge(dense_model(options.arch), models["dense"], options.ratio)
+    models["nothing"] = whole_model(options.arch)
+    models["tokens"] = merge(whole_model(options.arch), models["dense"], options.ratio)
     for shape in options.block_shapes:
         models[f"blocks {shape}"] = block_model(options.arch, parse_block_shape(shape), options.ratio)
     results = load(options.output)
@@ -72,6 +74,11 @@ def dense_model(arch: str) -> PreTrainedModel:
     config = ViTConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width)
     config.id2label = {i: str(i) for i in range(1000)}
     return ViTForImageClassification(config).eval()
+
+
+def whole_model(arch: str) -> PreTrainedModel:
+    """With all that the dense model has, as this package runs it."""
+    return block_model(arch, (16, 16), 1.0)
 
 
 def block_model(arch: str, shape: tuple[int, int], share: float) -> PreTrainedModel:

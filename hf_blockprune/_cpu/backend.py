@@ -47,8 +47,11 @@ class CpuBackend:
         if rows % STRIP:
             # Counting takes as long as a small product: not where a layer with all its blocks would do.
             most = -(-outputs // STRIP) * STRIP * -(-in_features // cols) * cols
-            return most <= limit or self.work(in_features, layer) <= limit
-        return layer.weight.numel() <= limit
+            pays = most <= limit or self.work(in_features, layer) <= limit
+        else:
+            pays = layer.weight.numel() <= limit
+        # Blocks that overhang a matrix are more than it has, which kernels may multiply with in less time all the same.
+        return pays or self.beats_dense(layer, in_features, x.numel() // max(1, in_features))
 
     def beats_dense(self, layer: LayerArguments, in_features: int, tokens: int) -> bool:
         """See `hub.blockprune_backends.Backend`: a call counts as much as the multiplications of its time."""
@@ -116,7 +119,7 @@ class CpuBackend:
                 and crow.is_contiguous()
                 and col.is_contiguous()
                 and (bias is None or (bias.dtype is dtype and bias.numel() == out_features and bias.is_contiguous()))
-                and (nnz * rows * cols <= limit * out_features if rows % STRIP == 0 else self.pays(x, layer))
+                and ((rows % STRIP == 0 and nnz * rows * cols <= limit * out_features) or self.pays(x, layer))
             ):
                 return None
             y = x.new_empty((*leading, out_features))

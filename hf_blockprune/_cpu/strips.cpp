@@ -59,7 +59,9 @@ bool Strips::cut(const Layer* layers, int64_t count, int64_t block_cols, int32_t
     block_cols_ = block_cols;
     for (int64_t i = 0; i < count; ++i) {
         if (!indices_[i].check(layers_[i], block_cols)) return false;
-        cut(layers_[i], strip_rows(layers_[i].rows));
+        // Neighbouring block rows of a layer that keeps all blocks have the same columns, so that wide strips waste nothing.
+        const bool whole = layers_[i].nnz_blocks == layers_[i].block_rows() * block_cols;
+        cut(layers_[i], std::max(strip_rows(layers_[i].rows), whole ? strip_rows(layers_[i].out_features) : 0));
     }
     const int32_t* columns = unions_.data();  // which grows no more
     for (Strip& s : strips_) {

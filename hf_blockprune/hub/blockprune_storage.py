@@ -48,7 +48,7 @@ def wanted_storage() -> str:
 
 
 def is_best_packed(layer: LayerArguments, in_features: int, tokens: int) -> bool:
-    """Whether a layer is to hold its kept blocks alone; one that keeps all has nothing to leave out.
+    """Whether a layer is to hold its kept blocks alone, or all of them where kernels beat torch at whole matrices too.
 
     Args:
         layer: with its weight packed.
@@ -63,9 +63,7 @@ def is_best_packed(layer: LayerArguments, in_features: int, tokens: int) -> bool
         return storage == "packed"
     if wanted_backend() != "auto":
         return True  # a backend that is named shall run
-    blocks, rows, cols = layer.weight.shape
-    is_whole = blocks == prod(grid_shape(layer.out_features, in_features, (rows, cols)))
-    return not is_whole and beats_dense(layer, in_features, tokens)
+    return beats_dense(layer, in_features, tokens)
 
 
 def least_tokens(config: "PreTrainedConfig") -> int | None:

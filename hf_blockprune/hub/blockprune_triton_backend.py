@@ -10,13 +10,14 @@ from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .blockprune_backends import Backend, checked_bias, register_backend
-from .blockprune_layout import PackedWeight, RowOrders, check_packed, row_orders, unpack
+from .blockprune_layout import PackedWeight, RowOrders, check_packed, grid_shape, row_orders, unpack
 from .blockprune_prepared import PreparedCache
 from .blockprune_reference import ACTIVATIONS, LayerArguments
 from .blockprune_tuning import Choice, Config, Problem, Tuner, candidates
@@ -211,5 +212,14 @@ def register() -> None:
         return
     backend = TritonBackend()
     functions = backend.forward, backend.supports, backend.pays, backend.forward_all
-    # Whether a kernel pays is measured at its first call; where it does not, unpacking for each call is what remains.
-    register_backend("triton", Backend(*functions, beats_dense=lambda layer, *_: layer.weight.is_cuda))
+    register_backend("triton", Backend(*functions, beats_dense=_beats_dense))
+
+
+def _beats_dense(layer: LayerArguments, in_features: int, tokens: int) -> bool:
+    """Whether anything is left out: whether a kernel pays is measured at its first call.
+
+    Where it does not, unpacking for each call is what remains.
+    """
+    blocks, rows, cols = layer.weight.shape
+    is_whole = blocks == prod(grid_shape(layer.out_features, in_features, (rows, cols)))
+    return layer.weight.is_cuda and not is_whole

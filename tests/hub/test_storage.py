@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from torch import nn
 from transformers import AutoModelForImageClassification, Dinov2Config, SwinConfig, ViTConfig
 
 from hf_blockprune import BlockSparseFormatError, BlockSparseLinear
-from hf_blockprune._cpu.backend import CpuBackend
+from hf_blockprune._cpu.backend import CpuBackend, multiplication_cost
 from hf_blockprune._cpu.library import find_library
 from hf_blockprune.errors import BackendError
 from hf_blockprune.hub.blockprune_backends import LayerArguments, beats_dense
 from hf_blockprune.hub.blockprune_layout import expand_mask, pack, unpack
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, choose_storage, pack_weights
 from hf_blockprune.hub.blockprune_storage import is_best_packed, least_tokens, unpack_in_pieces
+from hf_blockprune.hub.blockprune_triton_backend import _beats_dense
 from hf_blockprune.runs.resume import weights_fingerprint
 from tests.conftest import ALL_FAMILIES, tiny_model
 from tests.hub.saved_models import PIXELS, answer, assert_same, run, sparse_model
@@ -417,14 +419,29 @@ def test_the_environment_decides(monkeypatch):
         is_best_packed(layer, 192, 197)
 
 
-def test_a_layer_that_keeps_all_is_unpacked_on_every_device(monkeypatch):
+@pytest.mark.parametrize(("torch_has_avx512", "best"), [(True, False), (False, True)])
+@pytest.mark.skipif(find_library()[0] is None or find_library()[0].isa != "avx512", reason="no AVX-512 kernels here")
+def test_a_layer_that_keeps_all_runs_where_it_is_faster(monkeypatch, torch_has_avx512, best):
+    """oneMKL multiplies with half of AVX-512's width on processors that are not Intel's."""
     monkeypatch.setenv("BLOCKPRUNE_STORAGE", "auto")
-    monkeypatch.setattr("hf_blockprune.hub.blockprune_storage.beats_dense", lambda *_: True)  # as on a GPU
-    whole = arguments_of((768, 192), 1)
-    assert is_best_packed(arguments_of((768, 192), 0.9), 192, 197)
-    assert not is_best_packed(whole, 192, 197)
-    monkeypatch.setenv("BLOCKPRUNE_STORAGE", "packed")
-    assert is_best_packed(whole, 192, 197)
+    monkeypatch.setattr("hf_blockprune._cpu.backend._torch_has_avx512", lambda: torch_has_avx512)
+    multiplication_cost.cache_clear()
+    try:
+        assert is_best_packed(arguments_of((768, 192), 1), 192, 197) == best
+        assert is_best_packed(arguments_of((760, 200), 1), 200, 197) == best  # blocks that overhang the matrix
+        assert not is_best_packed(arguments_of((16, 16), 1), 16, 197)
+    finally:
+        multiplication_cost.cache_clear()
+
+
+def test_a_layer_that_keeps_all_is_unpacked_on_gpus():
+    def asked(density):
+        weight, *rest = arguments_of((768, 192), density)
+        on_gpu = SimpleNamespace(shape=weight.shape, is_cuda=True)
+        return _beats_dense(LayerArguments(on_gpu, *rest), 192, 197)
+
+    assert asked(0.9)
+    assert not asked(1)
 
 
 def test_a_model_that_moves_is_looked_at_again(monkeypatch):
