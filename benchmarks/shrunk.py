@@ -3,10 +3,9 @@
     python benchmarks/shrunk.py --arch deit-base --ratio 0.5 --batch 1 8
 
 Random weights; equal shares in all layers: blocks at random places, or so many units and features of each head, or
-patches, of which the last layer loses all that nobody reads; or nothing, which shows what comes of this package's kernels
-alone. Each model runs in torch with this package, and as a dense
-ONNX file in onnxruntime and OpenVINO where they are installed, which multiply with zeros as with other numbers. All by
-turns within a runtime, in float32.
+patches, of which the last layer loses all that nobody reads; or nothing, which shows what this package's kernels do
+alone. Each model runs in torch with this package, and as a dense ONNX file in onnxruntime and OpenVINO where they are
+installed, which multiply with zeros as with other numbers. All by turns within a runtime, in float32.
 """
 
 import argparse

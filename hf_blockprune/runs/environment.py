@@ -106,8 +106,15 @@ def backends() -> Backends:
 
 
 def _cpu_name() -> str:
+    """With family and model where they are known: virtual machines may call every generation by one name."""
+    found: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+            for line in lines:
+                key, _, value = line.partition(":")
+                found.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    name = found.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key} {found[of]}" for key, of in (("family", "cpu family"), ("model", "model")) if of in found]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
