@@ -11,7 +11,7 @@ from ..budget import Budget
 from ..choose.allocation import CostBudget
 from ..choose.budgets import model_budget
 from ..choose.divergence import IMAGES_AT_ONCE, Divergence
-from ..choose.token_search import Costed, TokenSearch
+from ..choose.token_search import FREE, Costed, TokenSearch
 from ..config import BlockPruneConfig
 from ..cost.flops import ModelFlops, dtype_of, merged_flops
 from ..display.stages import Stage
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-# How much of what a budget has to save is tried to be saved by tokens alone, as a power of the budget's ratio.
-POWERS = (0.7, 0.85, 0.95)
+# How much of what a budget has to save is tried to be saved by tokens alone, as a power of the budget's ratio. What
+# costs nothing is tried too: merging more may be the worst move where patches are few, or many weights do nothing.
+POWERS = (0.0, 0.7, 0.85, 0.95)
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class TokenChoice:
         bar.advance()
         judge, trials = Divergence(self.merging.model, list(self._outputs(self.merging.model))), []
         for power in bar.over((*POWERS, 1.0) if self.trial else (1.0,)):
-            costed = _cheapest(frontier, asked**power)
+            costed = _cheapest(frontier, asked**power) if power else _free(frontier)
             if power < 1 or costed.share <= asked:
-                costed = agreed(search.refined(costed), self.accelerator)
+                costed = agreed(search.refined(costed), self.accelerator) if power else costed
                 trials.append(self._tried(costed, judge) if power < 1 else self._alone(costed, judge))
         done = [trial for trial in trials if trial is not None]
         if not done:
@@ -130,6 +131,11 @@ class TokenChoice:
 def _cheapest(frontier: Sequence[Costed], share: float) -> Costed:
     """The first schedule of at most that share of the cost, or the one of the least."""
     return next((costed for costed in frontier if costed.share <= share), frontier[-1])
+
+
+def _free(frontier: Sequence[Costed]) -> Costed:
+    """The schedule of the least cost that changes no prediction."""
+    return [costed for costed in frontier if costed.divergence < FREE][-1]
 
 
 def _reported(costed: Costed, divergence: float | None = None) -> TokenTrial:

@@ -1,11 +1,14 @@
 """Models that are pruned with tokens that merge."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
 from hf_blockprune import BlockPruneConfig, BlockPruner, BudgetError, ConfigError, ModelError
 from hf_blockprune.choose import selection
+from hf_blockprune.choose.token_search import FREE
 from hf_blockprune.hub.blockprune_tokens import TokenSchedule, merging_layers, schedule_of, set_schedule
 from hf_blockprune.model.layers import full_states, groups_of
 from hf_blockprune.model.targets import find_targets
@@ -52,7 +55,28 @@ def test_a_schedule_is_found(processor, images, ratio):
     assert shares[0] == 1
     best = min(tokens["trials"], key=lambda trial: trial["divergence"])
     assert best["leave"] == tokens["leave"]
+    free = next(step for step in tokens["frontier"] if step["leave"] == tokens["trials"][0]["leave"])
+    assert free["divergence"] < FREE  # the other moves pay
     assert report["seconds"]["tokens"] > 0
+
+
+def test_nothing_merges_where_other_moves_cost_less(processor, images):
+    """Hidden units that do nothing are five sixths of all."""
+    model = tiny_model("vit", **SETTINGS)
+    with torch.no_grad():
+        for layer in model.vit.layers:
+            layer.mlp.fc2.weight[:, 32:] = 0
+    dense = copy.deepcopy(model)
+    settings = {"tokens": "auto", "moves": ["units"], "budget": {"metric": "flops", "ratio": 0.7}}
+    pruner = BlockPruner(model, processor, config(**settings), name="tiny")
+    pruner.prune(images)
+    report = pruner.report()
+    assert report["tokens"]["leave"] == [0, 15]  # what the class token does not read any more
+    assert report["flops_ratio"] <= 0.7
+    assert max(trial["divergence"] for trial in report["tokens"]["trials"]) > 1e-4
+    pixels = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(pruner.model(pixels).logits, dense(pixels).logits, rtol=0.02, atol=0.02)
 
 
 def test_true_losses_are_those_of_layers_and_not_of_other_tokens_that_merge(processor, images, monkeypatch):
