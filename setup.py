@@ -16,11 +16,13 @@ PLAIN_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("driver", "merge", "strips
 ISA_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("alike", "tile")]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # ISA_SOURCES are compiled once for each instruction set, under its name; which one runs is decided where it runs.
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
     "x86_64": {
         "baseline": [],
         "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+        "avx512": AVX512_FLAGS,
+        "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
     },
     "aarch64": {"baseline": []},
 }
@@ -60,7 +62,9 @@ def kernels() -> list[Extension]:
     if sys.platform != "linux" or platform.machine() not in ISA_FLAGS:
         return []
     sources = [*PLAIN_SOURCES, *ISA_SOURCES]
-    headers = [f"{SOURCES}/{name}.h" for name in ("kernels", "merge", "strips", "threads", "unpack", "vectors")]
+    headers = [
+        f"{SOURCES}/{name}.h" for name in ("kernels", "merge", "pairs", "strips", "threads", "unpack", "vectors")
+    ]
     return [Extension("hf_blockprune._cpu.libblockprune_cpu", sources, depends=headers, language="c++", optional=True)]
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATION_CODES = {"none": 0, "gelu": 1, "gelu_tanh": 2}
-STRIP = 16  # outputs of which every instruction set computes a multiple at once
+STRIP, WIDE_STRIP = 16, 32  # outputs of which every instruction set computes a multiple at once
 
 
 class CpuBackend:
@@ -55,10 +55,12 @@ class CpuBackend:
 
     def beats_dense(self, layer: LayerArguments, in_features: int, tokens: int) -> bool:
         """See `hub.blockprune_backends.Backend`: a call counts as much as the multiplications of its time."""
-        strips = layer.weight.shape[1] % STRIP == 0
+        rows = layer.weight.shape[1]
+        strips = rows % STRIP == 0
         cost = multiplication_cost(self.library.isa, strips)
         if (break_even := BREAK_EVEN[layer.weight.dtype]) < FLOAT32_BREAK_EVEN:  # torch has instructions for it
-            cost = max(cost, BFLOAT16_MARGIN / break_even)
+            pairs = PAIRS_WIDE if rows % WIDE_STRIP == 0 else PAIRS_NARROW
+            cost = pairs if _multiplies_pairs(self.library) else max(cost, BFLOAT16_MARGIN / break_even)
         reading = READ_STRIPS if strips else READ_BLOCKS
         ours = CALL * torch.get_num_threads() + self.work(in_features, layer) * (tokens * cost + reading)
         return ours <= in_features * layer.out_features * (tokens + READ_MATRIX)
@@ -197,10 +199,18 @@ def _has(feature: str) -> bool:
 
 
 def _bfloat16_break_even() -> float:
-    """The kernels compute in single precision; torch has instructions for bfloat16 where the processor has some."""
+    """Torch has instructions for bfloat16 where the processor has some; kernels without them compute in float32."""
     if _has("amx_tile"):
         return 0.1  # not measured: a guess on the safe side, from the rates that processors with AMX state
-    return 0.4 if _has("avx512_bf16") else FLOAT32_BREAK_EVEN
+    if not _has("avx512_bf16"):
+        return FLOAT32_BREAK_EVEN
+    library, _ = find_library()
+    return 0.7 if library is not None and _multiplies_pairs(library) else 0.4
+
+
+def _multiplies_pairs(library: CpuLibrary) -> bool:
+    """Whether the kernels have the instructions for bfloat16 that torch has."""
+    return library.isa == "avx512bf16" and not _has("amx_tile")
 
 
 # Share of multiplications left at which torch's dense product with an unpacked matrix is as fast, from
@@ -213,6 +223,8 @@ BREAK_EVEN = {torch.float32: FLOAT32_BREAK_EVEN, torch.bfloat16: _bfloat16_break
 # AMD EPYC with AVX-512 and with AVX2 kernels. benchmarks/small_models.py shows what comes of it.
 CALL = 280_000  # what calling the kernels takes longer than calling torch: 6 us
 BFLOAT16_MARGIN = 1.4  # the layers of a DeiT-Ti break even with that much fewer blocks than those of a DeiT-B
+# Of bfloat16 in pairs, on an AMD EPYC with AVX512-BF16: blocks of a multiple of 32 rows, others.
+PAIRS_WIDE, PAIRS_NARROW = 1.2, 1.7
 READ_MATRIX, READ_STRIPS, READ_BLOCKS = 4.4, 7, 11  # for each weight, whatever the tokens
 
 
@@ -226,7 +238,7 @@ def multiplication_cost(isa: str, strips: bool) -> float:
     """
     if isa == "baseline":
         return 1.5  # measured on x86 alone
-    if isa == "avx512" and not _torch_has_avx512():
+    if isa.startswith("avx512") and not _torch_has_avx512():
         return 0.7 if strips else 0.75
     return 1.1 if strips else 1.2
 

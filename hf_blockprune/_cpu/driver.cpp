@@ -25,6 +25,7 @@ constexpr int64_t ITEMS_A_THREAD = 8;  // enough for the threads to end at about
 
 const Isa* const all[] = {
 #ifdef __x86_64__
+    &isa_avx512bf16,
     &isa_avx512,
     &isa_avx2,
 #endif
@@ -34,8 +35,10 @@ const Isa* const all[] = {
 bool runs_here(const Isa& isa) {
 #ifdef __x86_64__
     __builtin_cpu_init();
-    if (&isa == &isa_avx512) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (&isa == &isa_avx512bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (&isa == &isa_avx512) return avx512;
     if (&isa == &isa_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     return true;
@@ -171,7 +174,7 @@ EXPORT int32_t blockprune_cpu_linear(
     const auto* first = static_cast<const blockprune::Layer*>(layers);
     const auto* best = blockprune::find(isa);
     const int64_t block_cols = blockprune::block_columns(in_features, *first);
-    const blockprune::Input input{x, x_stride, tokens, in_features, block_cols * first->cols, dtype};
+    const blockprune::Input input{x, x_stride, tokens, in_features, first->cols, block_cols * first->cols, dtype};
     if (!strips.cut(first, num_layers, block_cols, best->strip_rows)) return blockprune::BAD_INDICES;
     return blockprune::run(*best, input, strips, num_threads);
 } catch (const std::bad_alloc&) {

@@ -15,6 +15,7 @@ enum Status : int32_t { DONE = 0, NO_MEMORY = 1, BAD_INDICES = 2 };
 struct Input {
     const void* x;  // [tokens, in_features], features contiguous
     int64_t stride, tokens, in_features;
+    int64_t cols;             // of a block
     int64_t padded_features;  // whole block columns
     int32_t dtype;
 };
@@ -64,6 +65,7 @@ extern const Isa isa_baseline;
 #ifdef __x86_64__
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;
+extern const Isa isa_avx512bf16;
 #endif
 
 }  // namespace blockprune

@@ -18,7 +18,7 @@ class CpuLibrary:
     """The compiled kernels for one instruction set.
 
     Args:
-        isa: "avx512", "avx2" or "baseline"; by default the best that this processor has.
+        isa: "avx512bf16", "avx512", "avx2" or "baseline"; by default the best that this processor has.
         path: of the shared library.
 
     Attributes:

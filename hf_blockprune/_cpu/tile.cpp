@@ -72,14 +72,20 @@ inline Vec activate(Vec x, int64_t activation) {
     return x;
 }
 
+// Where tokens end before a multiple of four, the last one stands in for more.
 template <typename T>
-void pack_panel(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
-    const int64_t features = input.in_features, whole = features / 4 * 4;
-    const T* rows[STRIDE];  // where tokens end before a multiple of four, the last one stands in for more
+inline void rows_of(const Input& input, int64_t first_token, int32_t tokens, const T* (&rows)[STRIDE]) {
     for (int32_t t = 0; t < STRIDE; ++t) {
         const int64_t token = first_token + (t < tokens ? t : tokens - 1);
         rows[t] = static_cast<const T*>(input.x) + token * input.stride;
     }
+}
+
+template <typename T>
+void pack_panel(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
+    const int64_t features = input.in_features, whole = features / 4 * 4;
+    const T* rows[STRIDE];
+    rows_of(input, first_token, tokens, rows);
     for (int64_t k = 0; k < whole; k += PACKED_AT_ONCE) {
         const int64_t end = k + PACKED_AT_ONCE < whole ? k + PACKED_AT_ONCE : whole;
         for (int32_t t = 0; t < tokens; t += 4) {
@@ -93,10 +99,6 @@ void pack_panel(const Input& input, int64_t first_token, int32_t tokens, float* 
     std::memset(panel + features * STRIDE, 0, (input.padded_features - features) * STRIDE * sizeof(float));
 }
 
-void pack_inputs(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
-    if (input.dtype == BFLOAT16) pack_panel<uint16_t>(input, first_token, tokens, panel);
-    else pack_panel<float>(input, first_token, tokens, panel);
-}
 
 // Some rows [count, cols] of a block, turned feature-major.
 template <typename T>
@@ -117,9 +119,34 @@ inline void pack_rows(const T* from, int64_t count, int64_t cols, float* to, int
     }
 }
 
+// What is multiplied at once: one feature in float32.
+struct Singles {
+    static int64_t steps(int64_t cols) { return cols; }
+
+    template <typename T>
+    static void pack(const T* from, int64_t count, int64_t cols, float* to, int64_t stride) {
+        pack_rows(from, count, cols, to, stride);
+    }
+
+    template <int VECS>
+    static void multiply_add(Vec (&sums)[VECS], const Vec (&weights)[VECS], float x) {
+        for (int v = 0; v < VECS; ++v) sums[v] += weights[v] * x;
+    }
+};
+
+}  // namespace
+}  // namespace blockprune
+
+#ifdef __AVX512BF16__
+#include "pairs.h"
+#endif
+
+namespace blockprune {
+namespace {
+
 // A strip of one block row has its blocks one after the other. Where it has several rows, or ends beyond the matrix, each
 // block goes to its column's position, into its row's lanes.
-template <typename T>
+template <class Step, typename T>
 void pack_strip(const Strip& s) {
     const Layer& layer = *s.layer;
     const T* weight = static_cast<const T*>(layer.weight);
@@ -135,37 +162,27 @@ void pack_strip(const Strip& s) {
         const int64_t begin = layer.crow_indices[r];
         for (int64_t block = begin; block < layer.crow_indices[r + 1]; ++block) {
             const int64_t position = s.positions ? s.positions[layer.col_indices[block]] : block - begin;
-            float* to = s.weights + position * cols * s.width + lane;
-            pack_rows(weight + (block * rows + first) * cols, count, cols, to, s.width);
+            float* to = s.weights + position * Step::steps(cols) * s.width + lane;
+            Step::pack(weight + (block * rows + first) * cols, count, cols, to, s.width);
         }
         lane += count;
     }
 }
 
-void pack_weights(const Strip& s, int32_t dtype) {
-    if (dtype == BFLOAT16) pack_strip<uint16_t>(s);
-    else pack_strip<float>(s);
-}
-
-template <int VECS>
-inline void multiply_add(Vec (&sums)[VECS], const Vec (&weights)[VECS], float x) {
-    for (int v = 0; v < VECS; ++v) sums[v] += weights[v] * x;
-}
-
 // All sums stay in registers: every index is a constant, so the compiler can take the array apart.
-template <int VECS, size_t... TOKEN>
+template <class Step, int VECS, size_t... TOKEN>
 inline void accumulate(const Strip& s, const float* panel, float* out, std::index_sequence<TOKEN...>) {
     Vec sums[sizeof...(TOKEN)][VECS] = {};
-    const int32_t cols = int32_t(s.layer->cols);
-    const int64_t ahead = 1 + PREFETCH_FEATURES / cols;
+    const int32_t steps = int32_t(Step::steps(s.layer->cols));
+    const int64_t ahead = 1 + PREFETCH_FEATURES / steps;
     const float* weight = s.weights;
     for (int64_t c = 0; c < s.count; ++c) {
-        const float* x = panel + int64_t(s.columns[c]) * cols * STRIDE;
-        __builtin_prefetch(panel + int64_t(s.columns[c + ahead < s.count ? c + ahead : c]) * cols * STRIDE);
-        for (int32_t k = 0; k < cols; ++k, x += STRIDE, weight += VECS * LANES) {
+        const float* x = panel + int64_t(s.columns[c]) * steps * STRIDE;
+        __builtin_prefetch(panel + int64_t(s.columns[c + ahead < s.count ? c + ahead : c]) * steps * STRIDE);
+        for (int32_t k = 0; k < steps; ++k, x += STRIDE, weight += VECS * LANES) {
             Vec weights[VECS];
             for (int v = 0; v < VECS; ++v) weights[v] = load(weight + v * LANES);
-            (multiply_add<VECS>(sums[TOKEN], weights, x[TOKEN]), ...);
+            (Step::template multiply_add<VECS>(sums[TOKEN], weights, x[TOKEN]), ...);
         }
     }
     const auto keep = [&](size_t token) {
@@ -192,27 +209,48 @@ void finish(const Strip& s, int64_t first_token, int32_t tokens, const float* su
 
 using Accumulate = void (*)(const Strip&, const float* panel, float* out);
 
-template <int VECS, int TOKENS>
+template <class Step, int VECS, int TOKENS>
 void accumulate_tile(const Strip& s, const float* panel, float* out) {
-    accumulate<VECS>(s, panel, out, std::make_index_sequence<TOKENS>());
+    accumulate<Step, VECS>(s, panel, out, std::make_index_sequence<TOKENS>());
 }
 
-template <int VECS, size_t... TOKENS>
+template <class Step, int VECS, size_t... TOKENS>
 Accumulate tile_for(int32_t tokens, std::index_sequence<TOKENS...>) {
-    static const Accumulate tiles[] = {accumulate_tile<VECS, TOKENS + 1>...};
+    static const Accumulate tiles[] = {accumulate_tile<Step, VECS, TOKENS + 1>...};
     return tiles[tokens - 1];
 }
 
 int32_t strip_rows(int64_t rows) { return rows % WIDEST_STRIP ? 16 : WIDEST_STRIP; }
 
-void multiply(const Strip& s, int32_t dtype, int64_t first_token, int32_t tokens, const float* panel) {
+template <class Step, typename T>
+void multiply_strip(const Strip& s, int64_t first_token, int32_t tokens, const float* panel) {
     constexpr auto counts = std::make_index_sequence<MAX_TOKENS>();
     alignas(64) float sums[MAX_TOKENS * WIDEST_STRIP];
-    const Accumulate run =
-        s.width == WIDEST_STRIP ? tile_for<WIDEST_STRIP / LANES>(tokens, counts) : tile_for<16 / LANES>(tokens, counts);
+    const Accumulate run = s.width == WIDEST_STRIP ? tile_for<Step, WIDEST_STRIP / LANES>(tokens, counts)
+                                                   : tile_for<Step, 16 / LANES>(tokens, counts);
     run(s, panel, sums);
-    if (dtype == BFLOAT16) finish<uint16_t>(s, first_token, tokens, sums);
-    else finish<float>(s, first_token, tokens, sums);
+    finish<T>(s, first_token, tokens, sums);
+}
+
+#ifdef __AVX512BF16__
+using BFloat16Step = Pairs;
+constexpr auto pack_bfloat16 = pack_input_pairs;
+#else
+using BFloat16Step = Singles;
+constexpr auto pack_bfloat16 = pack_panel<uint16_t>;
+#endif
+
+void pack_inputs(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
+    (input.dtype == BFLOAT16 ? pack_bfloat16 : pack_panel<float>)(input, first_token, tokens, panel);
+}
+
+void pack_weights(const Strip& s, int32_t dtype) {
+    (dtype == BFLOAT16 ? pack_strip<BFloat16Step, uint16_t> : pack_strip<Singles, float>)(s);
+}
+
+void multiply(const Strip& s, int32_t dtype, int64_t first_token, int32_t tokens, const float* panel) {
+    const auto run = dtype == BFLOAT16 ? multiply_strip<BFloat16Step, uint16_t> : multiply_strip<Singles, float>;
+    run(s, first_token, tokens, panel);
 }
 
 }  // namespace

@@ -68,16 +68,20 @@ inline Four load_four(const float* p) {
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, FourIndices{i, j, k, l})
 #endif
 
-// Four rows' values of four features, turned feature-major: `stride` floats from one feature to the next.
-template <typename T>
-inline void transpose_four(const T* const (&rows)[4], int64_t k, float* to, int64_t stride) {
-    Four a = load_four(rows[0] + k), b = load_four(rows[1] + k), c = load_four(rows[2] + k), d = load_four(rows[3] + k);
+// Four rows of four values, turned: `stride` floats from one column of them to the next.
+inline void transpose(Four a, Four b, Four c, Four d, float* to, int64_t stride) {
     Four ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
     Four ab2 = SHUFFLE(a, b, 2, 6, 3, 7), cd2 = SHUFFLE(c, d, 2, 6, 3, 7);
     *reinterpret_cast<LooseFour*>(to) = SHUFFLE(ab, cd, 0, 1, 4, 5);
     *reinterpret_cast<LooseFour*>(to + stride) = SHUFFLE(ab, cd, 2, 3, 6, 7);
     *reinterpret_cast<LooseFour*>(to + 2 * stride) = SHUFFLE(ab2, cd2, 0, 1, 4, 5);
     *reinterpret_cast<LooseFour*>(to + 3 * stride) = SHUFFLE(ab2, cd2, 2, 3, 6, 7);
+}
+
+// Four rows' values of four features, turned feature-major.
+template <typename T>
+inline void transpose_four(const T* const (&rows)[4], int64_t k, float* to, int64_t stride) {
+    transpose(load_four(rows[0] + k), load_four(rows[1] + k), load_four(rows[2] + k), load_four(rows[3] + k), to, stride);
 }
 
 }  // namespace

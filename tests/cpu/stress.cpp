@@ -167,7 +167,7 @@ bool merges(const char* isa) {
 
 int main(int, char** arguments) {
     int checked = 0;
-    for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    for (const char* isa : {"baseline", "avx2", "avx512", "avx512bf16"}) {
         if (!blockprune_cpu_isa(isa)) continue;
         for (int i = 0; i < std::atoi(arguments[1]); ++i, ++checked) {
             if (!correct(isa) || !merges(isa)) {
