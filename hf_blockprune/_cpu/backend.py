@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..hub.blockprune_backends import Backend, LayerArguments, checked_bias, register_backend, use_unpacker
 from ..hub.blockprune_layout import MAX_OVERHANGING_BLOCK, BlockSparseFormatError, PackedWeight, check_packed
+from ..hub.blockprune_reference import ACTIVATIONS
 from .library import CpuLibrary, find_library
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class CpuBackend:
 
     def __init__(self, library: CpuLibrary) -> None:
         self.library = library
+        self._pairs = _multiplies_pairs(library)
 
     def supports(self, x: Tensor, layer: LayerArguments) -> bool:
         """Whether the kernels know this device and dtype."""
@@ -60,7 +62,7 @@ class CpuBackend:
         cost = multiplication_cost(self.library.isa, strips)
         if (break_even := BREAK_EVEN[layer.weight.dtype]) < FLOAT32_BREAK_EVEN:  # torch has instructions for it
             pairs = PAIRS_WIDE if rows % WIDE_STRIP == 0 else PAIRS_NARROW
-            cost = pairs if _multiplies_pairs(self.library) else max(cost, BFLOAT16_MARGIN / break_even)
+            cost = pairs if self._pairs else max(cost, BFLOAT16_MARGIN / break_even)
         reading = READ_STRIPS if strips else READ_BLOCKS
         ours = CALL * torch.get_num_threads() + self.work(in_features, layer) * (tokens * cost + reading)
         return ours <= in_features * layer.out_features * (tokens + READ_MATRIX)
@@ -73,7 +75,7 @@ class CpuBackend:
         if layer.weight.shape[1] % STRIP == 0:
             return layer.weight.numel()
         packed = _readable(layer, in_features)
-        work = self.library.work(in_features, _fields(packed, layer, None, None))
+        work = self.library.work(in_features, _fields(packed, layer, None, None, ACTIVATION_CODES["none"]))
         return work if work >= 0 else _refuse([packed], [layer], in_features)
 
     def forward(self, x: Tensor, layer: LayerArguments) -> Tensor:
@@ -89,13 +91,13 @@ class CpuBackend:
         biases = [checked_bias(layer, x.dtype) for layer in layers]
         outputs = [x.new_empty((tokens, layer.out_features)) for layer in layers]
         fields: list[int] = []
-        for each in zip(packed, layers, biases, outputs, strict=True):
-            fields += _fields(*each)
+        for own, layer, bias, y in zip(packed, layers, biases, outputs, strict=True):
+            fields += _fields(own, layer, bias, y, self._code(layer))
         if not self.library.linear(
             x.data_ptr(), x.stride(0), tokens, in_features, DTYPES[x.dtype], fields, torch.get_num_threads()
         ):
             _refuse(packed, layers, in_features)
-        return outputs
+        return self._activated(outputs, layers)
 
     def quick(self, x: Tensor, layers: Sequence[LayerArguments]) -> list[Tensor] | None:
         """See `hub.blockprune_backends.Backend`: the product of a small layer takes no longer than a few lines here."""
@@ -137,17 +139,30 @@ class CpuBackend:
                 nnz,
                 rows,
                 cols,
-                ACTIVATION_CODES[activation],
+                self._code(layer),
             )
         address, tokens, threads = x.data_ptr(), x.numel() // in_features, torch.get_num_threads()
         done = self.library.linear(address, in_features, tokens, in_features, code, fields, threads)
-        return outputs if done else None
+        return self._activated(outputs, layers) if done else None
+
+    def _leaves_activation(self, layer: LayerArguments) -> bool:
+        """Whether torch's GELU of the outputs takes less time than the kernels', which compute in float32."""
+        return self._pairs and layer.weight.dtype is torch.bfloat16
+
+    def _code(self, layer: LayerArguments) -> int:
+        return ACTIVATION_CODES["none" if self._leaves_activation(layer) else layer.activation]
+
+    def _activated(self, outputs: list[Tensor], layers: Sequence[LayerArguments]) -> list[Tensor]:
+        """What the kernels left to do."""
+        if not self._leaves_activation(layers[0]):
+            return outputs
+        return [ACTIVATIONS[layer.activation](y) for y, layer in zip(outputs, layers, strict=True)]
 
     def unpack(self, in_features: int, layer: LayerArguments) -> Tensor:
         """The layer's dense matrix [out_features, in_features]; see `hub.blockprune_backends.use_unpacker`."""
         packed = _readable(layer, in_features)
         dense = packed.weight.new_empty(layer.out_features, in_features)
-        fields = _fields(packed, layer, None, dense)
+        fields = _fields(packed, layer, None, dense, ACTIVATION_CODES["none"])
         if not self.library.unpack(in_features, dense.element_size(), fields, torch.get_num_threads()):
             _refuse([packed], [layer], in_features)
         return dense
@@ -179,7 +194,9 @@ def _refuse(packed: list[PackedWeight], layers: list[LayerArguments], in_feature
     raise BlockSparseFormatError("block_sparse_linear: indices changed while they were read; write them between calls")
 
 
-def _fields(packed: PackedWeight, layer: LayerArguments, bias: Tensor | None, y: Tensor | None) -> list[int]:
+def _fields(
+    packed: PackedWeight, layer: LayerArguments, bias: Tensor | None, y: Tensor | None, activation: int
+) -> list[int]:
     """kernels.h's Layer."""
     return [
         packed.weight.data_ptr(),
@@ -190,7 +207,7 @@ def _fields(packed: PackedWeight, layer: LayerArguments, bias: Tensor | None, y:
         layer.out_features,
         layer.out_features,
         *packed.weight.shape,
-        ACTIVATION_CODES[layer.activation],
+        activation,
     ]
 
 
