@@ -185,25 +185,26 @@ def shape_text(shape: list[int]) -> str:
 
 def kernels_table(results: dict[str, Any]) -> str:
     """How many times faster than a dense Linear, over the Linears of each architecture."""
-    rows = [row for row in results["kernels"] if row["dtype"] == "float32"]
+    rows = results["kernels"]
     sparsities = sorted({row["sparsity"] for row in rows})
     lines = [
-        "Times as fast as `F.linear`, float32: the mean (lowest to highest) over q, fc1 and fc2 with 197 and 1576 "
+        "Times as fast as `F.linear`: the mean (lowest to highest) over q, fc1 and fc2 with 197 and 1576 "
         f"tokens. {machine(results)}.",
         "",
-        f"| model | blocks | {' | '.join(f'{s:.0%} removed' for s in sparsities)} |",
-        "|---|---|" + "---|" * len(sparsities),
+        f"| model | dtype | blocks | {' | '.join(f'{s:.0%} removed' for s in sparsities)} |",
+        "|---|---|---|" + "---|" * len(sparsities),
     ]
-    for arch, shape in dict.fromkeys((row["arch"], shape_text(row["block_shape"])) for row in rows):
+    for kind in dict.fromkeys((row["dtype"], row["arch"], shape_text(row["block_shape"])) for row in rows):
         cells = []
         for sparsity in sparsities:
             ratios = [
                 row["ratio_to_dense"]
                 for row in rows
-                if (row["arch"], shape_text(row["block_shape"]), row["sparsity"]) == (arch, shape, sparsity)
+                if (row["dtype"], row["arch"], shape_text(row["block_shape"])) == kind and row["sparsity"] == sparsity
             ]
             cells.append(f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-        lines.append(f"| {arch} | {shape} | {' | '.join(cells)} |")
+        dtype, arch, shape = kind
+        lines.append(f"| {arch} | {dtype} | {shape} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ class CpuBackend:
         """Whether the kernels are expected to beat torch's dense product (see `BREAK_EVEN`)."""
         _, rows, cols = layer.weight.shape
         in_features, outputs = x.shape[-1], layer.out_features
-        limit = BREAK_EVEN[x.dtype] * in_features * outputs
+        limit = self._break_even(x.dtype, cols) * in_features * outputs
         if rows % STRIP:
             # Counting takes as long as a small product: not where a layer with all its blocks would do.
             most = -(-outputs // STRIP) * STRIP * -(-in_features // cols) * cols
@@ -57,15 +57,21 @@ class CpuBackend:
 
     def beats_dense(self, layer: LayerArguments, in_features: int, tokens: int) -> bool:
         """See `hub.blockprune_backends.Backend`: a call counts as much as the multiplications of its time."""
-        rows = layer.weight.shape[1]
+        _, rows, cols = layer.weight.shape
         strips = rows % STRIP == 0
         cost = multiplication_cost(self.library.isa, strips)
-        if (break_even := BREAK_EVEN[layer.weight.dtype]) < FLOAT32_BREAK_EVEN:  # torch has instructions for it
+        if (break_even := self._break_even(layer.weight.dtype, cols)) < FLOAT32_BREAK_EVEN:
             pairs = PAIRS_WIDE if rows % WIDE_STRIP == 0 else PAIRS_NARROW
-            cost = pairs if self._pairs else max(cost, BFLOAT16_MARGIN / break_even)
+            cost = pairs if self._pairs and cols % 2 == 0 else max(cost, BFLOAT16_MARGIN / break_even)
+        if cost > WHOLE_COST and layer.weight.numel() >= in_features * layer.out_features:
+            return False
         reading = READ_STRIPS if strips else READ_BLOCKS
         ours = CALL * torch.get_num_threads() + self.work(in_features, layer) * (tokens * cost + reading)
         return ours <= in_features * layer.out_features * (tokens + READ_MATRIX)
+
+    def _break_even(self, dtype: torch.dtype, cols: int) -> float:
+        """`BREAK_EVEN` for blocks of so many columns: an odd number makes no pairs."""
+        return ODD_BREAK_EVEN if self._pairs and dtype is torch.bfloat16 and cols % 2 else BREAK_EVEN[dtype]
 
     def work(self, in_features: int, layer: LayerArguments) -> int:
         """Multiplications for each token, padding included.
@@ -105,7 +111,7 @@ class CpuBackend:
         code, in_features = DTYPES.get(dtype), shape[-1]
         if code is None or not x.is_contiguous():
             return None
-        leading, limit = shape[:-1], BREAK_EVEN[dtype] * in_features
+        leading, limit = shape[:-1], self._break_even(dtype, layers[0].weight.shape[2]) * in_features
         outputs, fields = [], []
         for layer in layers:
             weight, crow, col, bias, out_features, activation, residual = layer
@@ -222,7 +228,7 @@ def _bfloat16_break_even() -> float:
     if not _has("avx512_bf16"):
         return FLOAT32_BREAK_EVEN
     library, _ = find_library()
-    return 0.7 if library is not None and _multiplies_pairs(library) else 0.4
+    return 0.7 if library is not None and _multiplies_pairs(library) else ODD_BREAK_EVEN
 
 
 def _multiplies_pairs(library: CpuLibrary) -> bool:
@@ -232,12 +238,14 @@ def _multiplies_pairs(library: CpuLibrary) -> bool:
 
 # Share of multiplications left at which torch's dense product with an unpacked matrix is as fast, from
 # benchmarks/kernels.py.
-FLOAT32_BREAK_EVEN = 1.0
+FLOAT32_BREAK_EVEN, ODD_BREAK_EVEN = 1.0, 0.4
 BREAK_EVEN = {torch.float32: FLOAT32_BREAK_EVEN, torch.bfloat16: _bfloat16_break_even()}
 
 
 # What `beats_dense` weighs, in multiplications of torch's product on one thread: fitted to times of single layers on an
 # AMD EPYC with AVX-512 and with AVX2 kernels. benchmarks/small_models.py shows what comes of it.
+HALF_WIDTH_FAMILIES = ("25",)  # AMD's Zen 4 computes half of AVX-512's width at a time
+WHOLE_COST = 0.6  # at most, where nothing is left out: above it the kernels gain too little, or lose with small layers
 CALL = 280_000  # what calling the kernels takes longer than calling torch: 6 us
 BFLOAT16_MARGIN = 1.4  # the layers of a DeiT-Ti break even with that much fewer blocks than those of a DeiT-B
 # Of bfloat16 in pairs, on an AMD EPYC with AVX512-BF16: blocks of a multiple of 32 rows, others.
@@ -256,7 +264,9 @@ def multiplication_cost(isa: str, strips: bool) -> float:
     if isa == "baseline":
         return 1.5  # measured on x86 alone
     if isa.startswith("avx512") and not _torch_has_avx512():
-        return 0.7 if strips else 0.75
+        if _cpuinfo("cpu family") in HALF_WIDTH_FAMILIES:
+            return 0.7 if strips else 0.75
+        return 0.5 if strips else 0.55
     return 1.1 if strips else 1.2
 
 
@@ -264,12 +274,17 @@ def _torch_has_avx512() -> bool:
     """Whether torch's float32 products may use AVX-512: oneMKL's do not on processors of other makers than its own."""
     if not torch.backends.mkl.is_available():
         return True
+    return (_cpuinfo("vendor_id") or platform.processor()) != "AuthenticAMD"
+
+
+@functools.cache
+def _cpuinfo(key: str) -> str | None:
+    """What Linux says of the first processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            vendor = next(line for line in lines if line.startswith("vendor_id"))
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith(key))
     except (OSError, StopIteration):
-        vendor = platform.processor()
-    return "AuthenticAMD" not in vendor
+        return None
 
 
 def register() -> str:

@@ -1,14 +1,12 @@
 // bfloat16 where an instruction multiplies pairs of them: tile.cpp's panels and strips with two neighbouring features of
-// a block column in each 32 bits, and zero for the second one at the end of an odd column. Products are exact, sums
-// float32. Part of tile.cpp, after what it calls.
+// a block in each 32 bits, for blocks of an even number of columns. Products are exact, sums float32. Part of tile.cpp,
+// after what it calls.
 #pragma once
 
 #include <immintrin.h>
 
 namespace blockprune {
 namespace {
-
-inline int64_t pairs_of(int64_t cols) { return (cols + 1) / 2; }
 
 // Features k and k + 1 of a row, those from `end` on as zero.
 inline float pair(const uint16_t* row, int64_t k, int64_t end) {
@@ -29,31 +27,18 @@ inline void transpose_pairs(const uint16_t* const (&rows)[4], int64_t k, float* 
     transpose(four_pairs(rows[0] + k), four_pairs(rows[1] + k), four_pairs(rows[2] + k), four_pairs(rows[3] + k), to, stride);
 }
 
-// One block column of some tokens.
-inline void pack_column(const uint16_t* const (&rows)[STRIDE], int32_t tokens, int64_t begin, int64_t end, int64_t pairs,
-                        float* to) {
-    const int64_t whole = (end - begin) / 8 * 8;
+void pack_input_pairs(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
+    const int64_t features = input.in_features, whole = features / 8 * 8;
+    const uint16_t* rows[STRIDE];
+    rows_of(input, first_token, tokens, rows);
     for (int64_t k = 0; k < whole; k += 8) {
         for (int32_t t = 0; t < tokens; t += 4) {
             const uint16_t* const four[] = {rows[t], rows[t + 1], rows[t + 2], rows[t + 3]};
-            transpose_pairs(four, begin + k, to + k / 2 * STRIDE + t, STRIDE);
+            transpose_pairs(four, k, panel + k / 2 * STRIDE + t, STRIDE);
         }
     }
-    for (int64_t j = whole / 2; j < pairs; ++j) {
-        for (int32_t t = 0; t < tokens; ++t) to[j * STRIDE + t] = pair(rows[t], begin + 2 * j, end);
-    }
-}
-
-void pack_input_pairs(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
-    const uint16_t* rows[STRIDE];
-    rows_of(input, first_token, tokens, rows);
-    const int64_t features = input.in_features, cols = input.cols, pairs = pairs_of(cols);
-    if (cols % 2 == 0) {  // as of one column
-        pack_column(rows, tokens, 0, features, input.padded_features / 2, panel);
-        return;
-    }
-    for (int64_t begin = 0; begin < input.padded_features; begin += cols, panel += pairs * STRIDE) {
-        pack_column(rows, tokens, begin, begin + cols < features ? begin + cols : features, pairs, panel);
+    for (int64_t k = whole; k < input.padded_features; k += 2) {
+        for (int32_t t = 0; t < tokens; ++t) panel[k / 2 * STRIDE + t] = pair(rows[t], k, features);
     }
 }
 
@@ -76,7 +61,7 @@ inline void pack_row_pairs(const uint16_t* from, int64_t count, int64_t cols, fl
 
 // What is multiplied at once: two features in bfloat16.
 struct Pairs {
-    static int64_t steps(int64_t cols) { return pairs_of(cols); }
+    static int64_t steps(int64_t cols) { return cols / 2; }
 
     static void pack(const uint16_t* from, int64_t count, int64_t cols, float* to, int64_t stride) {
         pack_row_pairs(from, count, cols, to, stride);

@@ -233,24 +233,26 @@ void multiply_strip(const Strip& s, int64_t first_token, int32_t tokens, const f
 }
 
 #ifdef __AVX512BF16__
-using BFloat16Step = Pairs;
-constexpr auto pack_bfloat16 = pack_input_pairs;
+bool in_pairs(int32_t dtype, int64_t cols) { return dtype == BFLOAT16 && cols % 2 == 0; }
 #else
-using BFloat16Step = Singles;
-constexpr auto pack_bfloat16 = pack_panel<uint16_t>;
+using Pairs = Singles;
+constexpr auto pack_input_pairs = pack_panel<uint16_t>;
+bool in_pairs(int32_t, int64_t) { return false; }
 #endif
 
 void pack_inputs(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
-    (input.dtype == BFLOAT16 ? pack_bfloat16 : pack_panel<float>)(input, first_token, tokens, panel);
+    const auto halves = in_pairs(input.dtype, input.cols) ? pack_input_pairs : pack_panel<uint16_t>;
+    (input.dtype == BFLOAT16 ? halves : pack_panel<float>)(input, first_token, tokens, panel);
 }
 
 void pack_weights(const Strip& s, int32_t dtype) {
-    (dtype == BFLOAT16 ? pack_strip<BFloat16Step, uint16_t> : pack_strip<Singles, float>)(s);
+    const auto halves = in_pairs(dtype, s.layer->cols) ? pack_strip<Pairs, uint16_t> : pack_strip<Singles, uint16_t>;
+    (dtype == BFLOAT16 ? halves : pack_strip<Singles, float>)(s);
 }
 
 void multiply(const Strip& s, int32_t dtype, int64_t first_token, int32_t tokens, const float* panel) {
-    const auto run = dtype == BFLOAT16 ? multiply_strip<BFloat16Step, uint16_t> : multiply_strip<Singles, float>;
-    run(s, first_token, tokens, panel);
+    const auto halves = in_pairs(dtype, s.layer->cols) ? multiply_strip<Pairs, uint16_t> : multiply_strip<Singles, uint16_t>;
+    (dtype == BFLOAT16 ? halves : multiply_strip<Singles, float>)(s, first_token, tokens, panel);
 }
 
 }  // namespace

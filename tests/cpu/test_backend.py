@@ -240,6 +240,14 @@ def test_bfloat16_needs_fewer_blocks_where_torch_has_instructions_for_it(monkeyp
         assert chosen(layer_of(density, dtype=torch.bfloat16), x) == wanted
 
 
+@pytest.mark.skipif(BREAK_EVEN[torch.bfloat16] != 0.7, reason="no kernels with instructions for bfloat16 here")
+@pytest.mark.parametrize(("cols", "density", "wanted"), [(1, 0.1, "cpu"), (1, 0.5, "dense"), (2, 0.5, "cpu")])
+def test_odd_blocks_lose_half_of_a_pair(cols, density, wanted, monkeypatch):
+    monkeypatch.delenv("BLOCKPRUNE_BACKEND", raising=False)
+    layer = layer_of(density, (64, cols), dtype=torch.bfloat16)
+    assert chosen(layer, torch.ones(197, 128).bfloat16()) == wanted
+
+
 def test_double_precision_is_left_to_others(monkeypatch):
     monkeypatch.delenv("BLOCKPRUNE_BACKEND", raising=False)
     assert chosen(layer_of(0.5, dtype=torch.float64), torch.ones(4, 128).double()) == "dense"

@@ -419,14 +419,17 @@ def test_the_environment_decides(monkeypatch):
         is_best_packed(layer, 192, 197)
 
 
-@pytest.mark.parametrize(("torch_has_avx512", "best"), [(True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("torch_has_avx512", "family", "best"), [(True, "6", False), (False, "25", False), (False, "26", True)]
+)
 @pytest.mark.skipif(
     find_library()[0] is None or not find_library()[0].isa.startswith("avx512"), reason="no AVX-512 kernels here"
 )
-def test_a_layer_that_keeps_all_runs_where_it_is_faster(monkeypatch, torch_has_avx512, best):
-    """oneMKL multiplies with half of AVX-512's width on processors that are not Intel's."""
+def test_a_layer_that_keeps_all_runs_where_it_is_faster(monkeypatch, torch_has_avx512, family, best):
+    """oneMKL multiplies with half of AVX-512's width on processors that are not Intel's; so does Zen 4 itself."""
     monkeypatch.setenv("BLOCKPRUNE_STORAGE", "auto")
     monkeypatch.setattr("hf_blockprune._cpu.backend._torch_has_avx512", lambda: torch_has_avx512)
+    monkeypatch.setattr("hf_blockprune._cpu.backend._cpuinfo", lambda key: family)
     multiplication_cost.cache_clear()
     try:
         assert is_best_packed(arguments_of((768, 192), 1), 192, 197) == best
