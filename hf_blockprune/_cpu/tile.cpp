@@ -99,7 +99,6 @@ void pack_panel(const Input& input, int64_t first_token, int32_t tokens, float* 
     std::memset(panel + features * STRIDE, 0, (input.padded_features - features) * STRIDE * sizeof(float));
 }
 
-
 // Some rows [count, cols] of a block, turned feature-major.
 template <typename T>
 inline void pack_rows(const T* from, int64_t count, int64_t cols, float* to, int64_t stride) {
