@@ -10,6 +10,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = "hf_blockprune/_cpu"
 PLAIN_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("driver", "merge", "strips", "unpack")]
@@ -26,6 +27,7 @@ ISA_FLAGS = {
     },
     "aarch64": {"baseline": []},
 }
+NEW_ISAS = {"avx512bf16"}  # which GCC before 10 does not know; the kernels do without
 
 
 class BuildKernels(build_ext):
@@ -39,13 +41,17 @@ class BuildKernels(build_ext):
             PLAIN_SOURCES, output_dir=self.build_temp, extra_postargs=COMMON_FLAGS, depends=ext.depends
         )
         for isa, flags in ISA_FLAGS[platform.machine()].items():
-            objects += self.compiler.compile(
-                ISA_SOURCES,
-                output_dir=f"{self.build_temp}/{isa}",
-                macros=[("BLOCKPRUNE_ISA", isa)],
-                extra_postargs=[*COMMON_FLAGS, *flags],
-                depends=ext.depends,
-            )
+            try:
+                objects += self.compiler.compile(
+                    ISA_SOURCES,
+                    output_dir=f"{self.build_temp}/{isa}",
+                    macros=[("BLOCKPRUNE_ISA", isa)],
+                    extra_postargs=[*COMMON_FLAGS, *flags],
+                    depends=ext.depends,
+                )
+            except CompileError:
+                if isa not in NEW_ISAS:
+                    raise
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), libraries=["dl"], target_lang="c++", build_temp=self.build_temp
         )

@@ -46,7 +46,7 @@ bool runs_here(const Isa& isa) {
 
 const Isa* find(const char* name) {
     for (const Isa* isa : all) {
-        if (runs_here(*isa) && (!name || !std::strcmp(name, isa->name))) return isa;
+        if (isa && runs_here(*isa) && (!name || !std::strcmp(name, isa->name))) return isa;
     }
     return nullptr;
 }

@@ -65,7 +65,7 @@ extern const Isa isa_baseline;
 #ifdef __x86_64__
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;
-extern const Isa isa_avx512bf16;
+extern const Isa isa_avx512bf16 __attribute__((weak));  // null where the compiler does not know its instructions
 #endif
 
 }  // namespace blockprune
