@@ -274,7 +274,7 @@ def _torch_has_avx512() -> bool:
     """Whether torch's float32 products may use AVX-512: oneMKL's do not on processors of other makers than its own."""
     if not torch.backends.mkl.is_available():
         return True
-    return (_cpuinfo("vendor_id") or platform.processor()) != "AuthenticAMD"
+    return "AuthenticAMD" not in (_cpuinfo("vendor_id") or platform.processor())
 
 
 @functools.cache

@@ -71,8 +71,6 @@ float* workspace(int64_t floats) {
     return memory.get();
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Some tokens of all products: cut into panels of nearly equal size, panels into groups.
 struct Chunk {
     const Isa& isa;

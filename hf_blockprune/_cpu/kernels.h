@@ -6,6 +6,9 @@
 
 namespace blockprune {
 
+// Of internal linkage, so that each instruction set keeps its own.
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 enum Activation : int64_t { NONE = 0, GELU = 1, GELU_TANH = 2 };
 enum Status : int32_t { DONE = 0, NO_MEMORY = 1, BAD_INDICES = 2 };
@@ -31,7 +34,7 @@ struct Layer {
     int64_t nnz_blocks, rows, cols;  // of a block
     int64_t activation;
 
-    int64_t block_rows() const { return (out_features + rows - 1) / rows; }
+    int64_t block_rows() const { return divide_up(out_features, rows); }
 };
 
 // `strip_rows(rows)` neighbouring outputs of a layer, with the block columns that any of their block rows keeps.

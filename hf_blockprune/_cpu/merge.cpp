@@ -15,8 +15,6 @@ constexpr int64_t PANELS_BYTES = 4 << 20;  // of the images that are merged at o
 constexpr int64_t ROWS_AT_ONCE = 16;
 constexpr int64_t PRODUCTS_A_THREAD = 1 << 20;  // below that, starting another thread takes longer
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What is found of one image.
 struct Found {
     std::vector<float> best;       // [candidates]

