@@ -17,17 +17,20 @@ PLAIN_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("driver", "merge", "strips
 ISA_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("alike", "tile")]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # ISA_SOURCES are compiled once for each instruction set, under its name; which one runs is decided where it runs.
+AVX2_FLAGS = ["-mavx2", "-mfma"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
     "x86_64": {
         "baseline": [],
-        "avx2": ["-mavx2", "-mfma"],
+        "avx2": AVX2_FLAGS,
+        "avxvnni": [*AVX2_FLAGS, "-mavxvnni"],
         "avx512": AVX512_FLAGS,
-        "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+        "avx512vnni": [*AVX512_FLAGS, "-mavx512vnni"],
+        "avx512bf16": [*AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"],
     },
     "aarch64": {"baseline": []},
 }
-NEW_ISAS = {"avx512bf16"}  # which GCC before 10 does not know; the kernels do without
+NEW_ISAS = {"avxvnni", "avx512vnni", "avx512bf16"}  # which GCC before 11 does not know; the kernels do without
 
 
 class BuildKernels(build_ext):
@@ -68,9 +71,7 @@ def kernels() -> list[Extension]:
     if sys.platform != "linux" or platform.machine() not in ISA_FLAGS:
         return []
     sources = [*PLAIN_SOURCES, *ISA_SOURCES]
-    headers = [
-        f"{SOURCES}/{name}.h" for name in ("kernels", "merge", "pairs", "strips", "threads", "unpack", "vectors")
-    ]
+    headers = [str(path) for path in sorted(Path(SOURCES).glob("*.h"))]
     return [Extension("hf_blockprune._cpu.libblockprune_cpu", sources, depends=headers, language="c++", optional=True)]
 
 

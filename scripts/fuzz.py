@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from benchmarks.timing import save
 from hf_blockprune.runs.environment import environment
-from tests.fuzzing import Damage, check, damages, forge
+from tests.fuzzing import FIXTURES, Damage, check, damages, forge
 
 
 def main() -> None:
@@ -43,9 +43,9 @@ def main() -> None:
             phases=(Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
         )
-        @given(changes=st.lists(damages, min_size=1, max_size=3))
-        def run(changes: list[Damage]) -> None:
-            forge(Path(parent, "forged"), changes)
+        @given(changes=st.lists(damages, min_size=1, max_size=3), fixture=st.sampled_from(range(len(FIXTURES))))
+        def run(changes: list[Damage], fixture: int) -> None:
+            forge(Path(parent, "forged"), changes, fixture)
             outcomes[check(Path(parent, "forged"))] += 1
 
         run()

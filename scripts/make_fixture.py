@@ -1,4 +1,4 @@
-"""Write the checkpoint that every later version must read: tests/fixtures/format-5, after those of formats 1 to 4.
+"""Write the checkpoint that every later version must read: tests/fixtures/format-6, after those of formats 1 to 5.
 
     python scripts/make_fixture.py OUTPUT
 
@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_blockprune import sparsify
 from hf_blockprune.hub.blockprune_config import FORMAT_VERSION
 from hf_blockprune.hub.blockprune_heads import CutHeads
+from hf_blockprune.hub.blockprune_rounding import quantize
 from hf_blockprune.hub.blockprune_tokens import TokenSchedule, set_schedule
 from hf_blockprune.model.layers import linear_in
 from hf_blockprune.model.structure import TransformerLayer, find_transformer_layers
@@ -43,7 +44,7 @@ def picture() -> torch.Tensor:
 
 
 def sparse_model() -> ViTForImageClassification:
-    """A ViT in which tokens merge, with blocks on a chequerboard.
+    """A ViT in int8 in which tokens merge, with blocks on a chequerboard.
 
     Its first layer has one small head, and hidden units without blocks are cut out.
     """
@@ -70,7 +71,7 @@ def sparse_model() -> ViTForImageClassification:
     sparsify(model, masks, BLOCK_SHAPE, cut=dict.fromkeys(cut.names(), (16, 16)), heads=[cut])
     cut_hidden_units(model, layers)
     set_schedule(model, SCHEDULE, masks)
-    return model
+    return quantize(model)
 
 
 @torch.no_grad()

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from hf_blockprune import BlockPruneError, BlockSparseFormatError
 from hf_blockprune.checkpoint.inspection import inspect_checkpoint
 from hf_blockprune.hub.blockprune_heads import PARTS
+from hf_blockprune.hub.blockprune_layers import block_sparse_layers, is_int8
 from hf_blockprune.hub.blockprune_names import stored_layer_names
-from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers
-from hf_blockprune.hub.blockprune_tokens import TokenSchedule, schedule_of, set_schedule
+from hf_blockprune.hub.blockprune_tokens import TokenSchedule, forget_schedule, schedule_of, set_schedule
 from hf_blockprune.model.loading import load_model
 
-FIXTURE = Path(__file__).parent / "fixtures" / "format-5"
+FIXTURES = [Path(__file__).parent / "fixtures" / name for name in ("format-5", "format-6")]  # floats, int8
 PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
 # What transformers and safetensors say of files that they refuse by themselves.
 THEIRS = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError)
@@ -50,12 +50,14 @@ def _config_places(config: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any,
     return [place for key, value in keys for place in ((*prefix, key), *_config_places(value, (*prefix, key)))]
 
 
-CONFIG = json.loads((FIXTURE / "config.json").read_text())
-TENSORS = load_file(FIXTURE / "model.safetensors")
-SIZE = (FIXTURE / "model.safetensors").stat().st_size
-HEADER = struct.unpack("<Q", (FIXTURE / "model.safetensors").read_bytes()[:8])[0] + 8
+CONFIGS = [json.loads((fixture / "config.json").read_text()) for fixture in FIXTURES]
+WEIGHTS = [fixture / "model.safetensors" for fixture in FIXTURES]
+PLACES = sorted({place for config in CONFIGS for place in _config_places(config)}, key=repr)
+TENSORS = sorted({name for weights in WEIGHTS for name in load_file(weights)})
+SIZE = max(weights.stat().st_size for weights in WEIGHTS)
+HEADER = max(struct.unpack("<Q", weights.read_bytes()[:8])[0] + 8 for weights in WEIGHTS)
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-LAYERS = sorted(CONFIG["quantization_config"]["layers"])
+LAYERS = sorted(CONFIGS[0]["quantization_config"]["layers"])
 HEADS = st.fixed_dictionaries(
     {part: st.sampled_from(LAYERS) for part in PARTS} | {key: st.integers(1, 9) for key in ("heads", "head_size")}
 )
@@ -69,11 +71,11 @@ TOKENS = st.fixed_dictionaries(
 INDICES = sorted(name for name in TENSORS if name.endswith("_indices"))
 
 damages = st.one_of(
-    st.builds(Damage, st.just("config"), st.sampled_from(_config_places(CONFIG)), JUNK),
+    st.builds(Damage, st.just("config"), st.sampled_from(PLACES), JUNK),
     st.builds(
         Damage,
         st.just("config"),
-        st.sampled_from([p for p in _config_places(CONFIG) if p[0] == "quantization_config"]),
+        st.sampled_from([p for p in PLACES if p[0] == "quantization_config"]),
         JUNK,
     ),
     st.builds(Damage, st.just("config"), st.just(("quantization_config", "heads")), st.lists(HEADS, max_size=2)),
@@ -81,7 +83,7 @@ damages = st.one_of(
     st.builds(
         Damage,
         st.just("config"),
-        st.sampled_from([p for p in _config_places(CONFIG) if p[:2] == ("quantization_config", "tokens")]),
+        st.sampled_from([p for p in PLACES if p[:2] == ("quantization_config", "tokens")]),
         st.one_of(COUNTS, JUNK),
     ),
     st.builds(
@@ -90,7 +92,8 @@ damages = st.one_of(
         st.sampled_from([("quantization_config", "cut", name) for name in LAYERS]),
         st.lists(st.sampled_from([1, 6, 8, 16, 32]), min_size=2, max_size=2),
     ),
-    st.builds(Damage, st.just("missing key"), st.sampled_from(_config_places(CONFIG)), st.none()),
+    st.builds(Damage, st.just("new key"), st.just(("quantization_config", "dtype")), st.one_of(st.just("int8"), JUNK)),
+    st.builds(Damage, st.just("missing key"), st.sampled_from(PLACES), st.none()),
     st.builds(
         Damage,
         st.just("index"),
@@ -101,15 +104,15 @@ damages = st.one_of(
     st.builds(
         Damage,
         st.just("dtype"),
-        st.sampled_from(sorted(TENSORS)),
-        st.sampled_from(["int64", "uint8", "float16", "bool"]),
+        st.sampled_from(TENSORS),
+        st.sampled_from(["int64", "uint8", "int8", "float16", "float32", "bool"]),
     ),
-    st.builds(Damage, st.just("shape"), st.sampled_from(sorted(TENSORS)), st.integers(0, 5)),
-    st.builds(Damage, st.just("missing tensor"), st.sampled_from(sorted(TENSORS)), st.none()),
+    st.builds(Damage, st.just("shape"), st.sampled_from(TENSORS), st.integers(0, 5)),
+    st.builds(Damage, st.just("missing tensor"), st.sampled_from(TENSORS), st.none()),
     st.builds(
         Damage,
         st.just("shard"),
-        st.sampled_from(sorted(TENSORS)),
+        st.sampled_from(TENSORS),
         st.one_of(st.sampled_from([*SHARDS, "../model.safetensors", "/model.safetensors", "config.json", ""]), JUNK),
     ),
     st.builds(Damage, st.just("byte"), st.integers(0, HEADER - 1), st.integers(0, 255)),
@@ -117,11 +120,11 @@ damages = st.one_of(
 )
 
 
-def forge(folder: Path, changes: list[Damage]) -> None:
-    """Write the fixture with changes, in two shards where one changes their list; those to bytes come last."""
-    config, tensors = json.loads(json.dumps(CONFIG)), {name: tensor.clone() for name, tensor in TENSORS.items()}
+def forge(folder: Path, changes: list[Damage], fixture: int = 0) -> None:
+    """Write one of `FIXTURES` with changes, in two shards where one changes their list; those to bytes come last."""
+    config, tensors = json.loads(json.dumps(CONFIGS[fixture])), load_file(WEIGHTS[fixture])
     for change in changes:
-        if change.kind in ("config", "missing key"):
+        if change.kind in ("config", "missing key", "new key"):
             _change_config(config, change)
         elif change.kind != "shard" and change.place in tensors:
             _change_tensor(tensors, change)
@@ -163,7 +166,9 @@ def _change_config(config: Any, change: Damage) -> None:
             return
         config = config[key]
     last = change.place[-1]
-    if (isinstance(config, dict) and last in config) or (
+    if change.kind == "new key" and isinstance(config, dict):
+        config[last] = change.value
+    elif (isinstance(config, dict) and last in config) or (
         isinstance(config, list) and isinstance(last, int) and last < len(config)
     ):
         if change.kind == "config":
@@ -211,6 +216,8 @@ def check(folder: Path) -> str:
         for tensor, have in module.packed()._asdict().items():
             want = stored[f"{prefix}.{tensor}"]
             assert torch.equal(have.to(want.dtype).nan_to_num(), want.nan_to_num())
+        if is_int8(module):
+            assert torch.equal(module.weight_scale, stored[f"{prefix}.weight_scale"])
     schedule = schedule_of(model)
     assert schedule == _stored_schedule(folder)
     with torch.no_grad():
@@ -218,7 +225,11 @@ def check(folder: Path) -> str:
             logits = model(PICTURE.to(model.dtype)).logits
         except THEIRS:
             return f"loaded{refused}, for other pictures"
-        if schedule is not None:  # rounding must not decide which of two patches leaves
+        # Rounding must not decide which of two patches leaves.
+        if any(map(is_int8, model.modules())):
+            forget_schedule(model)
+            logits = model(PICTURE.to(model.dtype)).logits
+        elif schedule is not None:
             logits = model.double()(PICTURE.double()).logits
         expected = _dense(model)(PICTURE.to(model.dtype)).logits
     torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2, equal_nan=True)

@@ -6,19 +6,20 @@ from hypothesis import strategies as st
 
 from hf_blockprune import ModelError
 from hf_blockprune.checkpoint.inspection import inspect_checkpoint
-from tests.fuzzing import Damage, check, damages, forge
+from tests.fuzzing import FIXTURES, Damage, check, damages, forge
 
 
-def test_the_fixture_itself_loads(tmp_path):
-    forge(tmp_path / "forged", [])
+@pytest.mark.parametrize("fixture", range(len(FIXTURES)))
+def test_the_fixture_itself_loads(fixture, tmp_path):
+    forge(tmp_path / "forged", [], fixture)
     assert check(tmp_path / "forged") == "loaded"
 
 
 @pytest.mark.slow
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(changes=st.lists(damages, min_size=1, max_size=2))
-def test_only_typed_errors_and_true_models_come_of_damage(tmp_path, changes):
-    forge(tmp_path / "forged", changes)
+@given(changes=st.lists(damages, min_size=1, max_size=2), fixture=st.sampled_from(range(len(FIXTURES))))
+def test_only_typed_errors_and_true_models_come_of_damage(tmp_path, changes, fixture):
+    forge(tmp_path / "forged", changes, fixture)
     check(tmp_path / "forged")
 
 

@@ -146,6 +146,7 @@ class CpuBackend:
                 rows,
                 cols,
                 self._code(layer),
+                0,
             )
         address, tokens, threads = x.data_ptr(), x.numel() // in_features, torch.get_num_threads()
         done = self.library.linear(address, in_features, tokens, in_features, code, fields, threads)
@@ -214,6 +215,7 @@ def _fields(
         layer.out_features,
         *packed.weight.shape,
         activation,
+        0,
     ]
 
 

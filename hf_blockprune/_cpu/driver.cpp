@@ -1,5 +1,8 @@
 // The C ABI: chooses the instruction set, shares out a product over the threads of the OpenMP runtime that torch runs.
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -26,20 +29,33 @@ constexpr int64_t ITEMS_A_THREAD = 8;  // enough for the threads to end at about
 const Isa* const all[] = {
 #ifdef __x86_64__
     &isa_avx512bf16,
+    &isa_avx512vnni,
     &isa_avx512,
+    &isa_avxvnni,
     &isa_avx2,
 #endif
     &isa_baseline,
 };
+
+#ifdef __x86_64__
+bool has_avxvnni() {  // compilers that know the instructions may not know to ask for them
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 4);
+}
+#endif
 
 bool runs_here(const Isa& isa) {
 #ifdef __x86_64__
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (&isa == &isa_avx512bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (&isa == &isa_avx512bf16) return vnni && __builtin_cpu_supports("avx512bf16");
+    if (&isa == &isa_avx512vnni) return vnni;
     if (&isa == &isa_avx512) return avx512;
-    if (&isa == &isa_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (&isa == &isa_avxvnni) return avx2 && has_avxvnni();
+    if (&isa == &isa_avx2) return avx2;
 #endif
     return true;
 }
@@ -86,7 +102,7 @@ struct Chunk {
     float* at(int64_t panel) const { return memory + panel * panel_floats; }
 
     void pack() {
-        for (int64_t s; (s = next_strip.fetch_add(1)) < strips_to_pack;) isa.pack_weights(strips[s], input.dtype);
+        for (int64_t s; (s = next_strip.fetch_add(1)) < strips_to_pack;) isa.pack_weights(input, strips[s]);
         for (int64_t p; (p = next_panel.fetch_add(1)) < panels;) isa.pack_inputs(input, start(p), count(p), at(p));
     }
 
@@ -95,7 +111,7 @@ struct Chunk {
         for (int64_t item; (item = next_item.fetch_add(1)) < groups * each;) {
             const int64_t group = item / each;
             for (int64_t p = panels * group / groups; p < panels * (group + 1) / groups; ++p) {
-                isa.multiply(strips[item % each], input.dtype, start(p), count(p), at(p));
+                isa.multiply(input, strips[item % each], start(p), count(p), at(p));
             }
         }
     }
@@ -110,15 +126,15 @@ void work(void* argument) {
 
 Status run(const Isa& isa, const Input& input, Strips& cut, int32_t num_threads) {
     const std::vector<Strip>& strips = cut.longest_first();
-    const int64_t panel_floats = input.padded_features * isa.panel_stride;
+    const int64_t panel_floats = (input.block_cols * input.column_words + 1) * isa.panel_stride;
     const int64_t panel_bytes = std::max<int64_t>(1, panel_floats * int64_t(sizeof(float)));
     const int64_t most_panels = std::max<int64_t>(1, WORKSPACE_BYTES / panel_bytes);
     const int64_t chunks = divide_up(divide_up(input.tokens, isa.panel_tokens), most_panels);
     if (!chunks) return DONE;
     const int64_t chunk_panels = divide_up(divide_up(input.tokens, chunks), isa.panel_tokens);
-    float* memory = workspace(chunk_panels * panel_floats + cut.floats());
+    float* memory = workspace(chunk_panels * panel_floats + cut.floats(input.column_words));
     if (!memory) return NO_MEMORY;
-    cut.place(memory + chunk_panels * panel_floats);
+    cut.place(memory + chunk_panels * panel_floats, input.column_words);
     for (int64_t c = 0; c < chunks; ++c) {
         const int64_t first = input.tokens * c / chunks, tokens = input.tokens * (c + 1) / chunks - first;
         const int64_t panels = divide_up(tokens, isa.panel_tokens), count = int64_t(strips.size());
@@ -166,13 +182,14 @@ EXPORT int64_t blockprune_cpu_work(const char* isa, int64_t in_features, const v
 
 // Products of layers with one block width that read the same x; a Status.
 EXPORT int32_t blockprune_cpu_linear(
-    const char* isa, const void* x, int64_t x_stride, int64_t tokens, int64_t in_features, int32_t dtype,
+    const char* isa, const void* x, int64_t x_stride, int64_t tokens, int64_t in_features, int32_t dtype, int32_t weights,
     const void* layers, int64_t num_layers, int32_t num_threads) try {
     thread_local blockprune::Strips strips;
     const auto* first = static_cast<const blockprune::Layer*>(layers);
     const auto* best = blockprune::find(isa);
     const int64_t block_cols = blockprune::block_columns(in_features, *first);
-    const blockprune::Input input{x, x_stride, tokens, in_features, first->cols, block_cols * first->cols, dtype};
+    blockprune::Input input{x, x_stride, tokens, in_features, first->cols, block_cols, dtype, weights};
+    input.column_words = best->column_words(input);
     if (!strips.cut(first, num_layers, block_cols, best->strip_rows)) return blockprune::BAD_INDICES;
     return blockprune::run(*best, input, strips, num_threads);
 } catch (const std::bad_alloc&) {

@@ -8,7 +8,8 @@ import struct
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-LAYER_FIELDS = 11  # of kernels.h's Layer, 8 bytes each
+LAYER_FIELDS = 12  # of kernels.h's Layer, 8 bytes each
+INT8 = 2  # kernels.h's DType
 NO_MEMORY, BAD_INDICES = 1, 2  # kernels.h's Status
 PATH = Path(__file__).with_name("libblockprune_cpu.so")
 ISA_VARIABLE = "BLOCKPRUNE_CPU_ISA"
@@ -40,7 +41,7 @@ class CpuLibrary:
         self.isa = found.decode()
         self.has_threads = bool(library.blockprune_cpu_has_threads())
         self._linear = library.blockprune_cpu_linear
-        self._linear.argtypes = [c_char_p, c_void_p, *[c_int64] * 3, c_int32, c_void_p, c_int64, c_int32]
+        self._linear.argtypes = [c_char_p, c_void_p, *[c_int64] * 3, c_int32, c_int32, c_void_p, c_int64, c_int32]
         self._unpack = library.blockprune_cpu_unpack
         self._unpack.argtypes = [c_int64, c_int64, c_void_p, c_int32]
         self._merge = library.blockprune_cpu_merge
@@ -49,7 +50,15 @@ class CpuLibrary:
         self._work.argtypes, self._work.restype = [c_char_p, c_int64, c_void_p], c_int64
 
     def linear(
-        self, x: int, stride: int, tokens: int, in_features: int, dtype: int, layers: list[int], threads: int
+        self,
+        x: int,
+        stride: int,
+        tokens: int,
+        in_features: int,
+        dtype: int,
+        layers: list[int],
+        threads: int,
+        weights: int | None = None,
     ) -> bool:
         """Products of layers that read the same x; the caller answers for every address, and for the indices' lengths.
 
@@ -60,6 +69,7 @@ class CpuLibrary:
             dtype: kernels.h's number.
             layers: the fields of kernels.h's Layer, one layer after the other, null as 0.
             threads: at most.
+            weights: their number where they have another dtype.
 
         Returns:
             Whether all indices kept the format's rules; else nothing was computed.
@@ -68,7 +78,8 @@ class CpuLibrary:
             MemoryError: no room for working copies of inputs and weights.
         """
         fields, count = _array(layers), len(layers) // LAYER_FIELDS
-        status = self._linear(self._isa, x, stride, tokens, in_features, dtype, fields, count, threads)
+        weights = dtype if weights is None else weights
+        status = self._linear(self._isa, x, stride, tokens, in_features, dtype, weights, fields, count, threads)
         return status == 0 or _done(status)
 
     def unpack(self, in_features: int, element_bytes: int, layer: list[int], threads: int) -> bool:

@@ -99,16 +99,22 @@ int64_t Strips::work() const {
     return sum;
 }
 
-int64_t Strips::floats() const {
-    int64_t sum = work();
-    for (const Strip& s : strips_) sum += s.layer->rows % s.width ? block_cols_ : 0;
+namespace {
+
+int64_t floats_of(const Strip& s, int64_t column_words) { return (s.count * column_words + 1) * s.width; }
+
+}  // namespace
+
+int64_t Strips::floats(int64_t column_words) const {
+    int64_t sum = 0;
+    for (const Strip& s : strips_) sum += floats_of(s, column_words) + (s.layer->rows % s.width ? block_cols_ : 0);
     return sum;
 }
 
-void Strips::place(float* memory) {
+void Strips::place(float* memory, int64_t column_words) {
     for (Strip& s : strips_) {
         s.weights = memory;
-        memory += s.work();
+        memory += floats_of(s, column_words);
     }
     for (Strip& s : strips_) {  // behind the weights, which stay aligned that way
         if (s.layer->rows % s.width == 0) continue;

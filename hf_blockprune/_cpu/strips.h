@@ -25,9 +25,9 @@ public:
     bool cut(const Layer* layers, int64_t count, int64_t block_cols, int32_t (*strip_rows)(int64_t rows));
 
     const std::vector<Strip>& longest_first() const { return strips_; }
-    int64_t work() const;                 // multiplications for each token
-    int64_t floats() const;               // of memory that the strips want
-    void place(float* memory);            // gives it to them
+    int64_t work() const;  // multiplications for each token
+    int64_t floats(int64_t column_words) const;      // of memory that the strips want
+    void place(float* memory, int64_t column_words);  // gives it to them
 
 private:
     void cut(const Layer& layer, int32_t width);

@@ -6,8 +6,11 @@
 // and blocks may be as narrow as one column.
 
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
+#include "activations.h"
+#include "bytes.h"
 #include "kernels.h"
 #include "vectors.h"
 
@@ -26,51 +29,6 @@ constexpr int MAX_TOKENS = 3, STRIDE = 4, WIDEST_STRIP = 16;
 
 constexpr int PREFETCH_FEATURES = 16;  // about what a core multiplies while its second cache answers
 constexpr int PACKED_AT_ONCE = 16;      // features: a cache line of each token
-
-// Cephes' expf: 2^n times a polynomial in what is left, about 2 ulp.
-inline Vec exponential(Vec x) {
-    const Vec low = Vec{} - 87.3f, high = Vec{} + 88.3f;
-    x = x < low ? low : x;
-    x = x > high ? high : x;
-    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves a whole number in the lowest bits
-    Vec shifted = x * 1.44269504f + round;
-    Vec n = shifted - round;
-    Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vec p = Vec{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    IntVec exponent = ((IntVec)shifted - 0x4b400000 + 127) << 23;
-    return p * (Vec)exponent;  // a product, so that NaN stays NaN
-}
-
-// x Phi(x), the error function by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
-inline Vec gelu(Vec x) {
-    Vec z = x * 0.70710678f;
-    Vec size = z < 0.0f ? -z : z;
-    Vec t = 1.0f / (size * 0.3275911f + 1.0f);
-    Vec p = t * 1.061405429f - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = (p * t + 0.254829592f) * t;
-    Vec tail = p * exponential(-z * z) * 0.5f;  // of the normal distribution beyond |x|
-    return x * (z < 0.0f ? tail : 1.0f - tail);
-}
-
-// 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u))
-inline Vec gelu_tanh(Vec x) {
-    Vec u = x * 0.79788456f * (x * x * 0.044715f + 1.0f);
-    return x / (exponential(u * -2.0f) + 1.0f);
-}
-
-inline Vec activate(Vec x, int64_t activation) {
-    if (activation == GELU) return gelu(x);
-    if (activation == GELU_TANH) return gelu_tanh(x);
-    return x;
-}
 
 // Where tokens end before a multiple of four, the last one stands in for more.
 template <typename T>
@@ -96,7 +54,7 @@ void pack_panel(const Input& input, int64_t first_token, int32_t tokens, float* 
     for (int64_t k = whole; k < features; ++k) {
         for (int32_t t = 0; t < tokens; ++t) panel[k * STRIDE + t] = to_float(rows[t][k]);
     }
-    std::memset(panel + features * STRIDE, 0, (input.padded_features - features) * STRIDE * sizeof(float));
+    std::memset(panel + features * STRIDE, 0, (input.padded_features() - features) * STRIDE * sizeof(float));
 }
 
 // Some rows [count, cols] of a block, turned feature-major.
@@ -118,19 +76,20 @@ inline void pack_rows(const T* from, int64_t count, int64_t cols, float* to, int
     }
 }
 
-// What is multiplied at once: one feature in float32.
+// One feature at once in float32; see words.h for the others.
+template <typename T>
 struct Singles {
-    static int64_t steps(int64_t cols) { return cols; }
+    using Stored = T;
+    using Word = float;
+    using Sums = Vec;
+    static constexpr int PER_WORD = 1;
+    static constexpr bool QUANTISED = false;
 
-    template <typename T>
     static void pack(const T* from, int64_t count, int64_t cols, float* to, int64_t stride) {
         pack_rows(from, count, cols, to, stride);
     }
 
-    template <int VECS>
-    static void multiply_add(Vec (&sums)[VECS], const Vec (&weights)[VECS], float x) {
-        for (int v = 0; v < VECS; ++v) sums[v] += weights[v] * x;
-    }
+    static void multiply_add(Vec& sums, Vec weights, float x) { sums += weights * x; }
 };
 
 }  // namespace
@@ -145,14 +104,14 @@ namespace {
 
 // A strip of one block row has its blocks one after the other. Where it has several rows, or ends beyond the matrix, each
 // block goes to its column's position, into its row's lanes.
-template <class Step, typename T>
-void pack_strip(const Strip& s) {
+template <class Words>
+void pack_strip(const Input& input, const Strip& s) {
     const Layer& layer = *s.layer;
-    const T* weight = static_cast<const T*>(layer.weight);
+    const auto* weight = static_cast<const typename Words::Stored*>(layer.weight);
     const int64_t rows = layer.rows, cols = layer.cols, end = s.output + s.width;
     if (s.positions) {
         for (int64_t c = 0; c < s.count; ++c) s.positions[s.columns[c]] = int32_t(c);
-        std::memset(s.weights, 0, s.work() * sizeof(float));
+        std::memset(s.weights, 0, s.count * input.column_words * s.width * sizeof(float));
     }
     int64_t lane = 0;
     for (int64_t r = s.output / rows; r < layer.block_rows() && r * rows < end; ++r) {
@@ -161,38 +120,75 @@ void pack_strip(const Strip& s) {
         const int64_t begin = layer.crow_indices[r];
         for (int64_t block = begin; block < layer.crow_indices[r + 1]; ++block) {
             const int64_t position = s.positions ? s.positions[layer.col_indices[block]] : block - begin;
-            float* to = s.weights + position * Step::steps(cols) * s.width + lane;
-            Step::pack(weight + (block * rows + first) * cols, count, cols, to, s.width);
+            float* to = s.weights + position * input.column_words * s.width + lane;
+            Words::pack(weight + (block * rows + first) * cols, count, cols, to, s.width);
         }
         lane += count;
     }
+    if constexpr (Words::QUANTISED) {
+        const int64_t words = s.count * input.column_words;
+        pack_offsets(s.weights, words, s.width, reinterpret_cast<int32_t*>(s.weights + words * s.width));
+    }
 }
 
-// All sums stay in registers: every index is a constant, so the compiler can take the array apart.
-template <class Step, int VECS, size_t... TOKEN>
-inline void accumulate(const Strip& s, const float* panel, float* out, std::index_sequence<TOKEN...>) {
-    Vec sums[sizeof...(TOKEN)][VECS] = {};
-    const int32_t steps = int32_t(Step::steps(s.layer->cols));
-    const int64_t ahead = 1 + PREFETCH_FEATURES / steps;
+template <class Words, int VECS>
+inline void multiply_add(typename Words::Sums (&sums)[VECS], const Vec (&weights)[VECS], const float* x) {
+    typename Words::Word word;
+    std::memcpy(&word, x, sizeof word);
+    for (int v = 0; v < VECS; ++v) Words::multiply_add(sums[v], weights[v], word);
+}
+
+// All sums stay in registers: every index is a constant, so the compiler can take the array apart. `SIDE` words of a token
+// lie side by side in the panel.
+template <class Words, int SIDE, int VECS, size_t... TOKEN>
+inline void accumulate(const Input& input, const Strip& s, const float* panel, float* out, std::index_sequence<TOKEN...>) {
+    typename Words::Sums sums[sizeof...(TOKEN)][VECS] = {};
+    const int32_t words = int32_t(input.column_words);
+    const int64_t ahead = 1 + PREFETCH_FEATURES / words;
     const float* weight = s.weights;
     for (int64_t c = 0; c < s.count; ++c) {
-        const float* x = panel + int64_t(s.columns[c]) * steps * STRIDE;
-        __builtin_prefetch(panel + int64_t(s.columns[c + ahead < s.count ? c + ahead : c]) * steps * STRIDE);
-        for (int32_t k = 0; k < steps; ++k, x += STRIDE, weight += VECS * LANES) {
-            Vec weights[VECS];
-            for (int v = 0; v < VECS; ++v) weights[v] = load(weight + v * LANES);
-            (Step::template multiply_add<VECS>(sums[TOKEN], weights, x[TOKEN]), ...);
+        const float* x = panel + int64_t(s.columns[c]) * words * STRIDE;
+        __builtin_prefetch(panel + int64_t(s.columns[c + ahead < s.count ? c + ahead : c]) * words * STRIDE);
+        for (int32_t k = 0; k < words; k += SIDE, x += SIDE * STRIDE) {
+#pragma GCC unroll 4
+            for (int side = 0; side < SIDE; ++side, weight += VECS * LANES) {
+                Vec weights[VECS];
+                for (int v = 0; v < VECS; ++v) weights[v] = load(weight + v * LANES);
+                (multiply_add<Words, VECS>(sums[TOKEN], weights, x + TOKEN * SIDE + side), ...);
+            }
         }
     }
     const auto keep = [&](size_t token) {
-        for (int v = 0; v < VECS; ++v) store(out + (token * VECS + v) * LANES, sums[token][v]);
+        for (int v = 0; v < VECS; ++v) store(out + (token * VECS + v) * LANES, (Vec)sums[token][v]);
     };
     (keep(TOKEN), ...);
 }
 
+// The scales of a layer's weights, and what is too much in their sums.
+struct Scales {
+    float weight[WIDEST_STRIP] = {};
+    const int32_t* offsets;
+
+    Scales(const Input& input, const Strip& s)
+        : offsets(reinterpret_cast<const int32_t*>(s.weights + s.count * input.column_words * s.width)) {
+        std::memcpy(weight, s.layer->weight_scale + s.output, s.valid * sizeof(float));
+    }
+
+    Vec numbers(const float* sums, int32_t v, float x_scale) const {
+        IntVec whole;
+        std::memcpy(&whole, sums, sizeof whole);
+        if (OFFSET) {
+            IntVec offset;
+            std::memcpy(&offset, offsets + v, sizeof offset);
+            whole = (IntVec)((BitVec)whole - (BitVec)offset);
+        }
+        return __builtin_convertvector(whole, Vec) * x_scale * load(weight + v);
+    }
+};
+
 // Bias, activation and the store of tokens x width sums.
-template <typename T>
-void finish(const Strip& s, int64_t first_token, int32_t tokens, const float* sums) {
+template <typename T, class Value>
+void finish(const Strip& s, int64_t first_token, int32_t tokens, Value value) {
     const Layer& layer = *s.layer;
     T* y = static_cast<T*>(layer.y) + first_token * layer.y_stride + s.output;
     T bias[WIDEST_STRIP] = {}, last[WIDEST_STRIP];
@@ -200,58 +196,90 @@ void finish(const Strip& s, int64_t first_token, int32_t tokens, const float* su
     for (int32_t t = 0; t < tokens; ++t, y += layer.y_stride) {
         T* to = s.valid == s.width ? y : last;
         for (int32_t v = 0; v < s.width; v += LANES) {
-            store(to + v, activate(load(sums + t * s.width + v) + load(bias + v), layer.activation));
+            store(to + v, activate(value(t, v) + load(bias + v), layer.activation));
         }
         if (to == last) std::memcpy(y, last, s.valid * sizeof(T));
     }
 }
 
-using Accumulate = void (*)(const Strip&, const float* panel, float* out);
+using Accumulate = void (*)(const Input&, const Strip&, const float* panel, float* out);
 
-template <class Step, int VECS, int TOKENS>
-void accumulate_tile(const Strip& s, const float* panel, float* out) {
-    accumulate<Step, VECS>(s, panel, out, std::make_index_sequence<TOKENS>());
+template <class Words, int SIDE, int VECS, int TOKENS>
+void accumulate_tile(const Input& input, const Strip& s, const float* panel, float* out) {
+    accumulate<Words, SIDE, VECS>(input, s, panel, out, std::make_index_sequence<TOKENS>());
 }
 
-template <class Step, int VECS, size_t... TOKENS>
+template <class Words, int SIDE, int VECS, size_t... TOKENS>
 Accumulate tile_for(int32_t tokens, std::index_sequence<TOKENS...>) {
-    static const Accumulate tiles[] = {accumulate_tile<Step, VECS, TOKENS + 1>...};
+    static const Accumulate tiles[] = {accumulate_tile<Words, SIDE, VECS, TOKENS + 1>...};
     return tiles[tokens - 1];
+}
+
+template <class Words, int SIDE>
+void sum_up(const Input& input, const Strip& s, int32_t tokens, const float* panel, float* sums) {
+    constexpr auto counts = std::make_index_sequence<MAX_TOKENS>();
+    const Accumulate run = s.width == WIDEST_STRIP ? tile_for<Words, SIDE, WIDEST_STRIP / LANES>(tokens, counts)
+                                                   : tile_for<Words, SIDE, 16 / LANES>(tokens, counts);
+    run(input, s, panel, sums);
 }
 
 int32_t strip_rows(int64_t rows) { return rows % WIDEST_STRIP ? 16 : WIDEST_STRIP; }
 
-template <class Step, typename T>
-void multiply_strip(const Strip& s, int64_t first_token, int32_t tokens, const float* panel) {
-    constexpr auto counts = std::make_index_sequence<MAX_TOKENS>();
+// T is the dtype of x and y.
+template <class Words, typename T>
+void multiply_strip(const Input& input, const Strip& s, int64_t first_token, int32_t tokens, const float* panel) {
     alignas(64) float sums[MAX_TOKENS * WIDEST_STRIP];
-    const Accumulate run = s.width == WIDEST_STRIP ? tile_for<Step, WIDEST_STRIP / LANES>(tokens, counts)
-                                                   : tile_for<Step, 16 / LANES>(tokens, counts);
-    run(s, panel, sums);
-    finish<T>(s, first_token, tokens, sums);
+    if constexpr (Words::PER_WORD > 1) {
+        (is_grouped<Words>(input.cols) ? sum_up<Words, GROUP> : sum_up<Words, 1>)(input, s, tokens, panel, sums);
+    } else {
+        sum_up<Words, 1>(input, s, tokens, panel, sums);
+    }
+    if constexpr (Words::QUANTISED) {
+        const Scales scales(input, s);
+        const float* of_tokens = panel + input.block_cols * input.column_words * STRIDE;
+        finish<T>(s, first_token, tokens,
+                  [&](int32_t t, int32_t v) { return scales.numbers(sums + t * s.width + v, v, of_tokens[t]); });
+    } else {
+        finish<T>(s, first_token, tokens, [&](int32_t t, int32_t v) { return load(sums + t * s.width + v); });
+    }
 }
 
+// What is done with x and weights of some dtypes.
+struct Kernels {
+    int64_t features_a_word;
+    void (*pack_inputs)(const Input&, int64_t first_token, int32_t tokens, float* panel);
+    void (*pack_weights)(const Input&, const Strip&);
+    void (*multiply)(const Input&, const Strip&, int64_t first_token, int32_t tokens, const float* panel);
+};
+
+template <class Words, typename T>
+constexpr Kernels kernels(void (*pack_inputs)(const Input&, int64_t, int32_t, float*)) {
+    return {Words::PER_WORD, pack_inputs, pack_strip<Words>, multiply_strip<Words, T>};
+}
+
+const Kernels& kernels_for(const Input& input) {
+    static const Kernels floats = kernels<Singles<float>, float>(pack_panel<float>);
+    static const Kernels halves = kernels<Singles<uint16_t>, uint16_t>(pack_panel<uint16_t>);
+    static const Kernels numbers = kernels<Numbers, float>(pack_input_numbers<float, STRIDE>);
+    static const Kernels of_halves = kernels<Numbers, uint16_t>(pack_input_numbers<uint16_t, STRIDE>);
+    if (input.weights == INT8) return input.dtype == BFLOAT16 ? of_halves : numbers;
 #ifdef __AVX512BF16__
-bool in_pairs(int32_t dtype, int64_t cols) { return dtype == BFLOAT16 && cols % 2 == 0; }
-#else
-using Pairs = Singles;
-constexpr auto pack_input_pairs = pack_panel<uint16_t>;
-bool in_pairs(int32_t, int64_t) { return false; }
+    static const Kernels pairs = kernels<Pairs, uint16_t>(pack_input_pairs<STRIDE>);
+    if (input.dtype == BFLOAT16 && input.cols % 2 == 0) return pairs;
 #endif
+    return input.dtype == BFLOAT16 ? halves : floats;
+}
+
+int64_t column_words(const Input& input) { return divide_up(input.cols, kernels_for(input).features_a_word); }
 
 void pack_inputs(const Input& input, int64_t first_token, int32_t tokens, float* panel) {
-    const auto halves = in_pairs(input.dtype, input.cols) ? pack_input_pairs : pack_panel<uint16_t>;
-    (input.dtype == BFLOAT16 ? halves : pack_panel<float>)(input, first_token, tokens, panel);
+    kernels_for(input).pack_inputs(input, first_token, tokens, panel);
 }
 
-void pack_weights(const Strip& s, int32_t dtype) {
-    const auto halves = in_pairs(dtype, s.layer->cols) ? pack_strip<Pairs, uint16_t> : pack_strip<Singles, uint16_t>;
-    (dtype == BFLOAT16 ? halves : pack_strip<Singles, float>)(s);
-}
+void pack_weights(const Input& input, const Strip& s) { kernels_for(input).pack_weights(input, s); }
 
-void multiply(const Strip& s, int32_t dtype, int64_t first_token, int32_t tokens, const float* panel) {
-    const auto halves = in_pairs(dtype, s.layer->cols) ? multiply_strip<Pairs, uint16_t> : multiply_strip<Singles, uint16_t>;
-    (dtype == BFLOAT16 ? halves : multiply_strip<Singles, float>)(s, first_token, tokens, panel);
+void multiply(const Input& input, const Strip& s, int64_t first_token, int32_t tokens, const float* panel) {
+    kernels_for(input).multiply(input, s, first_token, tokens, panel);
 }
 
 }  // namespace
@@ -265,7 +293,7 @@ void multiply(const Strip& s, int32_t dtype, int64_t first_token, int32_t tokens
 
 extern const MergeKernels MERGING_OF(BLOCKPRUNE_ISA);
 const Isa OBJECT_OF(BLOCKPRUNE_ISA) = {
-    NAME_OF(BLOCKPRUNE_ISA), MAX_TOKENS, STRIDE, strip_rows, pack_inputs, pack_weights, multiply,
+    NAME_OF(BLOCKPRUNE_ISA), MAX_TOKENS, STRIDE, strip_rows, column_words, pack_inputs, pack_weights, multiply,
     &MERGING_OF(BLOCKPRUNE_ISA)};
 
 }  // namespace blockprune

@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from ..cost.flops import ModelFlops
 from ..errors import BlockSparseFormatError, CheckpointError, ModelError
 from ..hub.blockprune_backends import LayerArguments, choose_backend
-from ..hub.blockprune_config import StoredHeads
+from ..hub.blockprune_config import INT8, StoredHeads
 from ..hub.blockprune_cuts import described_heads
 from ..hub.blockprune_headers import (
     ELEMENT_BYTES,
+    FLOATING,
     INDEX_NAMES,
+    SCALE_NAME,
     TENSOR_NAMES,
     DamagedFileError,
     StoredTensor,
     read_headers,
 )
 from ..hub.blockprune_heads import CutHeads
+from ..hub.blockprune_int8 import int8_backend_of
 from ..hub.blockprune_layout import PackedWeight, block_mask, check_indices, grid_shape
 from ..hub.blockprune_quantizer import (
     QUANT_METHOD,
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 LAYER_COUNTS = ("num_hidden_layers", "depths")
 WEIGHTS_FILE = "model.safetensors"
 SHARDS_FILE = "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 
 
 class LayerSizes(TypedDict):
@@ -132,6 +135,7 @@ class StoredModel:
         size_bytes: of all weight files.
         heads: the attentions that lack heads, or features of heads.
         schedule: by which tokens merge, None where they do not.
+        dtype: "int8" where the weights of `layers` are, None where they have the model's.
     """
 
     architecture: "PreTrainedModel"
@@ -140,6 +144,7 @@ class StoredModel:
     size_bytes: int
     heads: tuple[CutHeads, ...] = ()
     schedule: TokenSchedule | None = None
+    dtype: str | None = None
 
 
 def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> JsonDict:
@@ -155,10 +160,8 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> Js
         would be dense), `stream_reordered` (whether features of hidden states, and so of embeddings, come in another
         order than the dense model's, None where no sound report lies beside the weights), `heads`, a list of {query,
         key, value, out, heads, head_size, dense_heads, dense_head_size} of attentions that were cut, `tokens` (None, or
-        {leave, patches}: how many of so many patches leave at each layer), and `layers`, a
-        list of {name, module, shape, block_shape, kept_blocks, blocks, density, size_bytes, dense_size_bytes,
-        cpu_backend}, the last being what would multiply with it on this machine's CPU ("unpacked" where torch's own
-        product with the whole matrix is expected to be faster).
+        {leave, patches}: how many of so many patches leave at each layer), `dtype` ("int8" where the weights of these
+        layers are, else None), and `layers`, a list of {name, module, **LayerSizes}.
 
     Raises:
         CheckpointError: there is no block-sparse checkpoint, or it is damaged.
@@ -173,6 +176,7 @@ def inspect_checkpoint(source: str | Path, *, revision: str | None = None) -> Js
         "stream_reordered": _stream_reordered(folder),
         "heads": _inspected_heads(stored),
         "tokens": None if stored.schedule is None else asdict(stored.schedule),
+        "dtype": stored.dtype,
         "layers": _inspected_layers(stored),
     }
 
@@ -268,7 +272,7 @@ def open_checkpoint(directory: str | Path, architecture: "PreTrainedModel | None
             layers.append(StoredLayer(name, module, values, mask))
     heads = tuple(described_heads(architecture, config, modules))
     size_bytes = sum(file.stat().st_size for file in files)
-    return StoredModel(architecture, flops, layers, size_bytes, heads, schedule)
+    return StoredModel(architecture, flops, layers, size_bytes, heads, schedule, INT8 if config.is_int8 else None)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -344,6 +348,7 @@ def _inspect_layer(
     check_indices(name, crow, col, block_cols)
     blocks = math.prod(grid_shape(*dense, block_shape))
     dtype = headers[keys["weight"]].dtype
+    tensors = [*keys.values(), *([f"{name}.{SCALE_NAME}"] if config.is_int8 else [])]
     layer: LayerSizes = {
         "shape": list(dense),
         "stored_shape": list(shape),
@@ -351,12 +356,23 @@ def _inspect_layer(
         "kept_blocks": nnz_blocks,
         "blocks": blocks,
         "density": nnz_blocks / blocks,
-        "size_bytes": sum(headers[key].size_bytes for key in keys.values()),
-        "dense_size_bytes": dense[0] * dense[1] * ELEMENT_BYTES[dtype],
-        "cpu_backend": _cpu_backend(DTYPES[dtype], shape, block_shape, crow, col, tokens),
+        "size_bytes": sum(headers[key].size_bytes for key in tensors),
+        "dense_size_bytes": dense[0] * dense[1] * ELEMENT_BYTES[_float_dtype(name, config, headers)],
+        "cpu_backend": int8_backend_of("cpu")
+        if config.is_int8
+        else _cpu_backend(DTYPES[dtype], shape, block_shape, crow, col, tokens),
     }
     empty = torch.empty(nnz_blocks, 0, 0)
     return layer, block_mask(PackedWeight(empty, crow, col), block_cols)
+
+
+def _float_dtype(name: str, config: BlockPruneQuantizationConfig, headers: dict[str, StoredTensor]) -> str:
+    """Of a layer's weight where it is dense: of one in int8 that of its bias, or of what else has one."""
+    if not config.is_int8:
+        return headers[f"{name}.weight"].dtype
+    found = {key: entry.dtype for key, entry in headers.items() if entry.dtype in FLOATING}
+    others = (dtype for key, dtype in found.items() if not key.endswith(f".{SCALE_NAME}"))
+    return found.get(f"{name}.bias") or next(others, "F32")
 
 
 def _pair(numbers: list[int]) -> tuple[int, int]:

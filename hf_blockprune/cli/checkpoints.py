@@ -141,23 +141,30 @@ def tokens(
 def export(
     shown: Shown,
     directory: Pruned,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder (--dense) or file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder (--dense, --int8) or file to write.")],
     dense: Annotated[bool, typer.Option("--dense", help="A stock dense folder; loads without this package.")] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="An ONNX file of the dense form, for any batch size.")] = False,
     torch_export: Annotated[
         bool, typer.Option("--torch-export", help="A torch.export program; block-sparse, so it needs this package.")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="A pruned model with weights in int8; a quarter of the size, and faster.")
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a pruned model in another form, and check that it answers alike."""
     shown.begin()
     from ..export.forms import FORMATS, export_checkpoint
+    from ..pruner.int8 import export_int8
     from ..report.tables import plain_table
 
     chosen = [form for form, wanted in zip(FORMATS, (dense, onnx, torch_export), strict=True) if wanted]
-    if len(chosen) != 1:
-        raise typer.BadParameter("give one of --dense, --onnx and --torch-export")
-    values = export_checkpoint(directory, output, chosen[0], overwrite=overwrite)
+    if len(chosen) + int8 != 1:
+        raise typer.BadParameter("give one of --dense, --onnx, --torch-export and --int8")
+    if int8:
+        values = export_int8(directory, output, overwrite=overwrite)
+    else:
+        values = export_checkpoint(directory, output, chosen[0], overwrite=overwrite)
     shown.result(values, lambda values: plain_table("exported", values))
 
 

@@ -18,8 +18,9 @@ from ..display.stages import planned, stage
 from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import partial_file
 from ..hub.blockprune_fusion import unfuse
-from ..hub.blockprune_layers import block_sparse_layers, is_pruned
+from ..hub.blockprune_layers import block_sparse_layers, is_int8, is_pruned
 from ..hub.blockprune_quantizer import pack_weights
+from ..hub.blockprune_rounding import unquantize
 from ..hub.blockprune_skeleton import channels_of
 from ..hub.blockprune_tokens import forget_schedule, schedule_of, set_schedule
 from ..model.loading import load_model, model_class_of
@@ -80,6 +81,9 @@ def _export(directory: str | Path, output: str | Path, form: str, overwrite: boo
     target = Path(output).expanduser()
     size = picture_size(model, processor)
     pixels = _pixels(channels_of(model.config, model), size)
+    if form != "torch-export" and any(map(is_int8, model.modules())):
+        logger.warning("This form holds floating weights: those that int8 stands for, and activations are not rounded.")
+        unquantize(model)
     merged = schedule_of(model) is not None
     if merged and form == "dense":
         logger.warning("A stock folder cannot merge tokens: its model does more work, and answers as one without does.")

@@ -12,7 +12,8 @@ from .blockprune_heads import PARTS
 from .blockprune_layout import BlockSparseFormatError
 
 QUANT_METHOD = "blockprune"
-FORMAT_VERSION = 5  # the newest that this code reads, and the one that it writes
+FORMAT_VERSION = 6  # the newest that this code reads, and the one that it writes
+INT8 = "int8"  # of weights; where a config says nothing they have the model's dtype
 MAX_PATCHES = 2**31 - 1  # of an image: products of two such numbers, which readers form, fit 64 bits
 
 JsonDict: TypeAlias = dict[str, Any]
@@ -49,6 +50,7 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
             them; its four layers are named as in `layers`, and are in `cut`; from format 4.
         tokens: {"leave", "patches"}: how many patches leave at each of the layers that hold those of `layers`, of an
             image of so many patches; from format 5.
+        dtype: "int8" where the weights of all `layers` are, each with a `weight_scale` beside it; from format 6.
 
     Raises:
         BlockSparseFormatError: a value is impossible, a key unknown, or the format newer than this code.
@@ -64,6 +66,7 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
         cut: dict[str, list[int]] | None = None,
         heads: list[StoredHeads] | None = None,
         tokens: StoredTokens | None = None,
+        dtype: str | None = None,
         **unknown: object,
     ) -> None:
         if format_version is None:
@@ -77,29 +80,15 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
                 f"quantization_config.format_version: this code reads 1 to {FORMAT_VERSION}, "
                 f"got {reprlib.repr(format_version)}; a newer hf_blockprune may read it"
             )
-        for key, value, since in (("cut", cut, 2), ("heads", heads, 4), ("tokens", tokens, 5)):
+        for key, value, since in (("cut", cut, 2), ("heads", heads, 4), ("tokens", tokens, 5), ("dtype", dtype, 6)):
             if value is not None and format_version < since:
                 unknown[key] = value
         if unknown:
             raise BlockSparseFormatError(
                 f"quantization_config: unknown keys {reprlib.repr(sorted(unknown))} in format {format_version}"
             )
-        if not _is_pair(block_shape):
-            raise BlockSparseFormatError(
-                f"quantization_config.block_shape: two whole numbers from 1, got {reprlib.repr(block_shape)}"
-            )
-        if not isinstance(layers, dict) or not all(isinstance(k, str) and is_count(v) for k, v in layers.items()):
-            raise BlockSparseFormatError("quantization_config.layers: must map layer names to numbers of kept blocks")
-        if cut is not None and not (
-            isinstance(cut, dict) and all(map(_is_pair, cut.values())) and set(cut) <= set(layers)
-        ):
-            raise BlockSparseFormatError(
-                "quantization_config.cut: must map names of layers to their [out_features, in_features]"
-            )
-        if heads is not None:
-            _check_heads(heads, cut or {})
-        if tokens is not None:
-            _check_tokens(tokens)
+        _check_values(block_shape, layers, cut, heads, tokens, dtype)
+        assert layers is not None  # _check_values saw to it
         # transformers declares its own enum, and takes names too
         self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
@@ -111,8 +100,15 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
             self.heads = copy.deepcopy(heads)
         if tokens:
             self.tokens = copy.deepcopy(tokens)
+        if dtype:
+            self.dtype = dtype
         # Refitting gives a bias to a Linear that had none. A file tells by itself; tensors in memory do not.
         self._biased: frozenset[str] = frozenset()
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether weights are stored in int8."""
+        return hasattr(self, "dtype")
 
     @property
     def biased(self) -> frozenset[str]:
@@ -154,6 +150,32 @@ class BlockPruneQuantizationConfig(QuantizationConfigMixin):
                 f"{dense_shape[0]}x{dense_shape[1]}"
             )
         return shape[0], shape[1]
+
+
+def _check_values(
+    block_shape: object, layers: object, cut: object, heads: object, tokens: object, dtype: object
+) -> None:
+    """Refuse impossible values of keys that the format knows.
+
+    Raises:
+        BlockSparseFormatError: naming the key.
+    """
+    if not _is_pair(block_shape):
+        raise BlockSparseFormatError(
+            f"quantization_config.block_shape: two whole numbers from 1, got {reprlib.repr(block_shape)}"
+        )
+    if not isinstance(layers, dict) or not all(isinstance(k, str) and is_count(v) for k, v in layers.items()):
+        raise BlockSparseFormatError("quantization_config.layers: must map layer names to numbers of kept blocks")
+    if cut is not None and not (isinstance(cut, dict) and all(map(_is_pair, cut.values())) and set(cut) <= set(layers)):
+        raise BlockSparseFormatError(
+            "quantization_config.cut: must map names of layers to their [out_features, in_features]"
+        )
+    if heads is not None:
+        _check_heads(heads, cut or {})
+    if tokens is not None:
+        _check_tokens(tokens)
+    if dtype is not None and dtype != INT8:
+        raise BlockSparseFormatError(f"quantization_config.dtype: {INT8!r}, or left out, got {reprlib.repr(dtype)}")
 
 
 def is_count(value: object) -> TypeGuard[int]:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .blockprune_reference import LayerArguments
+from .blockprune_reference import Int8Arguments, LayerArguments
 
 _PLAIN = (Tensor, nn.Parameter)  # subclasses have ideas of their own about operators
 
 
-def needs_no_dispatcher(x: Tensor, layers: Sequence[LayerArguments]) -> bool:
+def needs_no_dispatcher(x: Tensor, layers: Sequence[LayerArguments] | Sequence[Int8Arguments]) -> bool:
     """Whether a call in eager mode on a CPU is one that nobody differentiates, traces, converts, records or replaces.
 
     Args:
@@ -26,8 +26,8 @@ def needs_no_dispatcher(x: Tensor, layers: Sequence[LayerArguments]) -> bool:
     differentiates = torch.is_grad_enabled()
     if differentiates and x.requires_grad:
         return False
-    for weight, crow_indices, col_indices, bias, _, _, residual in layers:
-        for tensor in (weight, crow_indices, col_indices, bias, residual):
+    for weight, crow_indices, col_indices, bias, _, _, residual, *more in layers:
+        for tensor in (weight, crow_indices, col_indices, bias, residual, *more):
             if tensor is not None and (
                 type(tensor) not in _PLAIN or not tensor.is_cpu or (differentiates and tensor.requires_grad)
             ):

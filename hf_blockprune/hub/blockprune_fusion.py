@@ -81,7 +81,10 @@ def share_inputs(model: nn.Module) -> int:
     for module in model.modules():
         found = [getattr(module, name, None) for name in PROJECTIONS]
         layers = [layer for layer in found if isinstance(layer, BlockSparseLinear)]
-        if len(layers) == len(found) and len({(layer.block_shape, layer.in_features) for layer in layers}) == 1:
+        if (
+            len(layers) == len(found)
+            and len({(type(layer), layer.block_shape, layer.in_features) for layer in layers}) == 1
+        ):
             shared = SharedInput(layers)
             for layer in layers:
                 layer.shared_input = shared

@@ -18,7 +18,8 @@ from .blockprune_layout import BlockSparseFormatError, check_shapes
 TENSOR_NAMES = ("weight", "crow_indices", "col_indices")
 INDEX_NAMES = TENSOR_NAMES[1:]
 INDEX_SUFFIXES = tuple(f".{name}" for name in INDEX_NAMES)
-ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4}
+SCALE_NAME = "weight_scale"  # beside a weight in int8
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1}
 FLOATING = ("F64", "F32", "F16", "BF16")
 MAX_REPEATED_LAYERS = 512  # a model is built, without weights, before its files can be looked at
 FREE_ELEMENTS = 1 << 26  # of weights that no file holds: a new classifier's, say
@@ -98,6 +99,7 @@ def check_layer(
     shape: tuple[int, int],
     block_shape: tuple[int, int],
     bias: bool,
+    int8: bool = False,
 ) -> None:
     """Refuse a block-sparse layer whose stored tensors do not follow from its declared sizes.
 
@@ -108,11 +110,13 @@ def check_layer(
         shape: (out_features, in_features) as stored.
         block_shape: (rows, cols).
         bias: whether there must be one.
+        int8: whether its weight is to be in int8, with a scale beside it.
 
     Raises:
         BlockSparseFormatError: naming the first tensor that is missing or has another shape or dtype.
     """
-    found = {tensor: headers[f"{name}.{tensor}"] for tensor in (*TENSOR_NAMES, "bias") if f"{name}.{tensor}" in headers}
+    tensors = (*TENSOR_NAMES, SCALE_NAME, "bias")
+    found = {tensor: headers[f"{name}.{tensor}"] for tensor in tensors if f"{name}.{tensor}" in headers}
     check_shapes(
         name,
         {tensor: entry.shape for tensor, entry in found.items()},
@@ -125,9 +129,27 @@ def check_layer(
         raise BlockSparseFormatError(f"{name}.bias: missing from the checkpoint, expected shape {(shape[0],)}")
     if "bias" in found and found["bias"].shape != (shape[0],):
         raise BlockSparseFormatError(f"{name}.bias: shape {found['bias'].shape}, expected {(shape[0],)}")
-    for tensor in ("weight", "bias"):
+    for tensor in ("bias",) if int8 else ("weight", "bias"):
         if tensor in found and found[tensor].dtype not in FLOATING:
             raise BlockSparseFormatError(f"{name}.{tensor}: must be floating, got {found[tensor].dtype}")
+    _check_scale(name, found, shape[0], int8=int8)
+
+
+def _check_scale(name: str, found: dict[str, StoredTensor], out_features: int, *, int8: bool) -> None:
+    """Refuse a weight in int8 without a scale, and a scale without such a weight; errors as for `check_layer`."""
+    scale = found.get(SCALE_NAME)
+    if not int8:
+        if scale is not None:
+            raise BlockSparseFormatError(f"{name}.{SCALE_NAME}: is stored, but config.json says nothing of int8")
+        return
+    if found["weight"].dtype != "I8":
+        raise BlockSparseFormatError(f"{name}.weight: must be int8, got {found['weight'].dtype}")
+    if scale is None:
+        raise BlockSparseFormatError(f"{name}.{SCALE_NAME}: missing from the checkpoint, expected {(out_features,)}")
+    if scale.dtype != "F32" or scale.shape != (out_features,):
+        raise BlockSparseFormatError(
+            f"{name}.{SCALE_NAME}: must be float32 {(out_features,)}, got {scale.dtype} {scale.shape}"
+        )
 
 
 def check_allocation(

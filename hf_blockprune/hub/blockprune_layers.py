@@ -6,12 +6,20 @@ from typing import TypeGuard
 
 from torch import nn
 
+from .blockprune_int8_linear import Int8BlockSparseLinear
 from .blockprune_linear import BlockSparseLinear
+
+CLASS_NAMES = (BlockSparseLinear.__name__, Int8BlockSparseLinear.__name__)
 
 
 def is_block_sparse(module: nn.Module) -> TypeGuard[BlockSparseLinear]:
     """Whether a module is a block-sparse layer, also one of another copy of this code, whose class is another."""
-    return type(module).__name__ == BlockSparseLinear.__name__
+    return type(module).__name__ in CLASS_NAMES
+
+
+def is_int8(module: nn.Module) -> TypeGuard[Int8BlockSparseLinear]:
+    """Whether a module is a block-sparse layer in int8, also one of another copy of this code."""
+    return type(module).__name__ == Int8BlockSparseLinear.__name__
 
 
 def block_sparse_layers(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blockprune_backends import LayerArguments
+from .blockprune_backends import LayerArguments, choose_backend
 from .blockprune_direct import is_transformed
 from .blockprune_layout import (
     BlockSparseFormatError,
@@ -19,7 +19,7 @@ from .blockprune_layout import (
     pack,
     unpack,
 )
-from .blockprune_ops import block_sparse_linear, try_quickly
+from .blockprune_ops import block_sparse_linear, block_sparse_linears, try_quickly
 from .blockprune_reference import ACTIVATIONS
 from .blockprune_shared import SharedInput
 from .blockprune_storage import KeptBlocksLearn, is_best_packed, kept_blocks, unpack_in_pieces
@@ -91,7 +91,7 @@ class BlockSparseLinear(nn.Module):
         self.grid_shape = grid_shape(out_features, in_features, self.block_shape)
         if not 0 <= nnz_blocks <= self.grid_shape[0] * self.grid_shape[1]:
             raise BlockSparseFormatError(f"nnz_blocks: {nnz_blocks} is not between 0 and the {self.grid_shape} grid")
-        self.weight = nn.Parameter(torch.zeros(nnz_blocks, *self.block_shape, device=device, dtype=dtype))
+        self.weight = self._empty_weight(nnz_blocks, device, dtype)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         crow = torch.zeros(self.grid_shape[0] + 1, dtype=torch.int32, device=device)
         self.register_buffer("crow_indices", crow)
@@ -99,6 +99,11 @@ class BlockSparseLinear(nn.Module):
         self.register_load_state_dict_post_hook(_check_loaded)
         self.crow_indices: Tensor
         self.col_indices: Tensor
+
+    def _empty_weight(
+        self, nnz_blocks: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(nnz_blocks, *self.block_shape, device=device, dtype=dtype))
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, mask: Tensor, block_shape: tuple[int, int]) -> "BlockSparseLinear":
@@ -119,6 +124,11 @@ class BlockSparseLinear(nn.Module):
         module.crow_indices, module.col_indices = packed.crow_indices, packed.col_indices
         module.train(linear.training)
         return module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That a Linear in its place would have."""
+        return self.weight.dtype
 
     @property
     def nnz_blocks(self) -> int:
@@ -156,6 +166,10 @@ class BlockSparseLinear(nn.Module):
         """
         weight = self.packed_like(self.weight.detach()) if self.is_unpacked else self.weight.detach()
         return PackedWeight(weight, self.crow_indices, self.col_indices)
+
+    def packed_floats(self) -> PackedWeight:
+        """`packed`, in numbers that can be computed with, whatever they are stored as."""
+        return self.packed()
 
     def packed_like(self, matrix: Tensor) -> Tensor:
         """The blocks [nnz_blocks, rows, cols] of another matrix [out_features, in_features] with this one's pattern.
@@ -218,6 +232,11 @@ class BlockSparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """Takes either form; `state_dict` is a copy that torch made for this."""
         weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, Tensor) and (weight.dtype == torch.int8) != (self.weight.dtype == torch.int8):
+            raise BlockSparseFormatError(
+                f"{prefix}weight: {weight.dtype} does not go into a layer in {self.weight.dtype}; quantize() the model "
+                "first for one in int8, dequantize() it for one that is not"
+            )
         if isinstance(weight, Tensor) and weight.dim() != self.weight.dim():
             crow = state_dict.get(f"{prefix}crow_indices", self.crow_indices)
             col = state_dict.get(f"{prefix}col_indices", self.col_indices)
@@ -247,7 +266,7 @@ class BlockSparseLinear(nn.Module):
         """
         out_features, in_features = shape or (self.out_features, self.in_features)
         dense = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
-        weight = unpack(self.packed(), self.out_features, self.in_features)
+        weight = unpack(self.packed_floats(), self.out_features, self.in_features)
         dense.weight = nn.Parameter(_spread(_spread(weight, 0, out_features, rows), 1, in_features, cols))
         if self.bias is not None:
             dense.bias = nn.Parameter(_spread(self.bias.detach(), 0, out_features, rows))
@@ -325,6 +344,11 @@ class BlockSparseLinear(nn.Module):
             activation=activation,
         )
 
+    @staticmethod
+    def products(x: Tensor, arguments: list[LayerArguments]) -> list[Tensor]:
+        """The outputs of several layers of this class that read the same x (see `block_sparse_linears`)."""
+        return block_sparse_linears(x, arguments)
+
     def _used(self, weight: Tensor) -> Tensor:
         """A whole matrix as products take it: nothing may change where there is no block."""
         if self.is_whole:
@@ -350,6 +374,10 @@ class BlockSparseLinear(nn.Module):
             self.out_features,
             self.activation if activation is None else activation,
         )
+
+    def backend_for(self, x: Tensor) -> str:
+        """Name of what multiplies with an input, "unpacked" where that is torch's product with the whole matrix."""
+        return "unpacked" if self.is_unpacked else choose_backend(x, self.arguments())
 
     def extra_repr(self) -> str:
         activation = "" if self.activation == "none" else f", activation={self.activation}"

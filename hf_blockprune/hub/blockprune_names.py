@@ -95,9 +95,10 @@ def stored_layer_names(model: PreTrainedModel, names: Collection[str]) -> dict[s
     return {owner[id(weight)]: key.removesuffix(".weight") for key, weight in stored.items()}
 
 
-def unstorable(model: PreTrainedModel, names: Collection[str]) -> list[str]:
-    """Those layers, by module name, of which a block-sparse form would not be found again under its stored name."""
-    tensors = (*TENSOR_NAMES, "bias")
+def unstorable(
+    model: PreTrainedModel, names: Collection[str], tensors: tuple[str, ...] = (*TENSOR_NAMES, "bias")
+) -> list[str]:
+    """Those layers, by module name, of which tensors would not be found again under the layer's stored name."""
     stored = stored_layer_names(model, names)
     rename = _renamer(model, {f"{name}.{tensor}": True for name in names for tensor in tensors})
     return [

@@ -2,7 +2,7 @@
 
 transformers replaces layers while loading through its `HfQuantizer` interface. Importing this file registers the
 method "blockprune" there; a Linear named in the checkpoint's `quantization_config` becomes a `BlockSparseLinear`
-before its tensors are read. Nothing is quantized: the interface only carries the name.
+before its tensors are read. Without int8 nothing is quantized: the interface only carries the name.
 """
 
 import reprlib
@@ -27,6 +27,7 @@ from .blockprune_fusion import fuse, unfuse
 from .blockprune_headers import (
     INDEX_NAMES,
     MAX_REPEATED_LAYERS,
+    SCALE_NAME,
     StoredTensor,
     check_allocation,
     check_layer,
@@ -34,6 +35,7 @@ from .blockprune_headers import (
     read_headers,
 )
 from .blockprune_heads import CutHeads, check_heads, cut_heads, restore_heads, set_heads
+from .blockprune_int8_linear import Int8BlockSparseLinear
 from .blockprune_layers import block_sparse_layers, is_pruned
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
@@ -114,7 +116,7 @@ class BlockPruneHfQuantizer(HfQuantizer):
         for name, module in list(block_sparse_layers(model)):
             # Cut features come back as zeros: the config says how wide the architecture is.
             linear = module.to_dense(module.dense_shape, **places.get(name, {}))
-            model.set_submodule(name, linear.to(dtype or module.weight.dtype))
+            model.set_submodule(name, linear.to(dtype or module.dtype))
         restore_heads(model)
         forget_schedule(model)
         self.remove_quantization_config(model)
@@ -127,11 +129,11 @@ class BlockPruneHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self):
-        return True
+        return not self.quantization_config.is_int8
 
     @property
     def is_qat_trainable(self):
-        return True
+        return self.is_trainable
 
     @property
     def is_compileable(self):
@@ -328,8 +330,10 @@ def _check_stored(
             shape=config.shape_of(stored_name, (linear.out_features, linear.in_features)),
             block_shape=(config.block_shape[0], config.block_shape[1]),
             bias=linear.bias is not None,
+            int8=config.is_int8,
         )
-    found = by_module(model, headers, [f"{name}.{index}" for name in linears for index in INDEX_NAMES])
+    more = (*INDEX_NAMES, SCALE_NAME) if config.is_int8 else INDEX_NAMES
+    found = by_module(model, headers, [f"{name}.{tensor}" for name in linears for tensor in more])
     check_allocation(model, found, headers, linears)
     return found
 
@@ -355,7 +359,7 @@ def _empty_layer(
     """The module that a layer is loaded into."""
     dense_shape = (linear.out_features, linear.in_features)
     out_features, in_features = config.shape_of(stored_name, dense_shape)
-    sparse = BlockSparseLinear(
+    sparse = (Int8BlockSparseLinear if config.is_int8 else BlockSparseLinear)(
         in_features,
         out_features,
         (config.block_shape[0], config.block_shape[1]),

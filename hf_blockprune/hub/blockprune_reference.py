@@ -29,6 +29,23 @@ class LayerArguments(NamedTuple):
     residual: Tensor | None = None
 
 
+class Int8Arguments(NamedTuple):
+    """Those of a layer in int8 (see `blockprune_int8`): the first seven are `LayerArguments`', weight in int8.
+
+    Attributes:
+        weight_scale: float32 [out_features], what a step of each output's weights is worth.
+    """
+
+    weight: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+    bias: Tensor | None
+    out_features: int
+    activation: str
+    residual: Tensor | None
+    weight_scale: Tensor
+
+
 def _block_columns(x: Tensor, cols: int) -> Tensor:
     """x [tokens, in_features] as [block columns, cols * tokens], feature-major, zeros filling up the last column."""
     tokens, features = x.shape

@@ -21,9 +21,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, JsonDict, StoredHeads, describes
+from .blockprune_config import INT8, QUANT_METHOD, BlockPruneQuantizationConfig, JsonDict, StoredHeads, describes
 from .blockprune_heads import CutHeads, cut_heads
-from .blockprune_layers import block_sparse_layers, is_pruned, packed_states
+from .blockprune_layers import block_sparse_layers, is_int8, is_pruned, packed_states
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_linear import BlockSparseLinear
 from .blockprune_model_cost import hardware_cost
@@ -62,8 +62,8 @@ def stored_config(model: PreTrainedModel, *, original_names: bool = True) -> Blo
         original_names: whether names in the files are those of the original checkpoints, or the model's own.
 
     Raises:
-        BlockSparseFormatError: the layers differ in block shape, or an attention was cut of which a layer is dense,
-            which cannot be stored.
+        BlockSparseFormatError: the layers differ in block shape, some of them are in int8, or an attention was cut of
+            which a layer is dense, which cannot be stored.
     """
     modules = dict(block_sparse_layers(model))
     names = stored_layer_names(model, modules) if original_names else {name: name for name in modules}
@@ -73,6 +73,9 @@ def stored_config(model: PreTrainedModel, *, original_names: bool = True) -> Blo
         raise BlockSparseFormatError(
             f"block_shape: the format stores one for all layers, the model has {sorted(shapes)}"
         )
+    rounded = {is_int8(module) for module in layers.values()}
+    if len(rounded) != 1:
+        raise BlockSparseFormatError("dtype: the format stores all layers in int8 or none, the model has some of both")
     schedule = schedule_of(model)
     return BlockPruneQuantizationConfig(
         block_shape=shapes.pop(),
@@ -80,6 +83,7 @@ def stored_config(model: PreTrainedModel, *, original_names: bool = True) -> Blo
         cut={n: [m.out_features, m.in_features] for n, m in layers.items() if m.dense_shape is not None} or None,
         heads=[_stored_heads(cut, names) for cut in cut_heads(model)] or None,
         tokens=None if schedule is None else {"leave": list(schedule.leave), "patches": schedule.patches},
+        dtype=INT8 if rounded.pop() else None,
     ).with_biases(name for name, module in layers.items() if module.bias is not None)
 
 

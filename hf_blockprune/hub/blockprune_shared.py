@@ -8,7 +8,7 @@ from torch.nn.modules import module as torch_hooks
 
 from .blockprune_backends import LayerArguments
 from .blockprune_direct import is_transformed
-from .blockprune_ops import block_sparse_linears
+from .blockprune_reference import Int8Arguments
 
 if TYPE_CHECKING:
     from .blockprune_linear import BlockSparseLinear
@@ -18,18 +18,17 @@ class _Waiting(NamedTuple):
     """An output that its layer has not asked for, and what it was computed from beside the input."""
 
     y: Tensor
-    layer: LayerArguments
-    weight_version: int
-    bias_version: int
+    layer: LayerArguments | Int8Arguments
+    versions: tuple[int, int, int]
 
-    def is_that_of(self, layer: LayerArguments) -> bool:
-        """Whether neither tensor was replaced or changed in place."""
+    def is_that_of(self, layer: LayerArguments | Int8Arguments) -> bool:
+        """Whether no tensor was replaced or changed in place."""
         then = self.layer
         return (
             layer.weight is then.weight
             and layer.bias is then.bias
-            and _version(layer.weight) == self.weight_version
-            and _version(layer.bias) == self.bias_version
+            and layer[-1] is then[-1]
+            and _versions(layer) == self.versions
         )
 
 
@@ -39,7 +38,7 @@ class SharedInput:
     Only in eager inference: a compiled graph keeps nothing from call to call, and training needs each layer's gradient.
 
     Args:
-        layers: block-sparse layers of one block shape and as many inputs.
+        layers: block-sparse layers of one class, one block shape and as many inputs.
     """
 
     def __init__(self, layers: "list[BlockSparseLinear]") -> None:
@@ -82,11 +81,16 @@ class SharedInput:
         if not is_one:  # `DataParallel` calls replicas of the layers
             return None
         waiting = {}
-        for other, each, y in zip(layers, arguments, block_sparse_linears(x, arguments), strict=True):
-            waiting[id(other)] = _Waiting(y, each, _version(each.weight), _version(each.bias))
+        for other, each, y in zip(layers, arguments, layer.products(x, arguments), strict=True):
+            waiting[id(other)] = _Waiting(y, each, _versions(each))
         y = waiting.pop(id(layer)).y
         self._last = (x, _version(x), waiting)
         return y
+
+
+def _versions(layer: LayerArguments | Int8Arguments) -> tuple[int, int, int]:
+    """Of what a product is computed from: the last argument of a layer in int8 is its weights' scale."""
+    return _version(layer.weight), _version(layer.bias), _version(layer[-1])
 
 
 def _version(tensor: Tensor | None) -> int:

@@ -49,7 +49,7 @@ def skeleton(model: Module) -> Module:
     unfuse(made)
     for name, module in list(block_sparse_layers(made)):
         rows, cols = module.dense_shape or (module.out_features, module.in_features)
-        linear = nn.Linear(cols, rows, module.bias is not None, device="meta", dtype=module.weight.dtype)
+        linear = nn.Linear(cols, rows, module.bias is not None, device="meta", dtype=module.dtype)
         made.set_submodule(name, linear)
     restore_heads(made)
     forget_schedule(made)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ..display.stages import stage
-from ..hub.blockprune_backends import choose_backend
 from ..hub.blockprune_layers import block_sparse_layers
 from ..hub.blockprune_skeleton import channels_of
 from ..model.copying import copied
@@ -98,8 +97,7 @@ def _backends(model: nn.Module, pixels: torch.Tensor) -> dict[str, int]:
     found: Counter[str] = Counter()
 
     def note(module: "BlockSparseLinear", inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        unpacked = module.weight.dim() == 2
-        found["unpacked" if unpacked else choose_backend(inputs[0], module.arguments())] += 1
+        found[module.backend_for(inputs[0])] += 1
 
     handles = [module.register_forward_hook(note) for _, module in block_sparse_layers(model)]
     try:

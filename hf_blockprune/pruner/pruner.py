@@ -13,7 +13,10 @@ from ..data.batches import ImageSet, load_images
 from ..display.stages import planned
 from ..errors import CheckpointError, ModelError
 from ..evaluate.accuracy import EVALUATION_SPLITS
-from ..hub.blockprune_layers import is_pruned
+from ..hub.blockprune_config import INT8
+from ..hub.blockprune_int8 import NO_GRADIENTS
+from ..hub.blockprune_layers import is_int8, is_pruned
+from ..hub.blockprune_rounding import quantize
 from ..model.copying import copied
 from ..model.structure import find_residual_stream
 from ..recover.recovery import Recovery, recover, recovery_stages
@@ -92,6 +95,27 @@ class BlockPruner(Measuring, Saving):
         )
         return self.model
 
+    def quantize(self) -> "PreTrainedModel":
+        """Round the pruned layers' weights to int8, a scale for each output; for inference, after all training.
+
+        Activations are rounded too, by token, as they come: no calibration is needed. Layers of which all blocks are
+        kept are rounded as well; what is not block-sparse (patch embedding, norms, classifier) stays as it is.
+
+        Returns:
+            The model in int8, which is `self.model`.
+
+        Raises:
+            ModelError: nothing was pruned yet.
+            BlockSparseFormatError: a weight is not finite.
+        """
+        if not is_pruned(self.model):
+            raise ModelError(f"{self.name} has no block-sparse layers to quantize; call prune() first")
+        quantize(self.model)
+        if self._report is not None and self._report.dtype != INT8:
+            self._report.dtype = INT8
+            measurements.drop(self._report.measured)  # it was of other weights
+        return self.model
+
     def recover(
         self,
         dataset: Images | ImageSet,
@@ -119,13 +143,13 @@ class BlockPruner(Measuring, Saving):
             The recovered model, which is `self.model`.
 
         Raises:
-            ModelError: the model is not pruned, the teacher is missing or another model, or the loss is not finite.
+            ModelError: the model is not pruned or in int8, the teacher is missing or another model, or the loss is not
+                finite.
             CheckpointError: the report beside the model was made for another dense model; or `work_dir` holds the state
                 of another run, or cannot be written.
             DataError: the images cannot be used.
         """
-        if not is_pruned(self.model):
-            raise ModelError(f"{self.name} has no block-sparse layers to recover; call prune() first")
+        self._check_recovers()
         settings, seed = self.config.recovery or RecoveryConfig(), self.config.calibration.seed
         dense = self._teacher(teacher)
         found = load_images(dataset, split=split, labels=False).fitted(self.model, self.processor)
@@ -178,7 +202,8 @@ class BlockPruner(Measuring, Saving):
             The trained model, which is `self.model`.
 
         Raises:
-            ModelError: the model is not pruned, the teacher is missing or another model, or the loss is not finite.
+            ModelError: the model is not pruned or in int8, the teacher is missing or another model, or the loss is not
+                finite.
             ConfigError: the settings do not fit the model or the accelerator.
             DataError: the images or labels cannot be used.
             BudgetError: `settings.gradual` asks for what no masks meet.
@@ -189,6 +214,7 @@ class BlockPruner(Measuring, Saving):
         from ..finetune.training import Finetuning
 
         settings = settings or FinetuneConfig()
+        self._check_learns()
         if not self._classifies():
             raise ModelError(f"{self.name} is an encoder, and training needs a classifier; use recover()")
         dense = self._in_same_order(self._teacher(teacher).model) if settings.distillation.needs_teacher else None
@@ -210,6 +236,20 @@ class BlockPruner(Measuring, Saving):
             self.config = run.pruning_config(self.config)
         self._report = with_finetuning(self._report, run, self.config, self.name)
         return self.model
+
+    def _check_recovers(self) -> None:
+        if not is_pruned(self.model):
+            raise ModelError(f"{self.name} has no block-sparse layers to recover; call prune() first")
+        self._check_learns()
+
+    def _check_learns(self) -> None:
+        """Refuse to train weights in int8.
+
+        Raises:
+            ModelError: saying what to do.
+        """
+        if any(is_int8(layer) for layer in self.model.modules()):
+            raise ModelError(f"{self.name}: {NO_GRADIENTS}")
 
     def _teacher(self, given: "str | Path | BlockPruner | None") -> LoadedModel:
         teacher = find_other(self, given, TEACHER)

@@ -41,9 +41,19 @@ class Saving(LoadedModel):
             self._stored = (Path(directory).expanduser(), report.measured.weights_sha256)
         self.accelerator.wait_for_everyone()
 
-    def _write(self, folder: Path, report: Report, repo_id: str) -> None:
+    def save_into(self, folder: Path, repo_id: str) -> None:
+        """Write what `save_pretrained` does into a folder; no report and card where nobody knows how it was pruned."""
+        if self._report is not None:
+            self._write(folder, self._report, repo_id)
+        else:
+            self._write_model(folder)
+
+    def _write_model(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+    def _write(self, folder: Path, report: Report, repo_id: str) -> None:
+        self._write_model(folder)
         stored = open_checkpoint(folder, skeleton(self.model))
         values = describe_checkpoint(stored)
         report.size_bytes, report.dense_size_bytes = values["size_bytes"], values["dense_size_bytes"]

@@ -43,6 +43,8 @@ def summary_table(values: JsonDict) -> Table:
         table.add_row("features of heads cut out", str(report.masks.cut_head_features))
     if report.tokens is not None:
         table.add_row(PATCHES_LEFT, patches_text(report.tokens.leave, report.tokens.patches))
+    if report.dtype is not None:
+        table.add_row("weights of pruned layers", report.dtype)
     if report.size_bytes is not None:
         table.add_row("weights on disk", bytes_text(values))
     if report.residual_order:
@@ -260,6 +262,11 @@ def _heads_text(heads: list[JsonDict]) -> str:
     return f"\nfeatures of heads: {kept} of {dense} in the attentions that were cut ({len(heads)})" if heads else ""
 
 
+def _dtype_text(dtype: str | None) -> str:
+    """A line on weights that are no floating numbers, nothing where they are."""
+    return "" if dtype is None else f"\nweights of these layers: {dtype}, a scale for each output"
+
+
 def inspect_table(values: JsonDict) -> Table:
     """One row a layer, totals in the footer.
 
@@ -273,7 +280,7 @@ def inspect_table(values: JsonDict) -> Table:
         title=f"{block} blocks, {values['flops_ratio']:.2%} of the model's FLOPs",
         caption=f"weights on disk: {bytes_text(values)}\n"
         f"features of hidden states: {order[values['stream_reordered']]}{_heads_text(values['heads'])}"
-        f"{_tokens_text(values['tokens'])}",
+        f"{_tokens_text(values['tokens'])}{_dtype_text(values['dtype'])}",
         footers={"layer": "all", "density": f"{values['density']:.2%}", "bytes": f"{values['size_bytes']:,}"},
     )
     for layer in values["layers"]:

@@ -10,7 +10,9 @@ from .measured import MeasuredScores, Measurements
 from .parts import CHECKED, FLAT, Part
 
 FORMAT_VERSION = 1  # of the file; one that does not say is of the first, and is written without
-LATER = frozenset({"finetuning", "size_bytes", "dense_size_bytes", "predicted", "card_sha256", "format_version"})
+LATER = frozenset(
+    {"finetuning", "size_bytes", "dense_size_bytes", "predicted", "card_sha256", "format_version", "dtype"}
+)
 NULL_WHERE_MISSING = ("permutation", "calibration", "recovery", "evaluation")  # which readers of the file count on
 
 
@@ -226,6 +228,7 @@ class Report(Part):
         seconds: by stage.
         environment: that it was pruned in, see `runs.environment.environment`.
         finetuning: the last training run, None without.
+        dtype: "int8" where the weights of block-sparse layers were rounded to it, None where they have the model's.
         size_bytes, dense_size_bytes: weights on disk, None before they are saved.
         predicted: rows of the cost model, see `checkpoint.simulation.predict_checkpoint`.
         card_sha256: digest of the card that was made of the report.
@@ -248,6 +251,7 @@ class Report(Part):
     seconds: dict[str, float]
     environment: Mapping[str, object] | None = None
     finetuning: FinetuningReport | None = None
+    dtype: str | None = None
     size_bytes: int | None = None
     dense_size_bytes: int | None = None
     predicted: list[JsonDict] | None = None

@@ -17,7 +17,8 @@ extern "C" {
 const char* blockprune_cpu_isa(const char*);
 int32_t blockprune_cpu_unpack(int64_t, int64_t, const void*, int32_t);
 int32_t blockprune_cpu_merge(const char*, const void*, int32_t);
-int32_t blockprune_cpu_linear(const char*, const void*, int64_t, int64_t, int64_t, int32_t, const void*, int64_t, int32_t);
+int32_t blockprune_cpu_linear(
+    const char*, const void*, int64_t, int64_t, int64_t, int32_t, int32_t, const void*, int64_t, int32_t);
 }
 
 namespace {
@@ -47,7 +48,8 @@ struct Input {
 struct Case {
     int64_t rows = between(0, 1) ? 16 * between(1, 5) : between(1, 70), nnz, cols, out = between(1, 200);
     std::unique_ptr<int32_t[]> crow, col;
-    std::unique_ptr<float[]> weight, bias, y;
+    std::unique_ptr<float[]> weight, bias, y, scale;
+    std::unique_ptr<int8_t[]> numbers;
 
     Case(const Input& input, int64_t cols) : cols(cols) {
         const int64_t block_rows = (out + rows - 1) / rows, block_cols = (input.features + cols - 1) / cols;
@@ -64,11 +66,29 @@ struct Case {
         nnz = int64_t(columns.size());
         weight = noise(int64_t(columns.size()) * rows * cols);
         bias = noise(out);
+        scale = noise(out);
+        numbers = std::make_unique<int8_t[]>(nnz * rows * cols);
+        for (int64_t i = 0; i < nnz * rows * cols; ++i) numbers[i] = int8_t(between(-128, 127));
         y = exactly(std::vector<float>(input.tokens * out, NAN));
     }
 
     blockprune::Layer layer() const {
-        return {weight.get(), crow.get(), col.get(), bias.get(), y.get(), out, out, nnz, rows, cols, 0};
+        return {weight.get(), crow.get(), col.get(), bias.get(), y.get(), out, out, nnz, rows, cols, 0, nullptr};
+    }
+
+    // The same in int8; `weight` becomes what it stands for.
+    blockprune::Layer rounded() {
+        for (int64_t r = 0, b = 0; r < (out + rows - 1) / rows; ++r) {
+            for (; b < crow[r + 1]; ++b) {
+                for (int64_t i = 0; i < rows * cols; ++i) {
+                    const int64_t o = r * rows + i / cols;
+                    weight[b * rows * cols + i] = o < out ? float(numbers[b * rows * cols + i]) * scale[o] : 0;
+                }
+            }
+        }
+        blockprune::Layer small = layer();
+        small.weight = numbers.get(), small.weight_scale = scale.get();
+        return small;
     }
 
     bool unpacks(const Input& input) const {
@@ -118,14 +138,30 @@ bool correct(const char* isa) {
         cases.emplace_back(input, cols);
         layers.push_back(cases.back().layer());
     }
-    if (blockprune_cpu_linear(isa, input.x.get(), input.stride, input.tokens, input.features, 0, layers.data(),
-                              int64_t(layers.size()), int32_t(between(1, 3)))) {
+    if (blockprune_cpu_linear(isa, input.x.get(), input.stride, input.tokens, input.features, 0, 0,
+                              layers.data(), int64_t(layers.size()), int32_t(between(1, 3)))) {
         return false;
     }
     for (const Case& c : cases) {
         if (!(c.error(input) < 1e-5) || !c.unpacks(input)) return false;
     }
     return true;
+}
+
+// Weights in int8, with x of whole numbers, so that rounding changes nothing.
+bool rounds(const char* isa) {
+    Input input;
+    for (int64_t t = 0; t < input.tokens; ++t) {
+        for (int64_t k = 0; k < input.features; ++k) input.x[t * input.stride + k] = float(between(-127, 127));
+        input.x[t * input.stride + between(0, input.features - 1)] = 127;
+    }
+    Case one(input, between(1, 40));
+    const blockprune::Layer layer = one.rounded();
+    if (blockprune_cpu_linear(isa, input.x.get(), input.stride, input.tokens, input.features, 0, 2, &layer, 1,
+                              int32_t(between(1, 3)))) {
+        return false;
+    }
+    return one.error(input) < 1e-5;
 }
 
 // Each token is one at least of as many as there are, and what is said of them adds up to what was there.
@@ -167,10 +203,10 @@ bool merges(const char* isa) {
 
 int main(int, char** arguments) {
     int checked = 0;
-    for (const char* isa : {"baseline", "avx2", "avx512", "avx512bf16"}) {
+    for (const char* isa : {"baseline", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"}) {
         if (!blockprune_cpu_isa(isa)) continue;
         for (int i = 0; i < std::atoi(arguments[1]); ++i, ++checked) {
-            if (!correct(isa) || !merges(isa)) {
+            if (!correct(isa) || !rounds(isa) || !merges(isa)) {
                 std::printf("%s: case %d is wrong\n", isa, i);
                 return 1;
             }

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason=WHY_NOT)
 
 def instruction_sets():
     names = []
-    for name in ("avx512bf16", "avx512", "avx2", "baseline"):
+    for name in ("avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "baseline"):
         try:
             names.append(CpuLibrary(name).isa)
         except (OSError, ValueError):
