@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = "hf_blockprune/_cpu"
-PLAIN_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("driver", "merge", "strips", "unpack")]
+PLAIN_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("driver", "half", "merge", "strips", "unpack")]
 ISA_SOURCES = [f"{SOURCES}/{name}.cpp" for name in ("alike", "tile")]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # ISA_SOURCES are compiled once for each instruction set, under its name; which one runs is decided where it runs.

@@ -72,10 +72,11 @@ def __dir__() -> list[str]:
 
 
 def _extend_torch() -> None:
-    from ._cpu import backend, int8, merging
+    from ._cpu import backend, halves, int8, merging
     from .hub import blockprune_ops  # noqa: F401  (defines the op)
 
     backend.register()
+    halves.register()
     int8.register()
     merging.register()
 

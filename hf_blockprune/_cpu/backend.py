@@ -147,6 +147,8 @@ class CpuBackend:
                 cols,
                 self._code(layer),
                 0,
+                0,
+                0,
             )
         address, tokens, threads = x.data_ptr(), x.numel() // in_features, torch.get_num_threads()
         done = self.library.linear(address, in_features, tokens, in_features, code, fields, threads)
@@ -215,6 +217,8 @@ def _fields(
         layer.out_features,
         *packed.weight.shape,
         activation,
+        0,
+        0,
         0,
     ]
 

@@ -3,28 +3,21 @@
 #ifdef __x86_64__
 #include <cpuid.h>
 #endif
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <new>
 
+#include "half.h"
 #include "kernels.h"
 #include "merge.h"
+#include "product.h"
 #include "strips.h"
 #include "threads.h"
 #include "unpack.h"
+#include "workspace.h"
 
 namespace blockprune {
 namespace {
-
-constexpr int64_t GROUP_BYTES = 512 << 10;  // of panels that stay in a core's cache while all strips pass by
-constexpr int64_t WORKSPACE_BYTES = 3 << 20;
-constexpr size_t HUGE_PAGE = 2 << 20;
-constexpr int64_t ITEMS_A_THREAD = 8;  // enough for the threads to end at about the same time
 
 const Isa* const all[] = {
 #ifdef __x86_64__
@@ -67,53 +60,14 @@ const Isa* find(const char* name) {
     return nullptr;
 }
 
-struct Free {
-    void operator()(float* p) const { std::free(p); }
-};
-
-// Kept for the next call: fresh memory costs page faults that small layers would notice.
-float* workspace(int64_t floats) {
-    thread_local std::unique_ptr<float, Free> memory;
-    thread_local int64_t size = 0;
-    if (floats > size) {
-        memory.reset();
-        size = 0;
-        const size_t bytes = (floats * sizeof(float) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-        memory.reset(static_cast<float*>(std::aligned_alloc(HUGE_PAGE, bytes)));
-        if (!memory) return nullptr;
-        madvise(memory.get(), bytes, MADV_HUGEPAGE);  // a wish: without it panels lie about the cache by chance
-        size = floats;
-    }
-    return memory.get();
-}
-
-// Some tokens of all products: cut into panels of nearly equal size, panels into groups.
+// Some of a product's tokens, packed and multiplied by several threads.
 struct Chunk {
-    const Isa& isa;
-    const Input& input;
-    const std::vector<Strip>& strips;
-    const int64_t strips_to_pack;  // the first tokens' turn; later ones find them packed
-    int64_t first_token, tokens, panels, groups, panel_floats;
-    float* memory;
-    std::atomic<int64_t> next_strip{0}, next_panel{0}, next_item{0};
-
-    int64_t start(int64_t panel) const { return first_token + tokens * panel / panels; }
-    int32_t count(int64_t panel) const { return int32_t(start(panel + 1) - start(panel)); }
-    float* at(int64_t panel) const { return memory + panel * panel_floats; }
+    Product product;
+    bool packs_weights;  // the first tokens' turn; later ones find them packed
 
     void pack() {
-        for (int64_t s; (s = next_strip.fetch_add(1)) < strips_to_pack;) isa.pack_weights(input, strips[s]);
-        for (int64_t p; (p = next_panel.fetch_add(1)) < panels;) isa.pack_inputs(input, start(p), count(p), at(p));
-    }
-
-    void multiply() {
-        const int64_t each = int64_t(strips.size());
-        for (int64_t item; (item = next_item.fetch_add(1)) < groups * each;) {
-            const int64_t group = item / each;
-            for (int64_t p = panels * group / groups; p < panels * (group + 1) / groups; ++p) {
-                isa.multiply(input, strips[item % each], start(p), count(p), at(p));
-            }
-        }
+        if (packs_weights) product.pack_weights();
+        product.pack_inputs();
     }
 };
 
@@ -121,31 +75,28 @@ void work(void* argument) {
     Chunk& chunk = *static_cast<Chunk*>(argument);
     chunk.pack();
     threads().barrier();
-    chunk.multiply();
+    chunk.product.multiply();
 }
 
 Status run(const Isa& isa, const Input& input, Strips& cut, int32_t num_threads) {
     const std::vector<Strip>& strips = cut.longest_first();
-    const int64_t panel_floats = (input.block_cols * input.column_words + 1) * isa.panel_stride;
-    const int64_t panel_bytes = std::max<int64_t>(1, panel_floats * int64_t(sizeof(float)));
+    const int64_t panel_bytes = Product::panel_floats(isa, input) * int64_t(sizeof(float));
     const int64_t most_panels = std::max<int64_t>(1, WORKSPACE_BYTES / panel_bytes);
     const int64_t chunks = divide_up(divide_up(input.tokens, isa.panel_tokens), most_panels);
     if (!chunks) return DONE;
-    const int64_t chunk_panels = divide_up(divide_up(input.tokens, chunks), isa.panel_tokens);
-    float* memory = workspace(chunk_panels * panel_floats + cut.floats(input.column_words));
+    const int64_t floats = Product::floats(isa, input, divide_up(input.tokens, chunks));
+    float* memory = workspace(floats + cut.floats(input.column_words));
     if (!memory) return NO_MEMORY;
-    cut.place(memory + chunk_panels * panel_floats, input.column_words);
+    cut.place(memory + floats, input.column_words);
     for (int64_t c = 0; c < chunks; ++c) {
         const int64_t first = input.tokens * c / chunks, tokens = input.tokens * (c + 1) / chunks - first;
-        const int64_t panels = divide_up(tokens, isa.panel_tokens), count = int64_t(strips.size());
-        const int64_t cached = divide_up(panels, std::max<int64_t>(1, GROUP_BYTES / panel_bytes));
-        const int64_t shared = num_threads > 1 ? divide_up(ITEMS_A_THREAD * num_threads, std::max<int64_t>(1, count)) : 1;
-        Chunk chunk{isa, input, strips, c ? 0 : count, first, tokens, panels, std::min(panels, std::max(cached, shared)),
-                    panel_floats, memory};
+        Chunk chunk;
+        chunk.packs_weights = c == 0;
+        chunk.product.begin(isa, input, strips, first, first, tokens, memory, num_threads);
         if (threads().found() && num_threads > 1) threads().parallel(work, &chunk, unsigned(num_threads), 0);
         else {
             chunk.pack();
-            chunk.multiply();
+            chunk.product.multiply();
         }
     }
     return DONE;
@@ -210,6 +161,13 @@ EXPORT int32_t blockprune_cpu_unpack(int64_t in_features, int64_t element, const
 // Lets patches of some images go into others, from a merge.h Merge; a Status, of places as of indices.
 EXPORT int32_t blockprune_cpu_merge(const char* isa, const void* merge, int32_t num_threads) try {
     return blockprune::merge(*blockprune::find(isa)->merging, *static_cast<const blockprune::Merge*>(merge), num_threads);
+} catch (const std::bad_alloc&) {
+    return blockprune::NO_MEMORY;
+}
+
+// Half of a layer, from a half.h Half; a Status.
+EXPORT int32_t blockprune_cpu_half(const char* isa, const void* half, int32_t num_threads) try {
+    return blockprune::run_half(*blockprune::find(isa), *static_cast<const blockprune::Half*>(half), num_threads);
 } catch (const std::bad_alloc&) {
     return blockprune::NO_MEMORY;
 }

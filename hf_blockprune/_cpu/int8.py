@@ -52,7 +52,17 @@ class CpuInt8:
             fields += [0 if each is None else each.data_ptr() for each in (*tensors, y)]
             scale = scale.contiguous()
             read.append(scale)
-            fields += [out_features, out_features, nnz, rows, cols, ACTIVATION_CODES[activation], scale.data_ptr()]
+            fields += [
+                out_features,
+                out_features,
+                nnz,
+                rows,
+                cols,
+                ACTIVATION_CODES[activation],
+                scale.data_ptr(),
+                0,
+                0,
+            ]
         tokens, threads = x.numel() // in_features, torch.get_num_threads()
         if not self.library.linear(x.data_ptr(), in_features, tokens, in_features, code, fields, threads, weights=INT8):
             for layer in layers:

@@ -21,11 +21,13 @@ struct Input {
     int64_t block_cols;
     int32_t dtype, weights;    // dtypes, those of weights either the same or INT8
     int64_t column_words = 0;  // see `Isa`
+    bool halves = false;       // whether y is BFLOAT16 whatever `dtype` is; for weights in INT8 alone
 
     int64_t padded_features() const { return block_cols * cols; }
 };
 
-// One product y = activation(x W^T + bias). Every field is 8 bytes wide, so that callers can fill an array of numbers.
+// One product y = activation(x W^T + bias) * output_scale + residual. Every field is 8 bytes wide, so that callers can fill
+// an array of numbers.
 struct Layer {
     const void* weight;           // [nnz_blocks, rows, cols] contiguous
     const int32_t* crow_indices;  // [block_rows + 1]
@@ -36,6 +38,8 @@ struct Layer {
     int64_t nnz_blocks, rows, cols;  // of a block
     int64_t activation;
     const float* weight_scale;  // [out_features] of weights in INT8
+    const void* output_scale;   // [out_features] or null
+    const void* residual;       // as y, or null
 
     int64_t block_rows() const { return divide_up(out_features, rows); }
 };
@@ -54,6 +58,7 @@ struct Strip {
 };
 
 struct MergeKernels;  // merge.h
+struct HalfKernels;   // half.h
 
 // A panel holds a few tokens, `panel_stride` words of 32 bits for each word of a token, all block columns filled up to
 // whole words with zeros; then `panel_stride` more.
@@ -67,6 +72,7 @@ struct Isa {
     void (*pack_weights)(const Input&, const Strip&);
     void (*multiply)(const Input&, const Strip&, int64_t first_token, int32_t tokens, const float* panel);
     const MergeKernels* merging;
+    const HalfKernels* halves;
 };
 
 extern const Isa isa_baseline;

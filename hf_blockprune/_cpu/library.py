@@ -8,7 +8,7 @@ import struct
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-LAYER_FIELDS = 12  # of kernels.h's Layer, 8 bytes each
+LAYER_FIELDS = 14  # of kernels.h's Layer, 8 bytes each
 INT8 = 2  # kernels.h's DType
 NO_MEMORY, BAD_INDICES = 1, 2  # kernels.h's Status
 PATH = Path(__file__).with_name("libblockprune_cpu.so")
@@ -46,6 +46,8 @@ class CpuLibrary:
         self._unpack.argtypes = [c_int64, c_int64, c_void_p, c_int32]
         self._merge = library.blockprune_cpu_merge
         self._merge.argtypes = [c_char_p, c_void_p, c_int32]
+        self._half = library.blockprune_cpu_half
+        self._half.argtypes = [c_char_p, c_void_p, c_int32]
         self._work = library.blockprune_cpu_work
         self._work.argtypes, self._work.restype = [c_char_p, c_int64, c_void_p], c_int64
 
@@ -113,6 +115,21 @@ class CpuLibrary:
             MemoryError: no room for working copies.
         """
         return _done(self._merge(self._isa, _array(fields), threads))
+
+    def half(self, half: bytes, threads: int) -> bool:
+        """Half of a layer; the caller answers for every address, and for the indices' lengths.
+
+        Args:
+            half: half.h's Half.
+            threads: at most.
+
+        Returns:
+            Whether all indices kept the format's rules; else nothing was computed.
+
+        Raises:
+            MemoryError: no room for working copies and for what passes between the steps.
+        """
+        return _done(self._half(self._isa, half, threads))
 
     def work(self, in_features: int, layer: list[int]) -> int:
         """Multiplications for each token that the kernels make of a layer, padding included; -1 for bad indices."""

@@ -1,6 +1,7 @@
 // What follows from a layer's indices: whether they may be followed, and the strips that its outputs are cut into.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -28,6 +29,9 @@ public:
     int64_t work() const;  // multiplications for each token
     int64_t floats(int64_t column_words) const;      // of memory that the strips want
     void place(float* memory, int64_t column_words);  // gives it to them
+
+    // Where a layer's outputs go.
+    void write_to(size_t layer, void* y, int64_t y_stride) { layers_[layer].y = y, layers_[layer].y_stride = y_stride; }
 
 private:
     void cut(const Layer& layer, int32_t width);

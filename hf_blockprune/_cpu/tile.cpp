@@ -11,6 +11,7 @@
 
 #include "activations.h"
 #include "bytes.h"
+#include "half.h"
 #include "kernels.h"
 #include "vectors.h"
 
@@ -186,19 +187,40 @@ struct Scales {
     }
 };
 
-// Bias, activation and the store of tokens x width sums.
-template <typename T, class Value>
+// A strip's part of a vector [out_features], zeros where there is none.
+template <typename T>
+struct Part {
+    T values[WIDEST_STRIP] = {};
+
+    Part(const void* all, const Strip& s) {
+        if (all) std::memcpy(values, static_cast<const T*>(all) + s.output, s.valid * sizeof(T));
+    }
+};
+
+// Bias, activation, scale, residual and the store of tokens x width sums, in Y.
+template <typename T, typename Y, bool ROUGHLY, class Value>
 void finish(const Strip& s, int64_t first_token, int32_t tokens, Value value) {
     const Layer& layer = *s.layer;
-    T* y = static_cast<T*>(layer.y) + first_token * layer.y_stride + s.output;
-    T bias[WIDEST_STRIP] = {}, last[WIDEST_STRIP];
-    if (layer.bias) std::memcpy(bias, static_cast<const T*>(layer.bias) + s.output, s.valid * sizeof(T));
+    const int64_t first = first_token * layer.y_stride + s.output;
+    Y* y = static_cast<Y*>(layer.y) + first;
+    const T* residual = layer.residual ? static_cast<const T*>(layer.residual) + first : nullptr;
+    const Part<T> bias(layer.bias, s), scale(layer.output_scale, s);
+    Y last[WIDEST_STRIP];
+    T rest[WIDEST_STRIP] = {};
     for (int32_t t = 0; t < tokens; ++t, y += layer.y_stride) {
-        T* to = s.valid == s.width ? y : last;
-        for (int32_t v = 0; v < s.width; v += LANES) {
-            store(to + v, activate(value(t, v) + load(bias + v), layer.activation));
+        Y* to = s.valid == s.width ? y : last;
+        const T* add = residual ? residual + t * layer.y_stride : rest;
+        if (residual && to == last) {
+            std::memcpy(rest, add, s.valid * sizeof(T));
+            add = rest;
         }
-        if (to == last) std::memcpy(y, last, s.valid * sizeof(T));
+        for (int32_t v = 0; v < s.width; v += LANES) {
+            Vec out = activate(value(t, v) + load(bias.values + v), layer.activation, ROUGHLY);
+            if (layer.output_scale) out *= load(scale.values + v);
+            if (residual) out += load(add + v);
+            store(to + v, out);
+        }
+        if (to == last) std::memcpy(y, last, s.valid * sizeof(Y));
     }
 }
 
@@ -225,8 +247,8 @@ void sum_up(const Input& input, const Strip& s, int32_t tokens, const float* pan
 
 int32_t strip_rows(int64_t rows) { return rows % WIDEST_STRIP ? 16 : WIDEST_STRIP; }
 
-// T is the dtype of x and y.
-template <class Words, typename T>
+// T is the dtype of x, Y that of y.
+template <class Words, typename T, typename Y = T>
 void multiply_strip(const Input& input, const Strip& s, int64_t first_token, int32_t tokens, const float* panel) {
     alignas(64) float sums[MAX_TOKENS * WIDEST_STRIP];
     if constexpr (Words::PER_WORD > 1) {
@@ -237,10 +259,10 @@ void multiply_strip(const Input& input, const Strip& s, int64_t first_token, int
     if constexpr (Words::QUANTISED) {
         const Scales scales(input, s);
         const float* of_tokens = panel + input.block_cols * input.column_words * STRIDE;
-        finish<T>(s, first_token, tokens,
-                  [&](int32_t t, int32_t v) { return scales.numbers(sums + t * s.width + v, v, of_tokens[t]); });
+        finish<T, Y, true>(s, first_token, tokens,
+                           [&](int32_t t, int32_t v) { return scales.numbers(sums + t * s.width + v, v, of_tokens[t]); });
     } else {
-        finish<T>(s, first_token, tokens, [&](int32_t t, int32_t v) { return load(sums + t * s.width + v); });
+        finish<T, Y, false>(s, first_token, tokens, [&](int32_t t, int32_t v) { return load(sums + t * s.width + v); });
     }
 }
 
@@ -252,9 +274,9 @@ struct Kernels {
     void (*multiply)(const Input&, const Strip&, int64_t first_token, int32_t tokens, const float* panel);
 };
 
-template <class Words, typename T>
+template <class Words, typename T, typename Y = T>
 constexpr Kernels kernels(void (*pack_inputs)(const Input&, int64_t, int32_t, float*)) {
-    return {Words::PER_WORD, pack_inputs, pack_strip<Words>, multiply_strip<Words, T>};
+    return {Words::PER_WORD, pack_inputs, pack_strip<Words>, multiply_strip<Words, T, Y>};
 }
 
 const Kernels& kernels_for(const Input& input) {
@@ -262,7 +284,8 @@ const Kernels& kernels_for(const Input& input) {
     static const Kernels halves = kernels<Singles<uint16_t>, uint16_t>(pack_panel<uint16_t>);
     static const Kernels numbers = kernels<Numbers, float>(pack_input_numbers<float, STRIDE>);
     static const Kernels of_halves = kernels<Numbers, uint16_t>(pack_input_numbers<uint16_t, STRIDE>);
-    if (input.weights == INT8) return input.dtype == BFLOAT16 ? of_halves : numbers;
+    static const Kernels to_halves = kernels<Numbers, float, uint16_t>(pack_input_numbers<float, STRIDE>);
+    if (input.weights == INT8) return input.dtype == BFLOAT16 ? of_halves : input.halves ? to_halves : numbers;
 #ifdef __AVX512BF16__
     static const Kernels pairs = kernels<Pairs, uint16_t>(pack_input_pairs<STRIDE>);
     if (input.dtype == BFLOAT16 && input.cols % 2 == 0) return pairs;
@@ -283,6 +306,11 @@ void multiply(const Input& input, const Strip& s, int64_t first_token, int32_t t
 }
 
 }  // namespace
+}  // namespace blockprune
+
+#include "half_kernels.h"  // which calls much of the above
+
+namespace blockprune {
 
 #define STRING(name) #name
 #define NAME_OF(name) STRING(name)
@@ -291,9 +319,11 @@ void multiply(const Input& input, const Strip& s, int64_t first_token, int32_t t
 #define MERGING(name) merging_##name
 #define MERGING_OF(name) MERGING(name)
 
+const HalfKernels halves = {MULTIPLIES_PAIRS, normalise_rows, attention_floats, attend};
+
 extern const MergeKernels MERGING_OF(BLOCKPRUNE_ISA);
 const Isa OBJECT_OF(BLOCKPRUNE_ISA) = {
     NAME_OF(BLOCKPRUNE_ISA), MAX_TOKENS, STRIDE, strip_rows, column_words, pack_inputs, pack_weights, multiply,
-    &MERGING_OF(BLOCKPRUNE_ISA)};
+    &MERGING_OF(BLOCKPRUNE_ISA), &halves};
 
 }  // namespace blockprune

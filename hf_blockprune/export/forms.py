@@ -17,11 +17,11 @@ from ..data.model_input import picture_size
 from ..display.stages import planned, stage
 from ..errors import CheckpointError, ConfigError, ModelError
 from ..files import partial_file
-from ..hub.blockprune_fusion import unfuse
 from ..hub.blockprune_layers import block_sparse_layers, is_int8, is_pruned
 from ..hub.blockprune_quantizer import pack_weights
 from ..hub.blockprune_rounding import unquantize
 from ..hub.blockprune_skeleton import channels_of
+from ..hub.blockprune_together import unfuse
 from ..hub.blockprune_tokens import forget_schedule, schedule_of, set_schedule
 from ..model.loading import load_model, model_class_of
 from ..model.outputs import answers, classifies

@@ -16,10 +16,10 @@ from ..cost.flops import ModelFlops, count_flops
 from ..data.batches import ImageSet
 from ..data.model_input import picture_size
 from ..errors import ConfigError, ModelError
-from ..hub.blockprune_fusion import fuse, unfuse
 from ..hub.blockprune_heads import cut_heads
 from ..hub.blockprune_linear import BlockSparseLinear
 from ..hub.blockprune_quantizer import block_sparse_layers, pack_weights, sparsify, update_config
+from ..hub.blockprune_together import fuse, unfuse
 from ..model.copying import copied
 from ..model.layers import linear_in
 from ..model.structure import find_transformer_layers

@@ -57,20 +57,6 @@ class FusedActivation(NamedTuple):
         return all(getattr(module, key, None) == value for key, value in self.attributes.items())
 
 
-def fuse(model: nn.Module) -> None:
-    """Let block-sparse layers work together, in place; predictions stay the same, but for rounding."""
-    fuse_activations(model)
-    share_inputs(model)
-
-
-def unfuse(model: nn.Module) -> None:
-    """Undo `fuse`, in place."""
-    unfuse_activations(model)
-    for module in model.modules():
-        if isinstance(module, BlockSparseLinear):
-            module.shared_input = None
-
-
 def share_inputs(model: nn.Module) -> int:
     """Let q, k and v of each attention be computed in one call, in place.
 
@@ -148,6 +134,23 @@ def _is_plain(mlp_class: type[nn.Module]) -> bool:
         return False
 
 
+def fused_layers(mlp: nn.Module) -> tuple[BlockSparseLinear, nn.Module, str] | None:
+    """(fc1, fc2, the name of what fc1 applies) of an MLP; None where it is to do what its class does."""
+    fused: FusedActivation | None = vars(mlp).get(_FUSED)
+    linear = getattr(mlp, LINEAR, None)
+    if (
+        fused is None
+        or not isinstance(linear, BlockSparseLinear)
+        or type(linear).forward is not _LINEAR_FORWARD
+        or linear.is_unpacked  # torch applies the activation apart
+        or is_watched(linear)
+        or linear.activation != "none"
+        or not fused.is_that_of(mlp)
+    ):
+        return None
+    return linear, getattr(mlp, SECOND_LINEAR), fused.name
+
+
 @functools.cache
 def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an MLP's class whose fc1 applies the activation where it may."""
@@ -155,22 +158,13 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(plain_forward)
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
-        fused: FusedActivation | None = getattr(self, _FUSED, None)
-        if fused is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or base.forward is not plain_forward:
             return base.forward(self, *args, **kwargs)
-        linear = getattr(self, LINEAR, None)
-        if (
-            not isinstance(linear, BlockSparseLinear)
-            or type(linear).forward is not _LINEAR_FORWARD
-            or linear.is_unpacked  # torch applies the activation apart
-            or is_watched(linear)
-            or linear.activation != "none"
-            or args[0].shape[-1] != linear.in_features
-            or not fused.is_that_of(self)
-            or base.forward is not plain_forward
-        ):
+        layers = fused_layers(self)
+        if layers is None or args[0].shape[-1] != layers[0].in_features:
             return base.forward(self, *args, **kwargs)
-        return getattr(self, SECOND_LINEAR)(linear.product(args[0], fused.name))
+        first, second, name = layers
+        return second(first.product(args[0], name))
 
     return subclass(base, _fused_class, {"forward": forward, "_unfused_class": base})
 

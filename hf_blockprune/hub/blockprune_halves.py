@@ -4,10 +4,12 @@ Which parts a layer has and in what order they work is told by what becomes of s
 anything else than these halves, one after the other, is not known.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from .blockprune_quick_halves import quick_half
 
 # Names of attributes of transformers' layers. The norms and the attention have one of theirs; of what comes after an
 # attention or an MLP a layer has some, in this order.
@@ -28,6 +30,11 @@ def attend(layer: nn.Module, states: Tensor, bias: Tensor | None, **kwargs: obje
         bias: what is added to the attention's logits.
         **kwargs: for the attention.
     """
+    quick = _quick(layer, FIRST_NORM, ATTENTION, AFTER_ATTENTION, states, bias, kwargs, reads=True)
+    if quick is not None:
+        made, read = quick
+        assert read is not None  # it was asked for
+        return made, read
     read = _part(layer, FIRST_NORM)(states)
     written, _ = _part(layer, ATTENTION)(read, bias, **kwargs)
     return _after(layer, AFTER_ATTENTION, written) + states, read
@@ -35,7 +42,42 @@ def attend(layer: nn.Module, states: Tensor, bias: Tensor | None, **kwargs: obje
 
 def think(layer: nn.Module, states: Tensor) -> Tensor:
     """States after a layer's MLP, [images, tokens, width]."""
+    quick = _quick(layer, SECOND_NORM, MLP, AFTER_MLP, states)
+    if quick is not None:
+        return quick[0]
     return _after(layer, AFTER_MLP, _part(layer, MLP)(_part(layer, SECOND_NORM)(states))) + states
+
+
+def whole_layer(layer: nn.Module, states: Tensor, bias: Tensor | None, **kwargs: object) -> Tensor:
+    """States after a layer that `has_halves`; arguments as for `attend`."""
+    quick = _quick(layer, FIRST_NORM, ATTENTION, AFTER_ATTENTION, states, bias, kwargs)
+    return think(layer, attend(layer, states, bias, **kwargs)[0] if quick is None else quick[0])
+
+
+def _quick(
+    layer: nn.Module,
+    norms: tuple[str, ...],
+    inner: tuple[str, ...],
+    after: tuple[str, ...],
+    states: Tensor,
+    bias: Tensor | None = None,
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    reads: bool = False,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Half of a layer in one call, see `quick_half`; None where its parts are to do it."""
+    if not isinstance(layer, nn.Module):
+        return None
+    norm, part = _name(layer, norms), _name(layer, inner)
+    return (
+        None
+        if norm is None or part is None
+        else quick_half(layer, (norm, part, after), states, bias, kwargs, reads=reads)
+    )
+
+
+def _name(layer: nn.Module, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if layer._modules.get(name) is not None), None)
 
 
 def attention_of(layer: nn.Module) -> nn.Module:

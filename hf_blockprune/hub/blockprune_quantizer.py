@@ -23,7 +23,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from .blockprune_config import QUANT_METHOD, BlockPruneQuantizationConfig, is_count
 from .blockprune_cuts import check_cuts, described_heads
-from .blockprune_fusion import fuse, unfuse
 from .blockprune_headers import (
     INDEX_NAMES,
     MAX_REPEATED_LAYERS,
@@ -42,6 +41,7 @@ from .blockprune_linear import BlockSparseLinear
 from .blockprune_names import by_module, find_linears
 from .blockprune_saving import forget, install, native_class, stored_config
 from .blockprune_storage import DEFAULT_TOKENS, PIECE, least_tokens
+from .blockprune_together import fuse, unfuse
 from .blockprune_tokens import TokenSchedule, forget_schedule, set_schedule, tokens_read
 
 Model = TypeVar("Model", bound=PreTrainedModel)

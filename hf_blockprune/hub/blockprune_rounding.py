@@ -4,13 +4,13 @@ from typing import TypeVar
 
 from transformers.modeling_utils import PreTrainedModel
 
-from .blockprune_fusion import fuse, unfuse
 from .blockprune_headers import SCALE_NAME
 from .blockprune_int8_linear import Int8BlockSparseLinear
 from .blockprune_layers import block_sparse_layers, is_int8, is_pruned
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_names import unstorable
 from .blockprune_quantizer import choose_storage, update_config
+from .blockprune_together import fuse, unfuse
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

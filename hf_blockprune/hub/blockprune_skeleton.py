@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .blockprune_fusion import unfuse
 from .blockprune_heads import restore_heads
 from .blockprune_layers import block_sparse_layers
+from .blockprune_together import unfuse
 from .blockprune_tokens import forget_schedule
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ the model, and several threads may call it.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from .blockprune_halves import ATTENTION, attend, attention_of, has_halves, think
+from .blockprune_halves import ATTENTION, attend, attention_of, has_halves, think, whole_layer
 from .blockprune_heads import ROTATION
 from .blockprune_layout import BlockSparseFormatError
 from .blockprune_merging import Groups, attention_bias, merge, restore, whole
@@ -29,7 +29,8 @@ ADDING = ("eager", "sdpa")  # attentions that add what they are given as a mask
 LEAST_TOKENS = 2
 _EXPORTING = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 knows the latter alone
 MEMORY = "_merging"  # of a layer's module
-_MERGING = "_whole_class"  # of a class in which tokens merge: the one that it was made of
+HALVES = "_works_by_halves"  # of a layer that may be an attention and an MLP, one call each
+_MERGING = "_whole_class"  # of a class in which tokens may merge: the one that it was made of
 OF_TOKENS = SIZES, PLACES = "token_sizes", "token_places"  # arguments that a layer gets of the one before it
 
 
@@ -104,6 +105,28 @@ def set_schedule(model: nn.Module, schedule: TokenSchedule, names: Iterable[str]
         }
         vars(layer)[MEMORY] = memory
         layer.__class__ = _merging_class(type(layer))
+
+
+def work_by_halves(model: nn.Module, names: Iterable[str]) -> None:
+    """Let layers of a model be an attention and an MLP, each of which may be one call, in place.
+
+    Args:
+        model: any.
+        names: of Linears of these layers; those that are not of a known kind stay as they are.
+    """
+    owners = {name.rpartition(".")[0].rpartition(".")[0] for name in names}
+    for owner in sorted(owners):
+        layer = model.get_submodule(owner)
+        if owner and (_MERGING in vars(type(layer)) or has_halves(layer)):
+            vars(layer)[HALVES] = True
+            layer.__class__ = _merging_class(type(layer))
+
+
+def work_as_before(model: nn.Module) -> None:
+    """Undo `work_by_halves`, in place."""
+    for layer in model.modules():
+        if vars(layer).pop(HALVES, None) is not None:
+            _settle(layer)
 
 
 def is_merging(layer: nn.Module) -> bool:
@@ -183,9 +206,15 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 def _forget(layer: nn.Module) -> None:
     if vars(layer).pop(MEMORY, None) is not None:
-        base = vars(type(layer)).get(_MERGING)
-        if base is not None:  # else torch has made yet another class of it, which does nothing without the memory
-            layer.__class__ = base
+        _settle(layer)
+
+
+def _settle(layer: nn.Module) -> None:
+    """Give a layer its own class again where it remembers nothing that asks for another."""
+    base = vars(type(layer)).get(_MERGING)
+    # Else torch has made yet another class of it, which does nothing without the memory.
+    if base is not None and MEMORY not in vars(layer) and HALVES not in vars(layer):
+        layer.__class__ = base
 
 
 def check_schedule(schedule: TokenSchedule, layers: int, prefix: int) -> None:
@@ -285,15 +314,16 @@ def _made_class(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> object:
         memory: _Memory | None = vars(self).get(MEMORY)
-        if memory is None:
-            return base.forward(self, states, attention_mask, **kwargs)
-        return _step(functools.partial(base.forward, self), self, memory, states, attention_mask, **kwargs)
+        if memory is not None:
+            return _step(self, memory, states, attention_mask, **kwargs)
+        if HALVES in vars(self):
+            return whole_layer(self, states, attention_mask, **kwargs)
+        return base.forward(self, states, attention_mask, **kwargs)
 
     return subclass(base, _made_class, {"__call__": call, "forward": forward, _MERGING: base})
 
 
 def _step(
-    plain: Callable[..., Tensor],
     layer: nn.Module,
     memory: _Memory,
     states: Tensor,
@@ -314,7 +344,7 @@ def _step(
     left = _schedule(memory).remaining(patches)
     leave = states.shape[1] - prefix - left[memory["number"]]
     if groups is None and not leave:
-        return plain(states, mask, **kwargs)
+        return whole_layer(layer, states, mask, **kwargs)
     if mask is not None and not _EXPORTING():  # there transformers makes one of nothing but True
         raise UnmergeableError("attention_mask: has no meaning where tokens merge; leave it out")
     bias = None
@@ -322,7 +352,7 @@ def _step(
         _check_adds(attention_of(layer))
         bias = attention_bias(groups, states.dtype)
         if not leave:
-            return plain(states, bias, **kwargs), groups.sizes, groups.places
+            return whole_layer(layer, states, bias, **kwargs), groups.sizes, groups.places
     states, read = attend(layer, states, bias, **kwargs)
     states, groups = merge(states, read, groups or whole(states), leave, prefix)
     return think(layer, states), groups.sizes, groups.places

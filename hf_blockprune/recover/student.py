@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import PreTrainedModel
 
-from ..hub.blockprune_fusion import unfuse
 from ..hub.blockprune_layers import block_sparse_layers
 from ..hub.blockprune_layout import pack
+from ..hub.blockprune_together import unfuse
 from ..model.copying import copied
 from ..model.layers import linear_in
 from ..score.blocks import expand_mask

@@ -12,6 +12,7 @@ from hf_blockprune.hub.blockprune_int8 import reference_int8
 from hf_blockprune.hub.blockprune_layout import PackedWeight, grid_shape, pack, unpack
 from hf_blockprune.hub.blockprune_reference import Int8Arguments
 from tests.cpu.test_backend import block_sides, instruction_sets, sizes
+from tests.hub.test_int8 import GELU_ERROR
 from tests.hub.test_ops import ACTIVATIONS
 
 LIBRARY, WHY_NOT = find_library()
@@ -84,7 +85,8 @@ def test_equals_the_reference(isa, shape, block_shape, tokens, dtype, bias, acti
     assert (y.shape, y.dtype) == (expected.shape, dtype)
     # GELU of numbers below -5 has no digits left in float32: errors are those of what goes into it.
     size = reference_int8(x, layer._replace(activation="none")).double().abs().amax(1, keepdim=True)
-    assert ((y.double() - expected.double()).abs() <= TOLERANCE[dtype] * (size + 1e-30)).all()
+    allowed = TOLERANCE[dtype] * (size + 1e-30) + ((GELU_ERROR + 5e-6 * size) if activation == "gelu" else 0)
+    assert ((y.double() - expected.double()).abs() <= allowed).all()
 
 
 def test_every_instruction_set_has_the_same_sums():

@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoModelForImageClassification
 
 from hf_blockprune.hub import blockprune_ops as ops
+from hf_blockprune.hub import blockprune_quick_halves
 from tests.conftest import tiny_model
 from tests.hub.saved_models import pruned
 
@@ -23,7 +24,13 @@ def loaded(first):
 
 
 @pytest.fixture
-def applied(monkeypatch):
+def by_parts(monkeypatch):
+    """No halves of layers in one call, so that their parts can be seen."""
+    monkeypatch.setattr(blockprune_quick_halves, "_RUNNERS", {})
+
+
+@pytest.fixture
+def applied(monkeypatch, by_parts):
     """The activation that the op applied in each call."""
     seen = []
     run, run_quickly = ops.run, ops.run_quickly

@@ -28,7 +28,8 @@ def test_a_checkpoint_of_every_format_loads(version):
     with torch.no_grad():
         logits = model(PICTURE).logits
     expected = torch.tensor(json.loads((folder / "logits.json").read_text()))
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    tolerance = 1e-3 if version == 6 else 1e-5  # in int8 numbers that lie between two steps may go either way
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from hf_blockprune.hub import blockprune_shared as shared
-from hf_blockprune.hub.blockprune_fusion import fuse, fuse_activations, is_fused, share_inputs, unfuse
+from hf_blockprune.hub import blockprune_linear as linear
+from hf_blockprune.hub.blockprune_fusion import fuse_activations, is_fused, share_inputs
 from hf_blockprune.hub.blockprune_linear import BlockSparseLinear
 from hf_blockprune.hub.blockprune_quantizer import block_sparse_layers, sparsify
+from hf_blockprune.hub.blockprune_together import fuse, unfuse
 from tests.conftest import tiny_model
 
 
@@ -129,12 +130,12 @@ def attention_of(model):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(monkeypatch, by_parts):
     """How many layers each call of the op computed together."""
     seen = []
-    together = shared.block_sparse_linears
+    together = linear.block_sparse_linears
     monkeypatch.setattr(
-        shared, "block_sparse_linears", lambda x, layers: seen.append(len(layers)) or together(x, layers)
+        linear, "block_sparse_linears", lambda x, layers: seen.append(len(layers)) or together(x, layers)
     )
     return seen
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules import module as every_module
 from torch.nn.utils import parametrize, spectral_norm
 
-from hf_blockprune.hub.blockprune_fusion import fuse, is_fused, unfuse
+from hf_blockprune.hub.blockprune_fusion import is_fused
+from hf_blockprune.hub.blockprune_together import fuse, unfuse
 from tests.conftest import tiny_model
 from tests.hub.test_fusion import answers, sparse_model
 

@@ -76,7 +76,7 @@ def schedule(*leave, patches=16):
 
 def test_a_config_with_tokens():
     config = BlockPruneQuantizationConfig(**GOOD)
-    assert config.to_dict() == {**GOOD, "quant_method": "blockprune", "format_version": 5}
+    assert config.to_dict() == {**GOOD, "quant_method": "blockprune", "format_version": 6}
     assert "tokens" not in BlockPruneQuantizationConfig(**{**GOOD, "tokens": None}).to_dict()
     assert BlockPruneQuantizationConfig(**{**GOOD, "tokens": schedule(1, patches=MAX_PATCHES)})
 
