@@ -81,6 +81,55 @@ def shrunk_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def runtimes_table(results: dict[str, Any]) -> str:
+    """Milliseconds of models in each runtime and dtype, and how often the quickest dense one in int8 goes into each."""
+    rows = results["runtimes"]
+    columns = [(row["arch"], row["batch"]) for row in rows]
+    names = sorted({name for row in rows for name in row["ms"]}, key=runtime_order)
+    lines = [
+        "Milliseconds a batch (lower to upper quartile), then times as fast as OpenVINO's dense int8; runtimes and "
+        f"models by turns, {rows[0]['threads']} threads, {results['environment']['cpu']}; blocks of "
+        f"{'x'.join(map(str, rows[0]['block_shape']))}.",
+        "",
+        f"| runtime, dtype | {' | '.join(f'{arch}, batch {batch}' for arch, batch in columns)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for name in names:
+        lines.append(f"| {name} | {' | '.join(runtime_cell(row['ms'], name) for row in rows)} |")
+    return "\n".join(lines)
+
+
+def runtime_order(name: str) -> tuple[int, str]:
+    """Others' first, then ours by dtype."""
+    return int(name.startswith("ours")), name
+
+
+def runtime_cell(ms: dict[str, list[float]], name: str) -> str:
+    if name not in ms:
+        return "-"
+    low, median, high = ms[name]
+    other = ms.get("openvino int8")
+    beside = "" if other is None else f", {other[1] / median:.2f}"
+    return f"{median:.1f} ({low:.1f} to {high:.1f}){beside}"
+
+
+def rounded_table(results: dict[str, Any]) -> str:
+    """Top-1 of models as they are and in int8."""
+    lines = [
+        f"Top-1 on {results['rows'][0]['num_images']} photographs.",
+        "",
+        "| model | as it is | in int8 | change, 95 % interval | on disk |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        low, high = (100 * end for end in row["interval"])
+        lines.append(
+            f"| {row['model']} | {row['baseline_top1']:.1%} | {row['top1']:.1%} | {100 * row['delta']:+.1f} points "
+            f"({low:+.1f} to {high:+.1f}) | {row['float_size_bytes'] / 1e6:.1f} -> {row['size_bytes'] / 1e6:.1f} MB |"
+        )
+    return "\n".join(lines)
+
+
 def moves_cell(row: dict[str, Any]) -> str:
     low, high = row["interval"]
     return f"{row['top1']:.1%} ({100 * low:+.1f} to {100 * high:+.1f})"
@@ -319,6 +368,8 @@ TABLES = {
     "accuracy": accuracy_table,
     "moves": moves_table,
     "shrunk": shrunk_table,
+    "runtimes": runtimes_table,
+    "rounded": rounded_table,
     "ablation": ablation_table,
     "ablation_moves": ablation_table,
     "scale": scale_table,

@@ -29,7 +29,7 @@ from transformers import AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained(source, **kwargs)
 with torch.no_grad():
     logits = model(torch.load(f"{folder}/pixels.pt")).logits
-sparse = {type(m).__module__ for m in model.modules() if type(m).__name__ == "BlockSparseLinear"}
+sparse = {type(m).__module__ for m in model.modules() if type(m).__name__.endswith("BlockSparseLinear")}
 torch.save({"logits": logits, "class": type(model).__name__, "sparse": sorted(sparse)}, f"{folder}/result.pt")
 """
 
@@ -74,14 +74,15 @@ def saved(tmp_path_factory, processor):
     """(folder, model) by family: a pruned model and where it was saved."""
     config = BlockPruneConfig(method="magnitude", block_shape=(16, 16), budget={"metric": "density", "ratio": 0.5})
 
-    def save(family):
+    def save(family, *, int8=False):
         folder = tmp_path_factory.mktemp("saved") / f"tiny-{family}"
         pruner = BlockPruner(tiny_model(family), processor, config, name="tiny")
-        model = pruner.prune()
+        pruner.prune()
+        model = pruner.quantize() if int8 else pruner.model
         pruner.save_pretrained(folder)
         return folder, model
 
-    return {family: save(family) for family in ("vit", "deit-distilled")}
+    return {**{family: save(family) for family in ("vit", "deit-distilled")}, "int8": save("vit", int8=True)}
 
 
 def assert_same_answers(result, model, pixels):
@@ -110,6 +111,25 @@ def test_without_the_package_a_folder_loads_by_its_own_code(loader, saved, pixel
     assert_same_answers(result, model, pixels)
     assert result["class"] == "BlockPruneViTForImageClassification"
     assert [name.partition(".")[0] for name in result["sparse"]] == ["transformers_modules"]
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_weights_in_int8_load_with_the_package(loader, saved, pixels, trust):
+    folder, model = saved["int8"]
+    result = loader.result(loader.run(folder, package=True, trust_remote_code=trust))
+    assert_same_answers(result, model, pixels)
+    if not trust:
+        assert result["sparse"] == ["hf_blockprune.hub.blockprune_int8_linear"]
+
+
+def test_weights_in_int8_load_by_the_code_beside_them(loader, saved, pixels):
+    folder, model = saved["int8"]
+    result = loader.result(loader.run_offline(folder, loader.folder / "home", trust_remote_code=True))
+    assert [name.partition(".")[0] for name in result["sparse"]] == ["transformers_modules"]
+    # Without compiled kernels: numbers that lie between two steps may go either way.
+    with torch.no_grad():
+        expected = model(pixels).logits
+    torch.testing.assert_close(result["logits"], expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 
 
 @pytest.fixture(scope="module")
