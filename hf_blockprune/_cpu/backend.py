@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..hub.blockprune_backends import Backend, LayerArguments, checked_bias, register_backend, use_unpacker
 from ..hub.blockprune_layout import MAX_OVERHANGING_BLOCK, BlockSparseFormatError, PackedWeight, check_packed
-from ..hub.blockprune_reference import ACTIVATIONS
+from ..hub.blockprune_reference import ACTIVATIONS, Int8Arguments
 from .library import CpuLibrary, find_library
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,9 @@ class CpuBackend:
         """
         if layer.weight.shape[1] % STRIP == 0:
             return layer.weight.numel()
-        packed = _readable(layer, in_features)
-        work = self.library.work(in_features, _fields(packed, layer, None, None, ACTIVATION_CODES["none"]))
-        return work if work >= 0 else _refuse([packed], [layer], in_features)
+        packed = readable(layer, in_features)
+        work = self.library.work(in_features, layer_fields(packed, layer, None, None, ACTIVATION_CODES["none"]))
+        return work if work >= 0 else refuse([packed], [layer], in_features)
 
     def forward(self, x: Tensor, layer: LayerArguments) -> Tensor:
         """See `hub.blockprune_backends.Backend`."""
@@ -93,16 +93,16 @@ class CpuBackend:
         """Several layers with the same block width that read the same x [tokens, in_features]."""
         tokens, in_features = x.shape
         x = x if x.stride(1) == 1 else x.contiguous()
-        packed = [_readable(layer, in_features) for layer in layers]
+        packed = [readable(layer, in_features) for layer in layers]
         biases = [checked_bias(layer, x.dtype) for layer in layers]
         outputs = [x.new_empty((tokens, layer.out_features)) for layer in layers]
         fields: list[int] = []
         for own, layer, bias, y in zip(packed, layers, biases, outputs, strict=True):
-            fields += _fields(own, layer, bias, y, self._code(layer))
+            fields += layer_fields(own, layer, bias, y, self._code(layer))
         if not self.library.linear(
             x.data_ptr(), x.stride(0), tokens, in_features, DTYPES[x.dtype], fields, torch.get_num_threads()
         ):
-            _refuse(packed, layers, in_features)
+            refuse(packed, layers, in_features)
         return self._activated(outputs, layers)
 
     def quick(self, x: Tensor, layers: Sequence[LayerArguments]) -> list[Tensor] | None:
@@ -169,15 +169,15 @@ class CpuBackend:
 
     def unpack(self, in_features: int, layer: LayerArguments) -> Tensor:
         """The layer's dense matrix [out_features, in_features]; see `hub.blockprune_backends.use_unpacker`."""
-        packed = _readable(layer, in_features)
+        packed = readable(layer, in_features)
         dense = packed.weight.new_empty(layer.out_features, in_features)
-        fields = _fields(packed, layer, None, dense, ACTIVATION_CODES["none"])
+        fields = layer_fields(packed, layer, None, dense, ACTIVATION_CODES["none"])
         if not self.library.unpack(in_features, dense.element_size(), fields, torch.get_num_threads()):
-            _refuse([packed], [layer], in_features)
+            refuse([packed], [layer], in_features)
         return dense
 
 
-def _readable(layer: LayerArguments, in_features: int) -> PackedWeight:
+def readable(layer: LayerArguments | Int8Arguments, in_features: int) -> PackedWeight:
     """A layer's tensors, of sizes that fit each other and without gaps.
 
     Raises:
@@ -196,15 +196,22 @@ def _readable(layer: LayerArguments, in_features: int) -> PackedWeight:
     return PackedWeight(*[tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in packed])
 
 
-def _refuse(packed: list[PackedWeight], layers: list[LayerArguments], in_features: int) -> NoReturn:
+def refuse(
+    packed: list[PackedWeight], layers: Sequence[LayerArguments] | Sequence[Int8Arguments], in_features: int
+) -> NoReturn:
     """Say what the kernels found wrong with one of the layers' indices."""
     for each, layer in zip(packed, layers, strict=True):
         check_packed("block_sparse_linear", each, layer.out_features, in_features)
     raise BlockSparseFormatError("block_sparse_linear: indices changed while they were read; write them between calls")
 
 
-def _fields(
-    packed: PackedWeight, layer: LayerArguments, bias: Tensor | None, y: Tensor | None, activation: int
+def layer_fields(
+    packed: PackedWeight,
+    layer: LayerArguments | Int8Arguments,
+    bias: Tensor | None,
+    y: Tensor | None,
+    activation: int,
+    weight_scale: Tensor | None = None,
 ) -> list[int]:
     """kernels.h's Layer."""
     return [
@@ -217,7 +224,7 @@ def _fields(
         layer.out_features,
         *packed.weight.shape,
         activation,
-        0,
+        0 if weight_scale is None else weight_scale.data_ptr(),
         0,
         0,
     ]

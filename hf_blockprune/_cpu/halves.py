@@ -61,7 +61,7 @@ class CpuHalves:
             fields[-1][OUTPUT_SCALE] = half.output_scale.data_ptr()
         numbers = [number for each in fields for number in each]
         layers = (ctypes.c_int64 * len(numbers))(*numbers)
-        y, read = torch.empty_like(x), torch.empty_like(x) if half.reads else None
+        y, read = x if half.in_place else torch.empty_like(x), torch.empty_like(x) if half.reads else None
         packed = struct.pack(
             HALF,
             x.data_ptr(),

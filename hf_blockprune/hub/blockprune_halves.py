@@ -41,8 +41,8 @@ def attend(layer: nn.Module, states: Tensor, bias: Tensor | None, **kwargs: obje
 
 
 def think(layer: nn.Module, states: Tensor) -> Tensor:
-    """States after a layer's MLP, [images, tokens, width]."""
-    quick = _quick(layer, SECOND_NORM, MLP, AFTER_MLP, states)
+    """States after a layer's MLP, [images, tokens, width]; those before it may be written over."""
+    quick = _quick(layer, SECOND_NORM, MLP, AFTER_MLP, states, in_place=True)
     if quick is not None:
         return quick[0]
     return _after(layer, AFTER_MLP, _part(layer, MLP)(_part(layer, SECOND_NORM)(states))) + states
@@ -62,18 +62,13 @@ def _quick(
     states: Tensor,
     bias: Tensor | None = None,
     kwargs: Mapping[str, object] | None = None,
-    *,
-    reads: bool = False,
+    **how: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Half of a layer in one call, see `quick_half`; None where its parts are to do it."""
     if not isinstance(layer, nn.Module):
         return None
     norm, part = _name(layer, norms), _name(layer, inner)
-    return (
-        None
-        if norm is None or part is None
-        else quick_half(layer, (norm, part, after), states, bias, kwargs, reads=reads)
-    )
+    return None if norm is None or part is None else quick_half(layer, (norm, part, after), states, bias, kwargs, **how)
 
 
 def _name(layer: nn.Module, names: tuple[str, ...]) -> str | None:

@@ -188,6 +188,7 @@ def _check(x: Tensor, layer: Int8Arguments) -> None:
         ValueError: the residual has another shape or dtype than the output, or the activation is unknown.
     """
     n = layer.out_features
+    _check_devices(x, layer)
     if layer.weight.dtype != torch.int8 or not x.is_floating_point():
         raise BlockSparseFormatError(f"weight: expected int8 with floating inputs, got {layer.weight.dtype}, {x.dtype}")
     if layer.weight_scale.dtype != torch.float32 or layer.weight_scale.shape != (n,):
@@ -204,6 +205,13 @@ def _check(x: Tensor, layer: Int8Arguments) -> None:
         )
     if layer.activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {layer.activation!r}; choose one of {list(ACTIVATIONS)}")
+
+
+def _check_devices(x: Tensor, layer: Int8Arguments) -> None:
+    """Refuse tensors on another device than x, as an address there means something else here."""
+    for name, tensor in zip(layer._fields, layer, strict=True):
+        if isinstance(tensor, Tensor) and tensor.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device}, as the input is, got {tensor.device}; move or load it")
 
 
 def int8_linears(x: Tensor, layers: Sequence[Int8Arguments]) -> list[Tensor]:
@@ -268,8 +276,8 @@ def _shape_int8(
     residual: Tensor | None,
     weight_scale: Tensor,
 ) -> Tensor:
-    if weight.device != x.device:
-        raise ValueError(f"weight: expected on {x.device}, as the input is, got {weight.device}; move or load it")
+    layer = Int8Arguments(weight, crow_indices, col_indices, bias, out_features, activation, residual, weight_scale)
+    _check_devices(x, layer)
     return x.new_empty(*x.shape[:-1], out_features)
 
 

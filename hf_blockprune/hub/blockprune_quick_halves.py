@@ -46,6 +46,7 @@ class HalfArguments(NamedTuple):
         output_scale: [width] or None.
         heads: None of an MLP.
         reads: whether norm(x) is wanted too.
+        in_place: whether y may be written over x.
     """
 
     norm: tuple[Tensor, Tensor, float]
@@ -53,6 +54,7 @@ class HalfArguments(NamedTuple):
     output_scale: Tensor | None
     heads: Heads | None
     reads: bool
+    in_place: bool = False
 
 
 class HalfRunner(Protocol):
@@ -108,6 +110,7 @@ def quick_half(
     kwargs: Mapping[str, object] | None = None,
     *,
     reads: bool = False,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
     """(states after half of a layer, what its inner part read where that is wanted); None where parts are to do it.
 
@@ -118,6 +121,7 @@ def quick_half(
         bias: what is added to the attention's logits.
         kwargs: for the attention.
         reads: whether what is read is wanted.
+        in_place: whether nobody needs the states before it any more.
     """
     runner = _RUNNERS.get(states.device.type)
     if (
@@ -141,7 +145,7 @@ def quick_half(
     if not plan.works or layer.training or plan.is_watched():
         return None
     half = _arguments(plan, bias, reads=reads)
-    return None if half is None else runner(states, half)
+    return None if half is None else runner(states, half._replace(in_place=in_place))
 
 
 def _places(layer: nn.Module, norm: str, inner: str, after: tuple[str, ...]) -> tuple[_Place, ...]:
@@ -188,7 +192,7 @@ def _mlp_layers(mlp: nn.Module) -> list[LayerArguments] | None:
 
 def _heads(attention: nn.Module, bias: Tensor | None) -> Heads | None:
     """None where logits are something else than a product, a factor and a number for each token that is seen."""
-    if attention.config._attn_implementation not in ATTENTIONS:  # pyright: ignore[reportAttributeAccessIssue]
+    if getattr(getattr(attention, "config", None), "_attn_implementation", None) not in ATTENTIONS:
         return None
     if bias is not None:
         if bias.dim() != 4 or bias.shape[1:3] != (1, 1) or not bias.is_floating_point():

@@ -63,11 +63,12 @@ class Case:
         stands_for = unpack(packed._replace(weight=dequantize_weight(small, scale)), *shape).double()
         return Int8Arguments(*small, bias, shape[0], "none", None, scale), (stands_for, bias.double())
 
-    def run(self, kernels, *, reads=False, output_scale=True, biased=True, x=None):
+    def run(self, kernels, *, reads=False, output_scale=True, biased=True, in_place=False):
         bias = self.bias if biased else None
         heads = Heads(self.heads, self.head_size, self.head_size**-0.5, bias) if self.attention else None
         scale = self.output_scale if output_scale else None
-        return kernels(self.x if x is None else x, HalfArguments(self.norm, self.layers, scale, heads, reads))
+        x = self.x.clone() if in_place else self.x
+        return kernels(x, HalfArguments(self.norm, self.layers, scale, heads, reads, in_place))
 
     def expected(self, *, biased=True, output_scale=True):
         """(what is added to x, norm(x)) in float64."""
@@ -146,6 +147,16 @@ def test_any_number_of_threads_gives_the_same_bits(kernels, int8, dtype, attenti
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(y, outputs[0]) for y in outputs)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("width", [96, 90])
+def test_in_place_are_the_same_bits(kernels, attention, width):
+    case = Case(
+        images=9, tokens=150, heads=3, head_size=32, width=width, block_shape=(16, 16), int8=False,
+        dtype=torch.float32, attention=attention,
+    )  # fmt: skip
+    assert torch.equal(case.run(kernels, in_place=True)[0], case.run(kernels)[0])
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -258,6 +258,19 @@ def test_several_threads_call_one_model(model):
     assert all(torch.equal(each, expected) for each in found)
 
 
+def test_inputs_and_hidden_states_stay_as_they_are(model, halves):
+    states = torch.randn(2, 17, 48)
+    before = states.clone()
+    assert taken(halves, lambda: model.vit.layers[0](states)) == 2
+    assert torch.equal(states, before)
+    with torch.no_grad():
+        hidden = model(PIXELS, output_hidden_states=True).hidden_states
+        blockprune_quick_halves._RUNNERS.clear()
+        expected = model(PIXELS, output_hidden_states=True).hidden_states
+    for have, want in zip(hidden, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
 def test_loaded_models_work_that_way(model, halves, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = packed(AutoModelForImageClassification.from_pretrained(tmp_path))

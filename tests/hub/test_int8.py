@@ -255,6 +255,14 @@ def test_tensors_that_are_no_layer_are_refused(change, words):
         int8_linears(torch.randn(3, SHAPE[1]), [arguments])
 
 
+def test_tensors_elsewhere_are_refused():
+    arguments = Int8BlockSparseLinear.from_float(layer_of()).arguments()
+    for name in ("weight", "weight_scale", "crow_indices", "bias"):
+        elsewhere = arguments._replace(**{name: getattr(arguments, name).to("meta")})
+        with torch.no_grad(), pytest.raises(ValueError, match="expected on cpu"):
+            int8_linears(torch.randn(3, SHAPE[1]), [elsewhere])
+
+
 def test_inputs_of_more_features_than_sums_can_hold_are_refused(monkeypatch):
     monkeypatch.setattr(blockprune_int8, "MAX_IN_FEATURES", SHAPE[1] - 1)
     small = Int8BlockSparseLinear.from_float(layer_of())
