@@ -195,6 +195,7 @@ def test_the_op_is_one_that_torch_knows():
 
 @pytest.mark.slow
 def test_compiled_and_exported_models_answer_alike(rounded):
+    torch._dynamo.reset()
     expected, compiled = answer(rounded), torch.compile(rounded, fullgraph=True)
     with torch.no_grad():
         without = compiled(PIXELS).logits
