@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "half.h"
 #include "kernels.h"
 #include "merge.h"
 
@@ -17,6 +18,7 @@ extern "C" {
 const char* blockprune_cpu_isa(const char*);
 int32_t blockprune_cpu_unpack(int64_t, int64_t, const void*, int32_t);
 int32_t blockprune_cpu_merge(const char*, const void*, int32_t);
+int32_t blockprune_cpu_half(const char*, const void*, int32_t);
 int32_t blockprune_cpu_linear(
     const char*, const void*, int64_t, int64_t, int64_t, int32_t, int32_t, const void*, int64_t, int32_t);
 }
@@ -46,12 +48,12 @@ struct Input {
 };
 
 struct Case {
-    int64_t rows = between(0, 1) ? 16 * between(1, 5) : between(1, 70), nnz, cols, out = between(1, 200);
+    int64_t rows = between(0, 1) ? 16 * between(1, 5) : between(1, 70), nnz, cols, out;
     std::unique_ptr<int32_t[]> crow, col;
     std::unique_ptr<float[]> weight, bias, y, scale;
     std::unique_ptr<int8_t[]> numbers;
 
-    Case(const Input& input, int64_t cols) : cols(cols) {
+    Case(const Input& input, int64_t cols, int64_t outputs = between(1, 200)) : cols(cols), out(outputs) {
         const int64_t block_rows = (out + rows - 1) / rows, block_cols = (input.features + cols - 1) / cols;
         const double density = between(0, 4) / 4.0;
         std::vector<int32_t> starts{0}, columns;
@@ -73,7 +75,7 @@ struct Case {
     }
 
     blockprune::Layer layer() const {
-        return {weight.get(), crow.get(), col.get(), bias.get(), y.get(), out, out, nnz, rows, cols, 0, nullptr};
+        return {weight.get(), crow.get(), col.get(), bias.get(), y.get(), out, out, nnz, rows, cols, 0, nullptr, nullptr, nullptr};
     }
 
     // The same in int8; `weight` becomes what it stands for.
@@ -164,6 +166,37 @@ bool rounds(const char* isa) {
     return one.error(input) < 1e-5;
 }
 
+// Halves of a layer touch nothing else than their arrays, and write all of y; tests in Python look at the numbers.
+bool halves(const char* isa) {
+    const int64_t images = between(1, 3), tokens = between(1, 60), width = between(1, 80), heads = between(0, 3);
+    const int64_t size = between(1, 70), hidden = heads ? heads * size : between(1, 150), cols = between(1, 40);
+    Input read, passed;
+    read.tokens = passed.tokens = images * tokens;
+    read.features = read.stride = width, passed.features = passed.stride = hidden;
+    const auto x = noise(images * tokens * width), bias = noise(images * tokens);
+    const auto weight = noise(width), shift = noise(width), scale = noise(width);
+    const auto y = exactly(std::vector<float>(images * tokens * width, NAN));
+    const auto seen = exactly(std::vector<float>(images * tokens * width, NAN));
+    const bool rounded = between(0, 1), wanted = between(0, 1);
+    std::vector<Case> cases;
+    std::vector<blockprune::Layer> layers;
+    for (int64_t i = heads ? 3 : 1; i--;) cases.emplace_back(read, cols, hidden);
+    cases.emplace_back(passed, between(1, 40), width);
+    for (Case& c : cases) layers.push_back(rounded ? c.rounded() : c.layer());
+    layers.front().activation = heads ? 0 : between(0, 2);
+    layers.back().output_scale = between(0, 1) ? scale.get() : nullptr;
+    blockprune::Half half{};
+    half.x = x.get(), half.y = y.get(), half.read = wanted ? seen.get() : nullptr;
+    half.images = images, half.tokens = tokens, half.width = width, half.weights = rounded ? blockprune::INT8 : 0;
+    half.norm = {weight.get(), shift.get(), width, 1e-6};
+    half.layers = layers.data(), half.num_layers = int64_t(layers.size());
+    half.heads = heads, half.head_size = heads ? size : 0, half.scale = 0.1, half.bias = between(0, 1) ? bias.get() : nullptr;
+    if (blockprune_cpu_half(isa, &half, int32_t(between(1, 3)))) return false;
+    const auto finite = [](float v) { return std::isfinite(v); };
+    return std::all_of(y.get(), y.get() + images * tokens * width, finite) &&
+           (!wanted || std::all_of(seen.get(), seen.get() + images * tokens * width, finite));
+}
+
 // Each token is one at least of as many as there are, and what is said of them adds up to what was there.
 bool merges(const char* isa) {
     blockprune::Merge m{};
@@ -206,7 +239,7 @@ int main(int, char** arguments) {
     for (const char* isa : {"baseline", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"}) {
         if (!blockprune_cpu_isa(isa)) continue;
         for (int i = 0; i < std::atoi(arguments[1]); ++i, ++checked) {
-            if (!correct(isa) || !rounds(isa) || !merges(isa)) {
+            if (!correct(isa) || !rounds(isa) || !halves(isa) || !merges(isa)) {
                 std::printf("%s: case %d is wrong\n", isa, i);
                 return 1;
             }
