@@ -73,7 +73,6 @@ struct Sizes {
 
     int64_t key_floats() const { return keys * words_of_features; }
     int64_t value_floats(int64_t head_size) const { return words_of_keys * up_to(head_size, outputs); }
-    int64_t rows() const { return keys > MAX_TOKENS ? keys : MAX_TOKENS; }
     int64_t panel_floats() const { return (words_of_features > words_of_keys ? words_of_features : words_of_keys) * STRIDE; }
 };
 

@@ -144,8 +144,8 @@ def quick_half(
         plan = plans[names[1]] = _plan(places)
     if not plan.works or layer.training or plan.is_watched():
         return None
-    half = _arguments(plan, bias, reads=reads)
-    return None if half is None else runner(states, half._replace(in_place=in_place))
+    half = _arguments(plan, bias, reads=reads, in_place=in_place)
+    return None if half is None else runner(states, half)
 
 
 def _places(layer: nn.Module, norm: str, inner: str, after: tuple[str, ...]) -> tuple[_Place, ...]:
@@ -160,7 +160,7 @@ def _trains(part: nn.Module) -> bool:
     return part.training and type(part) is not nn.Identity
 
 
-def _arguments(plan: _Plan, bias: Tensor | None, *, reads: bool) -> HalfArguments | None:
+def _arguments(plan: _Plan, bias: Tensor | None, *, reads: bool, in_place: bool) -> HalfArguments | None:
     """What is computed by a half as it is now."""
     if all(hasattr(plan.inner, name) for name in PROJECTIONS):
         heads, layers = _heads(plan.inner, bias), _attention_layers(plan.inner)
@@ -170,7 +170,7 @@ def _arguments(plan: _Plan, bias: Tensor | None, *, reads: bool) -> HalfArgument
         return None
     norm = cast(nn.LayerNorm, plan.norm)
     factor = None if plan.factor is None else plan.factor._parameters[FACTOR]
-    return HalfArguments((norm.weight, norm.bias, norm.eps), layers, factor, heads, reads)
+    return HalfArguments((norm.weight, norm.bias, norm.eps), layers, factor, heads, reads, in_place)
 
 
 def _attention_layers(attention: nn.Module) -> list[LayerArguments] | None:
