@@ -22,6 +22,11 @@ NOTHING = 1e-30  # a token whose values are all smaller counts as zeros
 MAX_IN_FEATURES = 1 << 17  # more could sum up to what int32 cannot hold
 FOR_FLOATS = {"dense": "reference"}  # what a name of `blockprune_backends` stands for
 EXACT_FEATURES = 1024  # whose products sum up in float32 without rounding
+# `Int8Arguments` behind x.
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor crow_indices, Tensor col_indices, Tensor? bias, SymInt out_features, "
+    "str activation, Tensor? residual, Tensor weight_scale) -> Tensor"
+)
 NO_GRADIENTS = (
     "layers in int8 have no gradients; train the model that quantize() was given, or call model.dequantize(), and "
     "quantize what comes of it"
@@ -250,35 +255,14 @@ class _Context(Protocol):
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
-def _linear_int8(
-    x: Tensor,
-    weight: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    activation: str,
-    residual: Tensor | None,
-    weight_scale: Tensor,
-) -> Tensor:
-    layer = Int8Arguments(weight, crow_indices, col_indices, bias, out_features, activation, residual, weight_scale)
-    return _compute(x, [layer])[0]
+def _linear_int8(x: Tensor, *arguments: Any) -> Tensor:
+    return _compute(x, [Int8Arguments(*arguments)])[0]
 
 
-def _shape_int8(
-    x: Tensor,
-    weight: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    activation: str,
-    residual: Tensor | None,
-    weight_scale: Tensor,
-) -> Tensor:
-    layer = Int8Arguments(weight, crow_indices, col_indices, bias, out_features, activation, residual, weight_scale)
+def _shape_int8(x: Tensor, *arguments: Any) -> Tensor:
+    layer = Int8Arguments(*arguments)
     _check_devices(x, layer)
-    return x.new_empty(*x.shape[:-1], out_features)
+    return x.new_empty(*x.shape[:-1], layer.out_features)
 
 
 def _no_gradients(grad: Tensor, x: Tensor) -> Tensor:
@@ -297,7 +281,7 @@ def _backward_int8(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _define_op() -> None:
     """Define the ops. Called once in a process, whichever copy of this file comes first."""
-    op = torch.library.custom_op("blockprune::block_sparse_linear_int8", _linear_int8, mutates_args=())
+    op = torch.library.custom_op("blockprune::block_sparse_linear_int8", _linear_int8, mutates_args=(), schema=SCHEMA)
     op.register_fake(_shape_int8)
     op.register_autograd(_backward_int8, setup_context=_keep_input)
     backward = torch.library.custom_op("blockprune::no_int8_gradients", _no_gradients, mutates_args=())
